@@ -1,0 +1,87 @@
+"""The bit-level contract of the NestedFP format. Every kernel refers to this page.
+
+A float16 number is a sign S, five exponent bits E4..E0 (bias 15) and ten mantissa bits M9..M0. Where
+|w| < 2 the bit E4 is zero, and fifteen bits remain to be kept in two bytes:
+
+    upper = S E3 E2 E1 E0 M9 M8 M7   + 1 if M6..M0 round up (to nearest, ties to even)
+    lower = M7 M6 M5 M4 M3 M2 M1 M0    the low eight bits of w, unchanged
+
+`upper`, read as E4M3 (bias 7), is the FP8 number nearest to w * 2^8: both formats keep the same four
+exponent bits once the biases differ by eight, subnormals included. `lower` repeats M7, and that bit
+tells whether `upper` was rounded up: if the lowest bit of `upper` differs from M7, it was. So
+
+    borrow = (upper & 1) ^ (lower >> 7)
+    u      = upper - borrow
+    w      = (u & 0x80) << 8 | (u & 0x7E) << 7 | lower
+
+The code 0x7F is NaN in E4M3, so rounding never reaches it: w rebuilds exactly for |w| < 1.875 and FP8
+saturates at 1.75 (448 * 2^-8). The splitting follows NestedFP (arXiv 2506.02024); the row exponents,
+which bring every row under 1.75, are ours.
+
+Functions here work on any device and on whole tensors; `nestedfp.weight` walks a layer in row blocks.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_MAGNITUDE = 1.75
+"""The largest |w| whose FP8 reading does not saturate."""
+
+MAX_ROW_EXPONENT = 127
+"""2^127 is the largest power of two that float32, in which kernels scale, can hold."""
+
+FP8_EXPONENT_OFFSET = 8
+"""`upper` read as E4M3 is w * 2^8."""
+
+_EXACT_BITS = 0x3F80
+_TOP_CODE = 0x7E
+
+
+def split(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits float16 `w` (any shape, every |w| < 1.875) into its upper and lower bytes.
+
+    Returns two uint8 tensors of w's shape. Raises TypeError for another dtype and ValueError for a
+    magnitude of 1.875 or more (NaN and infinities included), which no pair of bytes could rebuild.
+    """
+    if w.dtype != torch.float16:
+        raise TypeError(f"split: w has dtype {w.dtype}, expected torch.float16; convert or nest() it first")
+    bits = w.view(torch.int16).to(torch.int32) & 0xFFFF
+    magnitude = bits & 0x7FFF
+    if bool((magnitude >= _EXACT_BITS).any()):
+        raise ValueError(
+            "split: w holds a magnitude of 1.875 or more, NaN or infinity, expected |w| < 1.875; "
+            "scale the row by a power of two first, as nest() does"
+        )
+    code = (magnitude + 63 + ((magnitude >> 7) & 1)) >> 7
+    upper = (bits >> 15) << 7 | code.clamp_(max=_TOP_CODE)
+    return upper.to(torch.uint8), (bits & 0xFF).to(torch.uint8)
+
+
+def rebuild(upper: Tensor, lower: Tensor) -> Tensor:
+    """The float16 tensor whose `split` gave `upper` and `lower` (uint8, equal shapes), bit for bit."""
+    for name, byte in (("upper", upper), ("lower", lower)):
+        if byte.dtype != torch.uint8:
+            raise TypeError(f"rebuild: {name} has dtype {byte.dtype}, expected torch.uint8")
+    if upper.shape != lower.shape:
+        raise ValueError(f"rebuild: upper has shape {tuple(upper.shape)}, lower {tuple(lower.shape)}")
+    high, low = upper.to(torch.int32), lower.to(torch.int32)
+    high -= (high & 1) ^ (low >> 7)
+    bits = (high & 0x80) << 8 | (high & 0x7E) << 7 | low
+    return bits.to(torch.int16).view(torch.float16)
+
+
+def row_exponents(w: Tensor) -> Tensor:
+    """For each row of `w` [N, K] the smallest integer s >= 0 with max|w| * 2^-s <= 1.75, as uint8 [N].
+
+    `w` is finite float16 or bfloat16. Raises ValueError for a row beyond 1.75 * 2^127.
+    """
+    largest = w.abs().amax(dim=1).to(torch.float32)
+    mantissa, exponent = torch.frexp(largest)
+    # largest = (2 * mantissa) * 2^(exponent - 1) with 1 <= 2 * mantissa < 2
+    s = (exponent - (2 * mantissa <= MAX_MAGNITUDE).to(exponent.dtype)).clamp_(min=0)
+    if bool((s > MAX_ROW_EXPONENT).any()):
+        raise ValueError(
+            f"row {int(s.argmax())} holds a magnitude of {float(largest.max()):.4g}, expected at most "
+            f"1.75 * 2^{MAX_ROW_EXPONENT}; such a row cannot be scaled in float32: check the checkpoint"
+        )
+    return s.to(torch.uint8)

@@ -1,0 +1,164 @@
+"""Nested weights: a layer's matrix as two bytes a weight and one exponent a row.
+
+For w [N, K] in float16, row n is stored as the bytes of w[n] * 2^-s with s = row_exponent[n], so that
+no row exceeds 1.75 (see `nestedfp.format`). Exactness:
+
+* s = 0: every float16 weight rebuilds bit for bit.
+* s > 0: exact while w * 2^-s is a float16 number: always for |w| >= 2^(s-14), and below that while
+  the weight's low s bits of the float16 subnormal grid (2^-24) are zero.
+* bfloat16 nests through float16: exact for |w| >= 2^(s-17) and zero, since eight significant bits fit
+  the subnormal grid 2^-24 down to 2^-17; smaller weights while they are multiples of 2^(s-24).
+
+Every row is checked when it is nested; nothing is assumed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nestedfp.format import FP8_EXPONENT_OFFSET, rebuild, row_exponents, split
+from nestedfp.kernels.layout import KOrder, check_order, to_natural, to_order
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+# Temporaries of one block are at most some forty bytes a weight: 1/512 of the layer, or 64 Ki weights
+# for small layers, keeps them to a few per cent.
+_BLOCKS_PER_LAYER = 512
+_SMALLEST_BLOCK = 1 << 16
+
+
+class NonFiniteWeightError(ValueError):
+    """The weight holds NaN or infinity."""
+
+
+class InexactRowsError(ValueError):
+    """Some rows would not rebuild bit for bit; `report` counts them."""
+
+    def __init__(self, report: "Exactness") -> None:
+        super().__init__(
+            f"{report.inexact_rows} of {report.rows} rows do not rebuild bit for bit (first: row "
+            f"{report.first_inexact_row}, largest error {report.max_error:.3g}); keep the layer in 16 bits, "
+            "or nest it with require_exact=False to round to nearest"
+        )
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """What nesting did to a layer: row counts, the largest shift, and the largest |rebuilt - w|."""
+
+    rows: int
+    shifted_rows: int
+    largest_shift: int
+    inexact_rows: int
+    first_inexact_row: int | None
+    max_error: float
+
+
+@dataclass(frozen=True)
+class NestedWeight:
+    """The nested form of w [N, K].
+
+    upper, lower: uint8 [N, K], columns in `order`. row_exponent: uint8 [N]. dtype: the dtype of w, which
+    `merge` restores and which activations must have. exactness: the report of nesting.
+    """
+
+    upper: Tensor
+    lower: Tensor
+    row_exponent: Tensor
+    dtype: torch.dtype
+    order: KOrder
+    exactness: Exactness
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.upper.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.upper.nbytes + self.lower.nbytes + self.row_exponent.nbytes
+
+    def merge(self) -> Tensor:
+        """w [N, K], contiguous, natural order: bit for bit what was nested wherever `exactness` says so."""
+        w = torch.empty(self.shape, dtype=self.dtype, device=self.upper.device)
+        for rows in _row_blocks(*self.shape):
+            w[rows] = to_natural(
+                _merge_rows(self.upper[rows], self.lower[rows], self.row_exponent[rows], self.dtype), self.order
+            )
+        return w
+
+    def fp8(self) -> tuple[Tensor, Tensor]:
+        """The FP8 reading: E4M3 [N, K] in natural order and float32 row scales [N], w ~ e4m3 * scale.
+
+        The E4M3 tensor shares memory with `upper` where the stored order is natural.
+        """
+        codes = to_natural(self.upper, self.order).view(torch.float8_e4m3fn)
+        return codes, torch.exp2(self.row_exponent.float() - FP8_EXPONENT_OFFSET)
+
+
+def nest(w: Tensor, *, order: KOrder = KOrder.NATURAL, require_exact: bool = True) -> NestedWeight:
+    """Nests `w` [N, K], float16 or bfloat16, any strides, on any device.
+
+    Raises TypeError for another dtype, ValueError for another rank or an `order` that K does not allow,
+    NonFiniteWeightError for NaN or infinity, and InexactRowsError where a row would not rebuild bit for
+    bit; with `require_exact=False` such weights are rounded to the nearest that can be stored.
+    """
+    if w.dtype not in DTYPES:
+        raise TypeError(f"nest: w has dtype {w.dtype}, expected torch.float16 or torch.bfloat16")
+    if w.dim() != 2 or w.numel() == 0:
+        raise ValueError(f"nest: w has shape {tuple(w.shape)}, expected a non-empty [N, K]")
+    N, K = w.shape
+    check_order(order, K)
+    upper = torch.empty((N, K), dtype=torch.uint8, device=w.device)
+    lower = torch.empty_like(upper)
+    exponents = torch.empty(N, dtype=torch.uint8, device=w.device)
+    errors = torch.empty(N, dtype=torch.float32, device=w.device)
+    inexact = torch.empty(N, dtype=torch.bool, device=w.device)
+    for rows in _row_blocks(N, K):
+        block = w[rows]
+        _check_finite(block, rows.start)
+        exponents[rows] = row_exponents(block)
+        scaled = torch.ldexp(block.float(), -exponents[rows, None].int()).half()
+        high, low = split(scaled)
+        rebuilt = _merge_rows(high, low, exponents[rows], w.dtype)
+        inexact[rows] = (rebuilt.view(torch.int16) != block.contiguous().view(torch.int16)).any(dim=1)
+        errors[rows] = (rebuilt.float() - block.float()).abs().amax(dim=1)
+        upper[rows], lower[rows] = to_order(high, order), to_order(low, order)
+    report = _report(exponents, inexact, errors)
+    if require_exact and report.inexact_rows:
+        raise InexactRowsError(report)
+    return NestedWeight(upper, lower, exponents, w.dtype, order, report)
+
+
+def _row_blocks(N: int, K: int) -> Iterator[slice]:
+    step = max(1, max(_SMALLEST_BLOCK, N * K // _BLOCKS_PER_LAYER) // K)
+    for start in range(0, N, step):
+        yield slice(start, min(start + step, N))
+
+
+def _check_finite(block: Tensor, first_row: int) -> None:
+    finite = torch.isfinite(block)
+    if not bool(finite.all()):
+        row, column = (~finite).nonzero()[0].tolist()
+        raise NonFiniteWeightError(
+            f"nest: w[{first_row + row}, {column}] is {float(block[row, column])}, expected finite weights; "
+            "the checkpoint is damaged or overflowed when it was converted"
+        )
+
+
+def _merge_rows(upper: Tensor, lower: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ldexp(rebuild(upper, lower).float(), exponents[:, None].int()).to(dtype)
+
+
+def _report(exponents: Tensor, inexact: Tensor, errors: Tensor) -> Exactness:
+    count = int(inexact.sum())
+    return Exactness(
+        rows=exponents.numel(),
+        shifted_rows=int((exponents > 0).sum()),
+        largest_shift=int(exponents.max()),
+        inexact_rows=count,
+        first_inexact_row=int(inexact.int().argmax()) if count else None,
+        max_error=float(errors.max()),
+    )
