@@ -15,8 +15,9 @@ tells whether `upper` was rounded up: if the lowest bit of `upper` differs from 
     w      = (u & 0x80) << 8 | (u & 0x7E) << 7 | lower
 
 The code 0x7F is NaN in E4M3, so rounding never reaches it: w rebuilds exactly for |w| < 1.875 and FP8
-saturates at 1.75 (448 * 2^-8). The splitting follows NestedFP (arXiv 2506.02024); the row exponents,
-which bring every row under 1.75, are ours.
+saturates at 1.75 (448 * 2^-8). The splitting follows NestedFP (arXiv 2506.02024). The paper leaves a
+layer with one larger weight in FP16; here each row carries a power of two that brings its largest
+magnitude into (0.875, 1.75], so every row nests, and small rows use E4M3's whole range.
 
 Functions here work on any device and on whole tensors; `nestedfp.weight` walks a layer in row blocks.
 """
@@ -27,8 +28,8 @@ from torch import Tensor
 MAX_MAGNITUDE = 1.75
 """The largest |w| whose FP8 reading does not saturate."""
 
-MAX_ROW_EXPONENT = 127
-"""2^127 is the largest power of two that float32, in which kernels scale, can hold."""
+ROW_EXPONENT_RANGE = (-64, 127)
+"""Row exponents fit a signed byte, and 2^s and 2^(s-8) are normal float32 numbers over this range."""
 
 FP8_EXPONENT_OFFSET = 8
 """`upper` read as E4M3 is w * 2^8."""
@@ -71,17 +72,20 @@ def rebuild(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def row_exponents(w: Tensor) -> Tensor:
-    """For each row of `w` [N, K] the smallest integer s >= 0 with max|w| * 2^-s <= 1.75, as uint8 [N].
+    """For each row of `w` [N, K] the smallest integer s with max|w| * 2^-s <= 1.75, as int8 [N].
 
-    `w` is finite float16 or bfloat16. Raises ValueError for a row beyond 1.75 * 2^127.
+    `w` is finite float16 or bfloat16. A row of zeros gets 0, and s is never below -64. Raises ValueError
+    for a row beyond 1.75 * 2^127.
     """
+    lowest, highest = ROW_EXPONENT_RANGE
     largest = w.abs().amax(dim=1).to(torch.float32)
     mantissa, exponent = torch.frexp(largest)
     # largest = (2 * mantissa) * 2^(exponent - 1) with 1 <= 2 * mantissa < 2
-    s = (exponent - (2 * mantissa <= MAX_MAGNITUDE).to(exponent.dtype)).clamp_(min=0)
-    if bool((s > MAX_ROW_EXPONENT).any()):
+    s = exponent - (2 * mantissa <= MAX_MAGNITUDE).to(exponent.dtype)
+    s = torch.where(largest == 0, 0, s).clamp_(min=lowest)
+    if bool((s > highest).any()):
         raise ValueError(
             f"row {int(s.argmax())} holds a magnitude of {float(largest.max()):.4g}, expected at most "
-            f"1.75 * 2^{MAX_ROW_EXPONENT}; such a row cannot be scaled in float32: check the checkpoint"
+            f"1.75 * 2^{highest}; such a row cannot be scaled in float32: check the checkpoint"
         )
-    return s.to(torch.uint8)
+    return s.to(torch.int8)

@@ -1,15 +1,15 @@
 """Nested weights: a layer's matrix as two bytes a weight and one exponent a row.
 
-For w [N, K] in float16, row n is stored as the bytes of w[n] * 2^-s with s = row_exponent[n], so that
-no row exceeds 1.75 (see `nestedfp.format`). Exactness:
+Row n is stored as the bytes of the float16 numbers w[n] * 2^-s with s = row_exponent[n], its largest
+magnitude in (0.875, 1.75] (see `nestedfp.format`). What rebuilds bit for bit:
 
-* s = 0: every float16 weight rebuilds bit for bit.
-* s > 0: exact while w * 2^-s is a float16 number: always for |w| >= 2^(s-14), and below that while
-  the weight's low s bits of the float16 subnormal grid (2^-24) are zero.
-* bfloat16 nests through float16: exact for |w| >= 2^(s-17) and zero, since eight significant bits fit
-  the subnormal grid 2^-24 down to 2^-17; smaller weights while they are multiples of 2^(s-24).
+* float16, s <= 0: everything, since scaling up loses nothing.
+* float16, s > 0: every |w| >= 2^(s-14); below that, multiples of 2^(s-24).
+* bfloat16: every |w| >= 2^(s-17), since eight significant bits fit the subnormal grid 2^-24 from 2^-17
+  up; below that, multiples of 2^(s-24).
 
-Every row is checked when it is nested; nothing is assumed.
+What does not is rounded to that grid, an error of at most 2^(s-25), under 2^-24 of the row's largest
+weight. Every row is checked when it is nested; nothing is assumed.
 """
 
 from collections.abc import Iterator
@@ -47,11 +47,14 @@ class InexactRowsError(ValueError):
 
 @dataclass(frozen=True)
 class Exactness:
-    """What nesting did to a layer: row counts, the largest shift, and the largest |rebuilt - w|."""
+    """What nesting did to a layer: row counts and the largest |rebuilt - w|.
+
+    `rows_over_limit` are those beyond 1.75, which only a positive row exponent lets in.
+    """
 
     rows: int
-    shifted_rows: int
-    largest_shift: int
+    rows_over_limit: int
+    largest_exponent: int
     inexact_rows: int
     first_inexact_row: int | None
     max_error: float
@@ -61,7 +64,7 @@ class Exactness:
 class NestedWeight:
     """The nested form of w [N, K].
 
-    upper, lower: uint8 [N, K], columns in `order`. row_exponent: uint8 [N]. dtype: the dtype of w, which
+    upper, lower: uint8 [N, K], columns in `order`. row_exponent: int8 [N]. dtype: the dtype of w, which
     `merge` restores and which activations must have. exactness: the report of nesting.
     """
 
@@ -113,7 +116,7 @@ def nest(w: Tensor, *, order: KOrder = KOrder.NATURAL, require_exact: bool = Tru
     check_order(order, K)
     upper = torch.empty((N, K), dtype=torch.uint8, device=w.device)
     lower = torch.empty_like(upper)
-    exponents = torch.empty(N, dtype=torch.uint8, device=w.device)
+    exponents = torch.empty(N, dtype=torch.int8, device=w.device)
     errors = torch.empty(N, dtype=torch.float32, device=w.device)
     inexact = torch.empty(N, dtype=torch.bool, device=w.device)
     for rows in _row_blocks(N, K):
@@ -156,8 +159,8 @@ def _report(exponents: Tensor, inexact: Tensor, errors: Tensor) -> Exactness:
     count = int(inexact.sum())
     return Exactness(
         rows=exponents.numel(),
-        shifted_rows=int((exponents > 0).sum()),
-        largest_shift=int(exponents.max()),
+        rows_over_limit=int((exponents > 0).sum()),
+        largest_exponent=int(exponents.max()),
         inexact_rows=count,
         first_inexact_row=int(inexact.int().argmax()) if count else None,
         max_error=float(errors.max()),

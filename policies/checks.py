@@ -39,7 +39,7 @@ def number(
     maximum: float = math.inf,
     above: float | None = None,
 ) -> float:
-    """``value`` as a finite float within [minimum, maximum], and strictly greater than ``above`` where given."""
+    """``value`` as a finite float within [minimum, maximum]; ``above`` is an open lower bound instead."""
     lower = f"at least {minimum:g}" if above is None else f"greater than {above:g}"
     wanted = f"give a finite number {lower}" + ("" if math.isinf(maximum) else f" and at most {maximum:g}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -75,7 +75,7 @@ def text(field: str, value: object) -> str:
 
 
 def name(field: str, value: object) -> str:
-    """``value`` as a lower-case name: a letter, then letters, digits, ``_``, ``.`` or ``-``; 64 characters at most."""
+    """``value`` as a lower-case name: a letter, then letters, digits, ``_``, ``.``, ``-``; at most 64."""
     if not isinstance(value, str) or _NAME.fullmatch(value) is None:
         raise InvalidField(field, value, "give a lower-case name such as 'fp16' or 'mlp-fp8'")
     return value

@@ -4,12 +4,12 @@ A replica calls ``sync(report, known_epoch, wait_s)`` over and over; the answer 
 Registration, heartbeat and delivery are this one call, so for every message there is one rule:
 
 - lost: the replica calls again; its target stays until the lease ends, then it decides by itself.
-- late or repeated: an answer counts only for the newest call (``boot_id`` and ``sequence`` are echoed), and a report
-  only if its sequence number is new.
-- its sender died: a new boot id replaces the old one for good; a new actor adopts the epoch the replica reports.
+- late or repeated: an answer counts only for the newest call (``boot_id`` and ``sequence`` are echoed), and
+  a report only if its sequence number is new.
+- its sender died: a new boot id replaces the old one for good; a new actor adopts the epoch a replica reports.
 
-Epochs count the targets of one replica and never fall. A lease runs from the moment the call was *sent*, so no
-delay on the way can stretch it.
+Epochs count the targets of one replica and never fall. A lease runs from the moment the call was *sent*, so
+no delay on the way can stretch it.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _FRACTIONS: Final = frozenset({"kv_usage"})
 class ReplicaReport:
     """The state of one replica as it reports it.
 
-    The first five fields identify the message; wrong ones are refused. The rest are signals. The constructor refuses
-    an unusable signal too; :meth:`from_dict`, which reads what came over the wire, keeps the message, replaces an
-    unusable signal (missing, NaN, infinite, negative, of a wrong type) by its neutral value and names it in
-    ``faults``: a heartbeat stays a heartbeat, and a controller makes no decision on it.
+    The first five fields identify the message; wrong ones are refused. The rest are signals. The constructor
+    refuses an unusable signal too; :meth:`from_dict`, which reads what came over the wire, keeps the message,
+    replaces an unusable signal (missing, NaN, infinite, negative, of a wrong type) by its neutral value and
+    names it in ``faults``: a heartbeat stays a heartbeat, and a controller makes no decision on it.
     """
 
     replica_id: str
@@ -77,9 +77,9 @@ class ReplicaReport:
     arrivals_per_s: float
     """Requests arriving per second, over the replica's short window."""
     ttft_p90_s: float | None
-    """90th percentile of TTFT over the short window (10 s); None where no request had its first token in it."""
+    """90th percentile of TTFT over the short window (10 s); None where no first token fell into it."""
     tpot_p90_s: float | None
-    """90th percentile of TPOT over the short window (10 s); None where no request gave a second token in it."""
+    """90th percentile of TPOT over the short window (10 s); None where no request gave two tokens in it."""
     step_time_s: float | None
     """Recent duration of an engine step in the present mode; None before the first."""
     tokens_fp16: int
@@ -147,7 +147,7 @@ class Target:
     lease_s: float
     reason: str
     limits: Mapping[str, float] | None = None
-    """Limits for ``auto`` (for example ``{"waiting_prompt_tokens": 2048}``) and for shedding; None for none."""
+    """Limits for ``auto`` and for shedding, for example ``{"waiting_prompt_tokens": 2048}``."""
     owner: str = ""
     """Boot id of the actor that speaks."""
     boot_id: str = ""
@@ -177,7 +177,7 @@ class Target:
 
     @classmethod
     def from_dict(cls, message: Mapping[str, Any]) -> Target:
-        """Read an answer; unknown fields are ignored. Raises :class:`InvalidField` on any bad or missing field."""
+        """Read an answer; unknown fields are ignored, a bad or missing one raises :class:`InvalidField`."""
         if not isinstance(message, Mapping):
             raise InvalidField("target", message, "send the dictionary made by Target.to_dict()")
         fields = [field.name for field in dataclasses.fields(cls)]
