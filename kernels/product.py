@@ -1,0 +1,168 @@
+"""The two products over nested weights: validation, flattening of leading dimensions, dispatch.
+
+y = x wᵀ + bias with w[n, k] = rebuilt[n, k] * 2^row_exponent[n] (16-bit mode), or
+w[n, k] = e4m3(upper[n, k]) * 2^(row_exponent[n] - 8) and x quantised to E4M3 per token (FP8 mode).
+Accumulation is in float32. Nothing is synchronised with the host.
+"""
+
+import logging
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nestedfp.kernels.dispatch import TMA_ALIGNMENT, Backend, Capability, Mode, Problem, choose
+from nestedfp.kernels.layout import KOrder, check_order
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def linear_16bit(
+    x: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: KOrder = KOrder.NATURAL,
+) -> Tensor:
+    """y [..., N] in x's dtype, by the exact 16-bit weights.
+
+    x [..., K] float16 or bfloat16, any strides; it must have the dtype the weight was nested from, which
+    the caller knows. upper, lower: contiguous uint8 [N, K], columns in `order`. row_exponent: int8 [N].
+    bias: [N] in x's dtype. Raises TypeError or ValueError naming the operand that does not fit.
+    """
+    _check("linear_16bit", x, upper, row_exponent, bias, order)
+    _check_bytes("linear_16bit", "lower", lower, upper)
+    if x.numel() == 0:
+        return _empty(x, upper)
+    backend, tokens, extra = _dispatch(Mode.BITS16, x, upper, order)
+    y = backend.linear_16bit(tokens, upper, lower, row_exponent, bias, order=order, **extra)
+    return _unflatten(y, x)
+
+
+def linear_fp8(
+    x: Tensor,
+    upper: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: KOrder = KOrder.NATURAL,
+) -> Tensor:
+    """y [..., N] in x's dtype, by the upper bytes alone; operands and errors as for `linear_16bit`.
+
+    Each token of x is quantised to E4M3 with scale amax / 448.
+    """
+    _check("linear_fp8", x, upper, row_exponent, bias, order)
+    if x.numel() == 0:
+        return _empty(x, upper)
+    backend, tokens, extra = _dispatch(Mode.FP8, x, upper, order)
+    y = backend.linear_fp8(tokens, upper, row_exponent, bias, order=order, **extra)
+    return _unflatten(y, x)
+
+
+def _dispatch(
+    mode: Mode, x: Tensor, upper: Tensor, order: KOrder
+) -> tuple[ModuleType, Tensor, dict[str, object]]:
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    N, K = upper.shape
+    capability = _capability(x.device)
+    problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, _fits_bulk_copies(tokens, upper))
+    backend, config = choose(problem, capability)
+    if backend is Backend.PORTABLE:
+        _log_portable(mode, K, order, problem.tma, capability)
+    return _module(backend), tokens, {} if config is None else {"config": config}
+
+
+def _unflatten(y: Tensor, x: Tensor) -> Tensor:
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _empty(x: Tensor, upper: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], upper.shape[0]))
+
+
+def _fits_bulk_copies(x: Tensor, upper: Tensor) -> bool:
+    pitch = x.stride(0) * x.element_size() if x.shape[0] > 1 else 0
+    return (
+        x.stride(1) == 1
+        and pitch % TMA_ALIGNMENT == 0
+        and x.data_ptr() % TMA_ALIGNMENT == 0
+        and upper.data_ptr() % TMA_ALIGNMENT == 0
+    )
+
+
+@cache
+def _capability(device: torch.device) -> Capability | None:
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise ValueError(f"no kernels for device {device}; use a CPU or a CUDA GPU")
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _module(backend: Backend) -> ModuleType:
+    return import_module(f"nestedfp.kernels.{backend}")
+
+
+@cache
+def _log_portable(mode: Mode, K: int, order: KOrder, tma: bool, capability: Capability | None) -> None:
+    log.warning(
+        "%s products with K=%d, order %s, bulk copies %s on compute capability %s use the portable kernels",
+        mode,
+        K,
+        order,
+        "possible" if tma else "impossible",
+        capability,
+    )
+
+
+def _check(
+    name: str, x: Tensor, upper: Tensor, row_exponent: Tensor, bias: Tensor | None, order: KOrder
+) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: x has dtype {x.dtype}, expected torch.float16 or torch.bfloat16")
+    if upper.dim() != 2 or upper.dtype != torch.uint8 or not upper.is_contiguous():
+        raise ValueError(f"{name}: upper is {_describe(upper)}, expected contiguous torch.uint8 [N, K]")
+    N, K = upper.shape
+    if N == 0 or K == 0:
+        raise ValueError(f"{name}: upper has shape [{N}, {K}], expected a non-empty weight")
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(
+            f"{name}: x has shape {tuple(x.shape)}, the weight has K = {K}; x must be [..., {K}]"
+        )
+    check_order(order, K)
+    _check_vector(name, "row_exponent", row_exponent, torch.int8, N)
+    if bias is not None:
+        _check_vector(name, "bias", bias, x.dtype, N)
+    for label, operand in (("upper", upper), ("row_exponent", row_exponent), ("bias", bias)):
+        if operand is not None and operand.device != x.device:
+            raise ValueError(
+                f"{name}: x is on {x.device}, {label} on {operand.device}; move one to the other"
+            )
+
+
+def _check_bytes(name: str, label: str, tensor: Tensor, upper: Tensor) -> None:
+    if tensor.dtype != torch.uint8 or tensor.shape != upper.shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: {label} is {_describe(tensor)}, expected it like upper, {_describe(upper)}"
+        )
+    if tensor.device != upper.device:
+        raise ValueError(f"{name}: upper is on {upper.device}, {label} on {tensor.device}")
+
+
+def _check_vector(name: str, label: str, tensor: Tensor, dtype: torch.dtype, N: int) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: {label} has dtype {tensor.dtype}, expected {dtype}")
+    if tensor.shape != (N,) or not tensor.is_contiguous():
+        raise ValueError(f"{name}: {label} is {_describe(tensor)}, expected contiguous [{N}]")
+
+
+def _describe(tensor: Tensor) -> str:
+    layout = "contiguous" if tensor.is_contiguous() else f"strides {tuple(tensor.stride())}"
+    return f"{tensor.dtype} {list(tensor.shape)} {layout}"
