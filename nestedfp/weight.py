@@ -88,7 +88,8 @@ class NestedWeight:
         w = torch.empty(self.shape, dtype=self.dtype, device=self.upper.device)
         for rows in _row_blocks(*self.shape):
             w[rows] = to_natural(
-                _merge_rows(self.upper[rows], self.lower[rows], self.row_exponent[rows], self.dtype), self.order
+                _merge_rows(self.upper[rows], self.lower[rows], self.row_exponent[rows], self.dtype),
+                self.order,
             )
         return w
 

@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    """The folder of SmolLM2-135M-Instruct in FP16, fetched once into the user's cache."""
+    from nestedfp.models import demo_model
+
+    return str(demo_model())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
