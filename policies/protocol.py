@@ -6,7 +6,8 @@ Registration, heartbeat and delivery are this one call, so for every message the
 - lost: the replica calls again; its target stays until the lease ends, then it decides by itself.
 - late or repeated: an answer counts only for the newest call (``boot_id`` and ``sequence`` are echoed), and
   a report only if its sequence number is new.
-- its sender died: a new boot id replaces the old one for good; a new actor adopts the epoch a replica reports.
+- its sender died: a new boot id replaces the old one for good; a new actor adopts the epoch a replica
+  reports.
 
 Epochs count the targets of one replica and never fall. A lease runs from the moment the call was *sent*, so
 no delay on the way can stretch it.
@@ -199,7 +200,14 @@ _OPTIONAL: Final = frozenset(
     field.name for field in dataclasses.fields(ReplicaReport) if field.default is not dataclasses.MISSING
 )
 _NULLABLE: Final = frozenset(
-    {"ttft_p90_s", "tpot_p90_s", "step_time_s", "context_tokens", "batch_tokens", "arriving_prompt_tokens_per_s"}
+    {
+        "ttft_p90_s",
+        "tpot_p90_s",
+        "step_time_s",
+        "context_tokens",
+        "batch_tokens",
+        "arriving_prompt_tokens_per_s",
+    }
 )
 _NEUTRAL: Final = {
     field: None if field in _NULLABLE else (0 if field in _COUNTS else 0.0) for field in _SIGNALS

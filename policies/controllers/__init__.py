@@ -1,0 +1,1 @@
+"""What each replica should run, by one idea a file; ``base`` states what a controller is."""

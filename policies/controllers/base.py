@@ -1,0 +1,64 @@
+"""What a controller is: a pure function from facts to wishes, with a memory it hands from call to call.
+
+A controller says what it wants and why. Whether a wish is granted now (dwell time, bound on flips, one
+return at a time, manual pin, unusable signals) is decided once for all controllers, in
+``nestedfp.policies.policy``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nestedfp.policies.snapshot import ReplicaView, Snapshot
+
+Memory = Any
+"""A controller's own state between decisions: an immutable value that only this controller reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """The mode wanted for one replica, with the signal that asks for it."""
+
+    mode: str
+    reason: str
+    signal: str | None = None
+    value: float | None = None
+    threshold: float | None = None
+    urgent: bool = False
+    """Overrides the dwell time and the gap between returns, never the bound on flips."""
+    limits: Mapping[str, float] | None = None
+    """Limits sent with the target, for ``auto`` or for shedding."""
+
+
+class Controller(ABC):
+    """One way to choose modes."""
+
+    @abstractmethod
+    def start(self) -> Memory:
+        """The memory before the first decision."""
+
+    @abstractmethod
+    def wishes(
+        self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
+    ) -> tuple[dict[str, Wish], Memory]:
+        """Wishes by replica id; a replica without one stays as it is.
+
+        ``snapshot`` holds only replicas with usable signals, ``modes`` the mode each is ordered to be in.
+        The same arguments give the same result.
+        """
+
+
+def by_load(views: Sequence[ReplicaView]) -> list[ReplicaView]:
+    """The replicas, least loaded first: queued prompt tokens, then queue, then batch; ties by id."""
+    return sorted(
+        views,
+        key=lambda view: (
+            view.report.waiting_prompt_tokens,
+            view.report.waiting,
+            view.report.running,
+            view.replica_id,
+        ),
+    )

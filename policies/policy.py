@@ -1,0 +1,203 @@
+"""The one ``decide``: a controller's wishes under the bounds that hold for every controller.
+
+The actor, a replica whose actor is gone, and the simulator all call :meth:`Policy.decide`. It has no clock
+and no I/O; the same arguments give the same result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.base import Controller, Memory, Wish, by_load
+from nestedfp.policies.controllers.static import StaticController
+from nestedfp.policies.controllers.threshold import ThresholdController
+from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.snapshot import Override, ReplicaView, Snapshot
+
+FLIP_WINDOW_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """What was ordered of one replica so far."""
+
+    mode: str
+    since_s: float = -math.inf
+    """Time of its last mode change."""
+    flips: tuple[float, ...] = ()
+    """Times of its mode changes within the last 60 s."""
+    reason: str = "as found"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyState:
+    """Everything a policy remembers between decisions."""
+
+    replicas: Mapping[str, ReplicaState] = field(default_factory=dict)
+    last_return_s: float = -math.inf
+    memory: Memory = None
+
+    def without(self, replica_id: str) -> PolicyState:
+        """This state with one replica forgotten."""
+        rest = {key: value for key, value in self.replicas.items() if key != replica_id}
+        return replace(self, replicas=rest)
+
+    def adopt(self, replica_id: str, mode: str, now: float, *, fresh: bool) -> PolicyState:
+        """This state with one replica taken over in ``mode``.
+
+        A ``fresh`` replica never had a target and may flip at once; any other may just have flipped under
+        another owner or by itself, so its dwell time starts now, and a change of mode counts as a flip.
+        """
+        before = self.replicas.get(replica_id)
+        flips = before.flips if before else ()
+        if before is not None and before.mode != mode:
+            flips = (*_recent(flips, now), now)
+        adopted = ReplicaState(mode, -math.inf if fresh else now, flips)
+        return replace(self, replicas={**self.replicas, replica_id: adopted})
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The mode of one replica from now on; ``previous`` is the one before this decision."""
+
+    mode: str
+    previous: str
+    reason: str
+    signal: str | None = None
+    value: float | None = None
+    threshold: float | None = None
+    limits: Mapping[str, float] | None = None
+    held: str | None = None
+    """A wish that was not granted, and why; None where nothing is held back."""
+
+    @property
+    def changed(self) -> bool:
+        return self.mode != self.previous
+
+
+class Policy:
+    """A controller with the bounds of its settings."""
+
+    def __init__(self, config: PolicyConfig, controller: Controller | None = None) -> None:
+        self.config = config
+        self._controller = controller or make_controller(config)
+
+    def start(self) -> PolicyState:
+        """The state before the first decision."""
+        return PolicyState(memory=self._controller.start())
+
+    def decide(
+        self, snapshot: Snapshot, state: PolicyState, now: float
+    ) -> tuple[dict[str, Assignment], PolicyState]:
+        """Targets for every replica of the snapshot, and the state for the next decision.
+
+        A replica not seen before keeps the mode it reports until its signals ask for another. Replicas that
+        left the snapshot are forgotten. A replica with unusable signals keeps its mode, manual pins
+        excepted.
+        """
+        known = {view.replica_id: _known(view, state) for view in snapshot.replicas}
+        limit = self.config.max_signal_age_s
+        faults = {view.replica_id: view.fault(limit) for view in snapshot.replicas}
+        usable = tuple(view for view in snapshot.replicas if faults[view.replica_id] is None)
+        wishes, memory = self._controller.wishes(
+            replace(snapshot, replicas=usable),
+            {replica_id: replica.mode for replica_id, replica in known.items()},
+            state.memory,
+            now,
+        )
+        last_return_s = state.last_return_s
+        targets: dict[str, Assignment] = {}
+        after: dict[str, ReplicaState] = {}
+        for view in by_load(snapshot.replicas):
+            replica_id = view.replica_id
+            before = known[replica_id]
+            pinned = snapshot.override is not None and snapshot.override.active(now)
+            if pinned and snapshot.override is not None:
+                wish, refusal = _pin(snapshot.override, now), None
+            else:
+                wish = wishes.get(replica_id) or Wish(before.mode, before.reason)
+                refusal = faults[replica_id] or self._refusal(wish, before, last_return_s, now)
+            if wish.mode == before.mode or refusal is not None:
+                targets[replica_id] = _stay(before, wish, refusal)
+                after[replica_id] = before
+                continue
+            if _returns(wish.mode, before.mode):
+                last_return_s = now
+            targets[replica_id] = _move(before, wish)
+            after[replica_id] = ReplicaState(wish.mode, now, (*_recent(before.flips, now), now), wish.reason)
+        return targets, PolicyState(after, last_return_s, memory)
+
+    def _refusal(self, wish: Wish, before: ReplicaState, last_return_s: float, now: float) -> str | None:
+        """Why a wish must wait; None if it may be granted now."""
+        if wish.mode == before.mode:
+            return None
+        dwell_left = before.since_s + self.config.min_dwell_s - now
+        if dwell_left > 0 and not wish.urgent:
+            return f"dwell time, {dwell_left:.2f} s left"
+        returns = _returns(wish.mode, before.mode)
+        gap_left = last_return_s + self.config.return_gap_s - now
+        if returns and gap_left > 0 and not wish.urgent:
+            return f"another replica returned just now, {gap_left:.2f} s left"
+        # A return keeps one flip in hand, so that the next burst can still be answered within the bound.
+        allowed = self.config.max_flips_per_minute - (1 if returns else 0)
+        if len(_recent(before.flips, now)) >= allowed:
+            return f"bound of {self.config.max_flips_per_minute} flips a minute"
+        return None
+
+
+def make_controller(config: PolicyConfig) -> Controller:
+    """The controller that ``config.controller`` names."""
+    if config.controller == "static-fp16":
+        return StaticController(FP16)
+    if config.controller == "static-fp8":
+        return StaticController(FP8)
+    return ThresholdController(config)
+
+
+def _known(view: ReplicaView, state: PolicyState) -> ReplicaState:
+    known = state.replicas.get(view.replica_id)
+    return known if known is not None else ReplicaState(mode=view.report.mode)
+
+
+def _recent(flips: tuple[float, ...], now: float) -> tuple[float, ...]:
+    return tuple(at for at in flips if at > now - FLIP_WINDOW_S)
+
+
+def _returns(mode: str, before: str) -> bool:
+    """Whether ``mode`` gives up speed for precision."""
+    speed = {FP16: 0, FP8: 2}
+    return speed.get(mode, 1) < speed.get(before, 1)
+
+
+def _pin(override: Override, now: float) -> Wish:
+    left_s = override.until_s - now
+    return Wish(override.mode, f"pinned by hand for {left_s:.0f} s more", "override", left_s, 0.0)
+
+
+def _move(before: ReplicaState, wish: Wish) -> Assignment:
+    return Assignment(
+        mode=wish.mode,
+        previous=before.mode,
+        reason=wish.reason,
+        signal=wish.signal,
+        value=wish.value,
+        threshold=wish.threshold,
+        limits=wish.limits,
+    )
+
+
+def _stay(before: ReplicaState, wish: Wish, refusal: str | None) -> Assignment:
+    held = None
+    if refusal is not None:
+        held = refusal if wish.mode == before.mode else f"{wish.mode} ({wish.reason}): {refusal}"
+    return Assignment(
+        mode=before.mode,
+        previous=before.mode,
+        reason=before.reason,
+        limits=wish.limits if wish.mode == before.mode else None,
+        held=held,
+    )
