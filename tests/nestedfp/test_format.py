@@ -1,0 +1,111 @@
+"""The byte format against references that share none of its code: IEEE arithmetic and brute force."""
+
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nestedfp.format import rebuild, row_exponents, split
+
+ALL_FP16 = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
+EXACT = ALL_FP16[ALL_FP16.abs().nan_to_num(nan=torch.inf) < 1.875]
+
+
+def e4m3_value(code: int) -> float:
+    """OCP 8-bit floating point, E4M3: bias 7, no infinities, S.1111.111 is NaN."""
+    sign, exponent, mantissa = -1.0 if code & 0x80 else 1.0, code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+E4M3 = np.array([e4m3_value(code) for code in range(256)])
+
+
+def test_covers_every_promised_pattern() -> None:
+    # |w| < 1.875 is 0x0000..0x3F7F of either sign
+    assert len(EXACT) == 2 * 0x3F80
+
+
+def test_rebuild_is_the_inverse_of_split_bit_for_bit() -> None:
+    rebuilt = rebuild(*split(EXACT))
+    assert torch.equal(rebuilt.view(torch.int16), EXACT.view(torch.int16))
+
+
+def test_rebuild_matches_arithmetic_on_struct_packed_halves() -> None:
+    # The value of every rebuilt pattern, read by Python's own half-precision decoder.
+    upper, lower = split(EXACT)
+    patterns = rebuild(upper, lower).view(torch.int16).tolist()
+    values = [struct.unpack("<e", struct.pack("<h", bits))[0] for bits in patterns]
+    assert values == EXACT.double().tolist()
+
+
+def test_upper_is_the_nearest_e4m3_by_brute_force() -> None:
+    upper = split(EXACT)[0].numpy()
+    scaled = EXACT.double().numpy() * 256
+    candidates = np.where(np.isnan(E4M3), np.inf, E4M3)
+    for code, value in zip(upper.tolist(), scaled.tolist(), strict=True):
+        distance = np.abs(candidates - value)
+        nearest = np.flatnonzero(distance == distance.min())
+        same_sign = [c for c in nearest.tolist() if bool(c & 0x80) == (math.copysign(1, value) < 0)]
+        # A tie goes to the code with an even mantissa; beyond 448 the largest code saturates.
+        expected = same_sign[0] if len(same_sign) == 1 else next(c for c in same_sign if c % 2 == 0)
+        assert code == expected, f"{value / 256!r}: upper {code:#04x}, nearest {expected:#04x}"
+
+
+def test_upper_agrees_with_torch_conversion_wherever_that_saturates_alike() -> None:
+    upper = split(EXACT)[0]
+    reference = (EXACT.float() * 256).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(upper, reference.view(torch.uint8))
+
+
+def test_lower_is_the_low_byte() -> None:
+    lower = split(EXACT)[1]
+    low_bytes = EXACT.view(torch.uint8).reshape(-1, 2)[:, 0]
+    assert torch.equal(lower, low_bytes)
+
+
+@pytest.mark.parametrize("value", [1.875, -1.875, 2.0, 65504.0, math.inf, -math.inf, math.nan])
+def test_split_refuses_what_cannot_be_rebuilt(value: float) -> None:
+    with pytest.raises(ValueError, match=r"1\.875"):
+        split(torch.tensor([0.5, value], dtype=torch.float16))
+
+
+def test_wrong_operands_are_named() -> None:
+    with pytest.raises(TypeError, match="float32"):
+        split(torch.zeros(3))
+    byte = torch.zeros(3, dtype=torch.uint8)
+    with pytest.raises(TypeError, match="lower"):
+        rebuild(byte, torch.zeros(3, dtype=torch.int8))
+    with pytest.raises(ValueError, match="shape"):
+        rebuild(byte, byte[:2])
+
+
+def smallest_exponent(largest: float) -> int:
+    """By search, not by formula."""
+    if largest == 0:
+        return 0
+    return next(s for s in range(-64, 128) if math.ldexp(largest, -s) <= 1.75)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=8),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_row_exponent_is_the_smallest_that_fits(values: list[float], dtype: torch.dtype) -> None:
+    row = torch.tensor([values], dtype=dtype)
+    assert row_exponents(row).tolist() == [smallest_exponent(float(row.double().abs().max()))]
+
+
+def test_row_exponent_range_ends() -> None:
+    tiny = torch.tensor([[2.0**-130]], dtype=torch.bfloat16)
+    assert row_exponents(tiny).tolist() == [-64]
+    largest = torch.tensor([[1.75 * 2.0**127]], dtype=torch.bfloat16)
+    assert row_exponents(largest).tolist() == [127]
+    with pytest.raises(ValueError, match="row 1"):
+        row_exponents(torch.tensor([[1.0], [1.9 * 2.0**127]], dtype=torch.bfloat16))
