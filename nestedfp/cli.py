@@ -1,0 +1,75 @@
+"""The command `nestedfp`. Each subcommand's module is imported only when it is called."""
+
+import argparse
+import importlib
+import sys
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand: `module` offers `add_arguments(parser)` and `run(args) -> int | None`."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "serve": Command(
+        "nestedfp.deployments.serve", "serve a model on Ray Serve behind an OpenAI-compatible endpoint"
+    ),
+    "demo": Command(
+        "nestedfp.deployments.demo", "replay a burst on two CPU replicas and report what the policy did"
+    ),
+    "replay": Command("nestedfp.loadtests.replay", "replay a trace against any OpenAI-compatible endpoint"),
+    "simulate": Command(
+        "nestedfp.policies.simulate", "replay a trace against simulated engines under a policy"
+    ),
+    "bench kernels": Command("nestedfp.kernels.bench", "time the GPU kernels against cuBLAS and torch"),
+    "bench engine": Command(
+        "nestedfp.vllm.bench", "time vLLM engines: plain 16 bits, online FP8, NestedFP in both"
+    ),
+    "tune kernels": Command(
+        "nestedfp.kernels.tune", "time kernel configurations on this device and write the table"
+    ),
+}
+
+
+def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the arguments of the `selected` command are filled in (its module is imported)."""
+    parser = argparse.ArgumentParser(
+        prog="nestedfp", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    groups = {"": parser.add_subparsers(metavar="COMMAND", required=True)}
+    for name, command in COMMANDS.items():
+        group, _, leaf = name.rpartition(" ")
+        if group not in groups:
+            parent = groups[""].add_parser(group, help=f"{group} kernels or engines")
+            groups[group] = parent.add_subparsers(metavar="WHAT", required=True)
+        child = groups[group].add_parser(leaf, help=command.help, description=command.help)
+        if name == selected:
+            module = importlib.import_module(command.module)
+            module.add_arguments(child)
+            child.set_defaults(module=module)
+    return parser
+
+
+def selected_command(arguments: list[str]) -> str | None:
+    """The command that `arguments` begin with, or None."""
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = build_parser(selected_command(arguments)).parse_args(arguments)
+    module: ModuleType = args.module
+    return int(module.run(args) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
