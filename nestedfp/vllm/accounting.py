@@ -1,0 +1,106 @@
+"""Counts of what was executed: steps, tokens, flips, and tokens by request."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
+from nestedfp.vllm.step import StepReport, StepTag
+
+_EWMA_WEIGHT = 0.1
+
+# vLLM derives its internal id from the one that the client sees: `-<8 hex digits>` is appended to every
+# request, `-<i>` before that to each prompt of a completion, and `<i>_` is put in front of each sample.
+_SAMPLE = re.compile(r"^\d+_(?=.)")
+_SUFFIX = re.compile(r"-[0-9a-f]{8}$")
+_PROMPT = re.compile(r"[-_]\d+$")
+
+
+def client_ids(request_id: str) -> list[str]:
+    """The ids by which a client may know the request that vLLM calls `request_id`."""
+    whole = [request_id, _SAMPLE.sub("", request_id)]
+    bare = [_SUFFIX.sub("", name) for name in whole]
+    prompts = [_PROMPT.sub("", name) for name in bare]
+    return list(dict.fromkeys([*whole, *bare, *prompts]))
+
+
+class RequestTokens:
+    """Executed tokens by request and plan, for at most `capacity` requests; the oldest go first.
+
+    A request that was taken or evicted is forgotten: late steps of it are not counted again.
+    """
+
+    def __init__(self, capacity: int = 16384) -> None:
+        self._capacity = capacity
+        self._tokens: OrderedDict[str, dict[str, int]] = OrderedDict()
+        self._ids: dict[str, list[str]] = {}
+
+    def open(self, request_id: str) -> None:
+        if request_id in self._tokens:
+            return
+        self._tokens[request_id] = {}
+        for name in client_ids(request_id):
+            self._ids.setdefault(name, []).append(request_id)
+        if len(self._tokens) > self._capacity:
+            self._drop(next(iter(self._tokens)))
+
+    def add(self, scheduled: Mapping[str, int], plan: str) -> None:
+        entries = self._tokens
+        for request_id, tokens in scheduled.items():
+            entry = entries.get(request_id)
+            if entry is not None:
+                entry[plan] = entry.get(plan, 0) + tokens
+
+    def take(self, client_id: str) -> dict[str, int] | None:
+        """The tokens of all requests that the client knows by this id, removed; None if there are none."""
+        request_ids = self._ids.get(client_id)
+        if request_ids is None:
+            return None
+        total: dict[str, int] = {"fp16": 0, "fp8": 0}
+        for request_id in list(request_ids):
+            for plan, tokens in self._drop(request_id).items():
+                total[plan] = total.get(plan, 0) + tokens
+        return total
+
+    def _drop(self, request_id: str) -> dict[str, int]:
+        for name in client_ids(request_id):
+            siblings = self._ids[name]
+            siblings.remove(request_id)
+            if not siblings:
+                del self._ids[name]
+        return self._tokens.pop(request_id)
+
+
+class StepCounts:
+    """Totals over executed steps, as the workers reported them."""
+
+    def __init__(self, plans: Iterable[str]) -> None:
+        names = list(plans)
+        self.steps = dict.fromkeys(names, 0)
+        self.tokens = dict.fromkeys(names, 0)
+        self.step_time_s: dict[str, float | None] = dict.fromkeys(names)
+        self.current = "fp16"
+        self.flips = 0
+        self.last_flip_seconds: float | None = None
+        self.last_flip_reason: str | None = None
+        self.mixed_steps: int | None = None
+        self._last_output_at = 0.0
+
+    def add(self, tag: StepTag, report: StepReport, tokens: int, now: float) -> None:
+        """Counts one executed step of `tokens` scheduled tokens, whose output arrived at `now`."""
+        plan = report.plan
+        self.steps[plan] += 1
+        self.tokens[plan] += tokens
+        if plan != self.current:
+            self.flips += 1
+            self.current = plan
+            self.last_flip_reason = tag.reason
+            self.last_flip_seconds = report.flip_seconds
+        if report.mismatches is not None:
+            mixed = report.mismatches > 0 or plan != tag.plan
+            self.mixed_steps = (self.mixed_steps or 0) + mixed
+        # With asynchronous scheduling a step is scheduled while its predecessor runs: its own time
+        # starts with the predecessor's output.
+        seconds = now - max(tag.scheduled_at, self._last_output_at)
+        mean = self.step_time_s[plan]
+        self.step_time_s[plan] = seconds if mean is None else mean + _EWMA_WEIGHT * (seconds - mean)
+        self._last_output_at = now

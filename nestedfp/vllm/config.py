@@ -1,0 +1,70 @@
+"""The quantization configuration that `quantization="nestedfp"` selects."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+
+from nestedfp.vllm import compat
+from nestedfp.vllm.active import ACTIVE
+from nestedfp.vllm.linear import NestedLinearMethod, PlainLinearMethod
+from nestedfp.vllm.settings import METHOD, Settings
+
+_QuantizationConfig: Any = compat.quantization_base()
+_LinearBase = compat.linear_classes()[0]
+
+_PLAIN_KINDS = {
+    "gate": "router gate",
+    "shared_expert_gate": "router gate",
+    "kv_b_proj": "attention reads its weight directly (kv_b_proj)",
+}
+
+
+class NestedFPConfig(_QuantizationConfig):  # type: ignore[misc]
+    """Nests every linear layer; embeddings, the language-model head and MoE experts stay as they are."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or Settings()
+
+    @classmethod
+    def get_name(cls) -> str:
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(Settings.from_dict(config))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if not isinstance(layer, _LinearBase):
+            if "experts" in type(layer).__name__.lower() or "moe" in type(layer).__name__.lower():
+                ACTIVE.note_layer(prefix, "mixture-of-experts weights")
+            return None
+        reason = _PLAIN_KINDS.get(prefix.rpartition(".")[2])
+        if reason is not None:
+            return PlainLinearMethod(prefix, reason)
+        return NestedLinearMethod(prefix, self.settings.inexact)
+
+
+def settings_of(vllm_config: Any) -> Settings:
+    """The settings of an engine; raises ValueError where it was started without `quantization="nestedfp"`."""
+    quantization = vllm_config.quant_config
+    if not isinstance(quantization, NestedFPConfig):
+        raise ValueError(
+            f"the nestedfp scheduler and worker need quantization={METHOD!r}, but the engine has "
+            f"{vllm_config.model_config.quantization!r}; start it with nestedfp.vllm.engine_arguments()"
+        )
+    settings: Settings = quantization.settings
+    return settings

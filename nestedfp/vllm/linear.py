@@ -1,0 +1,97 @@
+"""vLLM's linear method over nested weights."""
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from nestedfp.kernels import preferred_order
+from nestedfp.vllm import compat
+from nestedfp.vllm.active import ACTIVE, NESTED, layer_kind
+from nestedfp.vllm.op import planned_linear
+from nestedfp.vllm.settings import Inexact
+from nestedfp.weight import DTYPES, InexactRowsError, NestedWeight, NonFiniteWeightError, nest
+
+# Under vLLM's own logger, which is the only one that its processes configure.
+logger = logging.getLogger("vllm.nestedfp")
+
+_, _LinearMethodBase, _UnquantizedLinearMethod = compat.linear_classes()
+
+
+class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
+    """Loads a layer's 16-bit weight with vLLM's own loaders, then keeps it as bytes and exponents.
+
+    After the load the layer has the parameters `weight_upper`, `weight_lower` (uint8 [N, K]) and
+    `weight_row_exponent` (uint8 [N]) in place of `weight`; whether it has them is settled by the first
+    load, so that weights can be reloaded into the same storage and compiled code stays valid.
+    """
+
+    def __init__(self, name: str, inexact: Inexact) -> None:
+        self._name = name
+        self._kind = layer_kind(name)
+        self._inexact = inexact
+        self._plain = _UnquantizedLinearMethod()
+        self._is_plain: bool | None = None
+        self._order = ""
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self._plain.create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        if self._is_plain is None:
+            self._is_plain = layer.weight.dtype not in DTYPES
+            if self._is_plain:
+                ACTIVE.note_layer(self._name, f"dtype {layer.weight.dtype}")
+        nested = None if self._is_plain else self._nest(layer.weight.data)
+        if nested is None:
+            self._is_plain = True
+            self._plain.process_weights_after_loading(layer)
+            return
+        self._is_plain = False
+        self._order = nested.order.value
+        del layer.weight
+        for name in ("upper", "lower", "row_exponent"):
+            parameter = nn.Parameter(getattr(nested, name), requires_grad=False)
+            layer.register_parameter(f"weight_{name}", parameter)
+        ACTIVE.note_layer(self._name, NESTED, layer.weight_row_exponent)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._is_plain:
+            y: Tensor = self._plain.apply(layer, x, bias)
+            return y
+        product: Tensor = planned_linear(
+            x,
+            layer.weight_upper,
+            layer.weight_lower,
+            layer.weight_row_exponent,
+            bias,
+            self._kind,
+            self._order,
+        )
+        return product
+
+    def _nest(self, weight: Tensor) -> NestedWeight | None:
+        """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity."""
+        N, K = weight.shape
+        settled = self._is_plain is False
+        try:
+            order = preferred_order(weight.device, N, K)
+            return nest(weight, order=order, require_exact=not settled and self._inexact is Inexact.PLAIN)
+        except InexactRowsError as error:
+            ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
+            logger.warning("layer %s stays plain 16-bit: %s", self._name, error)
+            return None
+        except NonFiniteWeightError as error:
+            raise NonFiniteWeightError(f"layer {self._name}: {error}") from error
+
+
+class PlainLinearMethod(_UnquantizedLinearMethod):  # type: ignore[misc]
+    """A linear layer that is left as it is, and counted with the reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__()
+        ACTIVE.note_layer(name, reason)
+
+
+compat.register_stock_weight_loaders(NestedLinearMethod)
+compat.register_stock_weight_loaders(PlainLinearMethod)

@@ -1,0 +1,44 @@
+"""The operator behind every nested layer.
+
+It is opaque to torch.compile: the graph holds one call, and the plan is read inside it, at run time or
+at CUDA-graph capture. A branch in `apply` would be compiled in, and a flip silently ignored.
+"""
+
+import torch
+from torch import Tensor
+
+from nestedfp.kernels import linear_16bit, linear_fp8
+from nestedfp.kernels.layout import KOrder
+from nestedfp.precision import Precision
+from nestedfp.vllm.active import ACTIVE
+
+_LIBRARY = torch.library.Library("nestedfp", "FRAGMENT")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor upper, Tensor lower, Tensor row_exponent, Tensor? bias, str kind, str order)"
+    " -> Tensor"
+)
+
+
+def _linear(
+    x: Tensor, upper: Tensor, lower: Tensor, row_exponent: Tensor, bias: Tensor | None, kind: str, order: str
+) -> Tensor:
+    precision = ACTIVE.plan.precision(kind)
+    if ACTIVE.record is not None:
+        ACTIVE.record.write(row_exponent, precision)
+    if precision is Precision.FP8:
+        return linear_fp8(x, upper, row_exponent, bias, order=KOrder(order))
+    return linear_16bit(x, upper, lower, row_exponent, bias, order=KOrder(order))
+
+
+def _linear_shape(
+    x: Tensor, upper: Tensor, lower: Tensor, row_exponent: Tensor, bias: Tensor | None, kind: str, order: str
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], upper.shape[0]))
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("linear", _linear, _key)
+_LIBRARY._register_fake("linear", _linear_shape)
+
+planned_linear = torch.ops.nestedfp.linear
+"""y [..., N] = x [..., K] times a nested weight, in the precision that the active plan gives its kind."""

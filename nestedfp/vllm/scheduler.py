@@ -1,0 +1,122 @@
+"""vLLM's schedulers, with a plan chosen for every step.
+
+The tag travels inside the `SchedulerOutput` to all ranks, so that every rank runs the step under the
+plan it was scheduled with, however many steps are in flight.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from nestedfp.vllm import compat
+from nestedfp.vllm.accounting import RequestTokens, StepCounts
+from nestedfp.vllm.choice import StepFacts
+from nestedfp.vllm.config import settings_of
+from nestedfp.vllm.control import PRECISION_ARGUMENT
+from nestedfp.vllm.selection import PlanSelection
+from nestedfp.vllm.status import EngineStatus
+from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
+
+# Under vLLM's own logger, which is the only one that its processes configure.
+logger = logging.getLogger("vllm.nestedfp")
+
+_Scheduler, _AsyncScheduler = compat.schedulers()
+
+
+class PrecisionMixin:
+    """Tags each step that has tokens, and counts what the workers report to have run."""
+
+    # vLLM's scheduler, which comes after this class in the method resolution order.
+    requests: dict[str, Any]
+    waiting: Any
+    kv_cache_manager: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = settings_of(self.vllm_config)  # type: ignore[attr-defined]
+        self.selection = PlanSelection(settings)
+        self.counts = StepCounts(settings.plans)
+        self.request_tokens = RequestTokens()
+
+    def add_request(self, request: Any) -> None:
+        self.request_tokens.open(request.request_id)
+        if is_strict(request.sampling_params):
+            self.selection.pin(request.request_id)
+        super().add_request(request)  # type: ignore[misc]
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.selection.unpin(output.finished_req_ids)
+        if output.total_num_scheduled_tokens:
+            scheduled = output.num_scheduled_tokens
+            plan, reason = self.selection.select(
+                scheduled, lambda: self._facts(output.total_num_scheduled_tokens)
+            )
+            setattr(output, TAG, StepTag(plan, reason, time.monotonic()))
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if scheduler_output.total_num_scheduled_tokens:
+            tag: StepTag = getattr(scheduler_output, TAG)
+            report: StepReport | None = getattr(model_runner_output, REPORT, None)
+            if report is None:
+                raise RuntimeError(
+                    "the worker sent no precision report with its output; start the engine with the "
+                    "worker_cls of nestedfp.vllm.engine_arguments()"
+                )
+            scheduled = scheduler_output.num_scheduled_tokens
+            self.counts.add(tag, report, scheduler_output.total_num_scheduled_tokens, time.monotonic())
+            self.request_tokens.add(scheduled, report.plan)
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+    def precision_status(self, worker_facts: Mapping[str, Any]) -> EngineStatus:
+        """The state now; `worker_facts` is what the worker told about its layers and graphs."""
+        running, waiting = self.get_request_counts()  # type: ignore[attr-defined]
+        now = time.time()
+        arrivals = [request.arrival_time for request in self.waiting]
+        prompt_tokens = sum(
+            max(0, request.num_prompt_tokens - request.num_computed_tokens) for request in self.waiting
+        )
+        counts = self.counts
+        return EngineStatus(
+            mode=self.selection.mode,
+            epoch=self.selection.epoch,
+            current=counts.current,
+            steps=dict(counts.steps),
+            tokens=dict(counts.tokens),
+            flips=counts.flips,
+            last_flip_seconds=counts.last_flip_seconds,
+            last_flip_reason=counts.last_flip_reason,
+            mixed_steps=counts.mixed_steps,
+            running=running,
+            waiting=waiting,
+            waiting_prompt_tokens=prompt_tokens,
+            oldest_waiting_s=max(0.0, now - min(arrivals)) if arrivals else 0.0,
+            kv_usage=self.kv_cache_manager.usage,
+            step_time_s=dict(counts.step_time_s),
+            strict_running=self.selection.strict_count,
+            at=time.monotonic(),
+            **worker_facts,
+        )
+
+    def _facts(self, tokens: int) -> StepFacts:
+        _, waiting = self.get_request_counts()  # type: ignore[attr-defined]
+        return StepFacts(tokens, waiting, self.kv_cache_manager.usage)
+
+
+def is_strict(sampling_params: Any) -> bool:
+    """Whether a request insists on 16 bits; an unknown value is logged and counts as no wish."""
+    arguments = getattr(sampling_params, "extra_args", None) or {}
+    value = arguments.get(PRECISION_ARGUMENT)
+    if value not in (None, "any", "fp16"):
+        logger.warning("%s is %r, expected 'fp16' or 'any'; ignored", PRECISION_ARGUMENT, value)
+    return bool(value == "fp16")
+
+
+class PrecisionScheduler(PrecisionMixin, _Scheduler):  # type: ignore[misc]
+    """For a CPU, or with asynchronous scheduling off."""
+
+
+class AsyncPrecisionScheduler(PrecisionMixin, _AsyncScheduler):  # type: ignore[misc]
+    """For a GPU."""

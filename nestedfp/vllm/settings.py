@@ -1,0 +1,66 @@
+"""The plugin's settings, as they ride in a model's `quantization_config`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from nestedfp.vllm.choice import Limits
+from nestedfp.vllm.plan import AUTO, Plan, configured_plans
+
+METHOD = "nestedfp"
+
+
+class Inexact(StrEnum):
+    """What becomes of a layer with rows that would not rebuild bit for bit."""
+
+    PLAIN = "plain"
+    NEAREST = "nearest"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parsed settings; the defaults hold for `--quantization nestedfp` without more."""
+
+    inexact: Inexact = Inexact.PLAIN
+    plans: Mapping[str, Plan] = field(default_factory=lambda: configured_plans({}))
+    target: str = "fp16"
+    """The target at start."""
+    limits: Limits = field(default_factory=Limits)
+    """Thresholds of `auto`."""
+    check_steps: bool = False
+    """Record on the device what every layer ran and compare after each step (always on for a CPU)."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Settings from the keys of `quantization_config`; raises ValueError naming a bad key or value."""
+        known = {"quant_method", "inexact", "plans", "target", "limits", "check_steps"}
+        if unknown := data.keys() - known:
+            raise ValueError(f"quantization_config: unknown keys {sorted(unknown)}, expected {sorted(known)}")
+        if data.get("quant_method", METHOD) != METHOD:
+            raise ValueError(
+                f"quantization_config: quant_method is {data['quant_method']!r}, expected {METHOD!r}"
+            )
+        settings = cls(
+            inexact=_inexact(data.get("inexact", Inexact.PLAIN)),
+            plans=configured_plans(data.get("plans", {})),
+            target=data.get("target", "fp16"),
+            limits=Limits.from_dict(data.get("limits", {})),
+            check_steps=bool(data.get("check_steps", False)),
+        )
+        settings.check_mode(settings.target)
+        return settings
+
+    def check_mode(self, mode: str) -> None:
+        """Raises ValueError unless `mode` is `auto` or a configured plan."""
+        if mode != AUTO and mode not in self.plans:
+            raise ValueError(f"mode is {mode!r}, expected one of {[*self.plans, AUTO]}")
+
+
+def _inexact(value: str) -> Inexact:
+    try:
+        return Inexact(value)
+    except ValueError as error:
+        raise ValueError(
+            f"quantization_config: inexact is {value!r}, expected one of {[known.value for known in Inexact]}"
+        ) from error

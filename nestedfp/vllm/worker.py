@@ -1,0 +1,114 @@
+"""vLLM's worker, with the plan set before each step and reported after it."""
+
+import copy
+import logging
+import time
+from typing import Any
+
+from nestedfp.vllm import compat
+from nestedfp.vllm.active import ACTIVE
+from nestedfp.vllm.config import settings_of
+from nestedfp.vllm.plan import Plan
+from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
+
+# Under vLLM's own logger, which is the only one that its processes configure.
+logger = logging.getLogger("vllm.nestedfp")
+
+_AsyncModelRunnerOutput: Any = compat.async_model_runner_output()
+
+
+class PrecisionMixin:
+    """Flips before a step whose tag asks for another plan; the only writer of `ACTIVE.plan`."""
+
+    vllm_config: Any
+    device: Any
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.precision_settings = settings_of(vllm_config)
+        refuse_unsupported(vllm_config)
+        self._report: StepReport | None = None
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        # vLLM's compile cache knows the configuration, not which layers were nested: tell it, or code
+        # compiled for another mix of nested and plain layers would be taken.
+        states = sorted(ACTIVE.layers.items())
+        self.vllm_config.additional_config = {**self.vllm_config.additional_config, "nestedfp": states}
+        if self.precision_settings.check_steps or self.device.type == "cpu":
+            ACTIVE.start_recording(self.device)
+        counts, reasons = ACTIVE.layer_counts()
+        logger.info("nestedfp: %(nested)d linear layers nested, %(plain)d plain", counts)
+        for reason, count in reasons.items():
+            logger.info("nestedfp: %d layers plain: %s", count, reason)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        tag: StepTag | None = getattr(scheduler_output, TAG, None)
+        if tag is None:
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
+        plan = self.precision_settings.plans[tag.plan]
+        flip_seconds = None
+        if plan is not ACTIVE.plan:
+            start = time.perf_counter()
+            self.flip(plan)
+            flip_seconds = time.perf_counter() - start
+        self._report = StepReport(plan.name, flip_seconds, None)
+        return self._with_report(super().execute_model(scheduler_output))  # type: ignore[misc]
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def flip(self, plan: Plan) -> None:
+        """Puts `plan` in force for the next step."""
+        ACTIVE.plan = plan
+
+    def precision_facts(self) -> dict[str, Any]:
+        """What only the worker knows, for the engine's status."""
+        layers, reasons = ACTIVE.layer_counts()
+        return {"layers": layers, "plain_reasons": reasons}
+
+    def _with_report(self, output: Any) -> Any:
+        """`output` with the step's report; None, which means that sampling is still to come, stays."""
+        if output is None or self._report is None:
+            return output
+        report, self._report = self._report, None
+        if ACTIVE.record is not None:
+            mismatches = ACTIVE.record.take_mismatches(ACTIVE.plan)
+            if mismatches:
+                logger.error("nestedfp: %d layers did not run plan %s", mismatches, report.plan)
+            report = StepReport(report.plan, report.flip_seconds, mismatches)
+        if isinstance(output, _AsyncModelRunnerOutput):
+            return ReportedOutput(output, report)
+        return attach(output, report)
+
+
+class ReportedOutput(_AsyncModelRunnerOutput):  # type: ignore[misc]
+    """An output that is still on the device, and the report to attach once it has arrived."""
+
+    def __init__(self, pending: Any, report: StepReport) -> None:
+        self._pending = pending
+        self._report = report
+
+    def get_output(self) -> Any:
+        return attach(self._pending.get_output(), self._report)
+
+
+def attach(output: Any, report: StepReport) -> Any:
+    # vLLM shares one constant among all empty outputs: never write to what was handed over.
+    reported = copy.copy(output)
+    setattr(reported, REPORT, report)
+    return reported
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Raises ValueError for what this plugin does not do, saying what to do instead."""
+    parallel = vllm_config.parallel_config
+    refusals = {
+        "LoRA": (vllm_config.lora_config is not None, "merge the adapter into the checkpoint"),
+        "speculative decoding": (vllm_config.speculative_config is not None, "drop speculative_config"),
+        "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use tensor_parallel_size instead"),
+        "data parallelism": (parallel.data_parallel_size > 1, "start one engine per rank"),
+    }
+    for feature, (wanted, remedy) in refusals.items():
+        if wanted:
+            raise ValueError(f"quantization nestedfp does not support {feature} yet; {remedy}")

@@ -1,0 +1,42 @@
+import logging
+
+import pytest
+
+import nestedfp.vllm
+from nestedfp.vllm import compat
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.1", "0.33.0rc1", "0.32.0+cpu", "0.33.1.dev7"])
+def test_seen_versions_pass(version: str) -> None:
+    compat.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.25.9", "0.34.0", "1.0", "dev"])
+def test_another_version_is_refused_with_a_way_out(version: str) -> None:
+    with pytest.raises(compat.UnsupportedVLLMError, match=r"0\.26 to 0\.33.*set NESTEDFP_ANY_VLLM=1"):
+        compat.check_version(version)
+
+
+def test_the_refusal_can_be_overridden(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(compat.OVERRIDE, "1")
+    logger = logging.getLogger("vllm.nestedfp")
+    logger.addHandler(caplog.handler)
+    compat.check_version("0.34.0")
+    logger.removeHandler(caplog.handler)
+    assert "continuing because NESTEDFP_ANY_VLLM=1" in caplog.text
+
+
+def test_an_unsupported_vllm_stays_usable_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_version", lambda: "0.99")
+    nestedfp.vllm.register()
+    with pytest.raises(compat.UnsupportedVLLMError):
+        nestedfp.vllm.engine_arguments("cpu")
+
+
+def test_engine_arguments_refuse_a_bad_setting_and_device() -> None:
+    with pytest.raises(ValueError, match="inexact is 'x'"):
+        nestedfp.vllm.engine_arguments("cpu", inexact="x")
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        nestedfp.vllm.engine_arguments("tpu")  # type: ignore[arg-type]

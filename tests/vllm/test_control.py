@@ -1,0 +1,78 @@
+"""EngineControl against the real command handler, with a scheduler that is only its precision parts."""
+
+from typing import Any
+
+import pytest
+
+from nestedfp.vllm.accounting import RequestTokens
+from nestedfp.vllm.control import UTILITY, EngineControl
+from nestedfp.vllm.core import nestedfp_control
+from nestedfp.vllm.selection import PlanSelection
+from nestedfp.vllm.settings import Settings
+from nestedfp.vllm.status import EngineStatus
+
+
+class Scheduler:
+    def __init__(self) -> None:
+        self.selection = PlanSelection(Settings())
+        self.request_tokens = RequestTokens()
+
+    def precision_status(self, facts: dict[str, Any]) -> EngineStatus:
+        return EngineStatus(
+            mode=self.selection.mode, epoch=self.selection.epoch, current="fp16", steps={}, tokens={},
+            flips=0, last_flip_seconds=None, last_flip_reason=None, mixed_steps=None,
+            running=0, waiting=0, waiting_prompt_tokens=0, oldest_waiting_s=0.0, kv_usage=0.0, step_time_s={}, strict_running=0,
+            at=1.0, **facts,
+        )  # fmt: skip
+
+
+class Core:
+    """vLLM's `EngineCore` and the client in front of it, in one."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.rpcs = 0
+
+    def collective_rpc(self, method: str) -> list[dict[str, Any]]:
+        assert method == "precision_facts"
+        self.rpcs += 1
+        return [{"layers": {"nested": 4, "plain": 0}, "plain_reasons": {}}]
+
+    async def call_utility_async(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
+        assert method == UTILITY
+        return nestedfp_control(self, request)
+
+
+class Engine:
+    def __init__(self, scheduler: Any) -> None:
+        self.engine_core = Core(scheduler)
+
+
+async def test_a_target_and_the_status_travel_through() -> None:
+    engine = Engine(Scheduler())
+    control = EngineControl(engine)
+    await control.set_target("fp8", epoch=7, reason="burst")
+    status = await control.status()
+    assert (status.mode, status.epoch, status.layers) == ("fp8", 7, {"nested": 4, "plain": 0})
+    await control.status()
+    assert engine.engine_core.rpcs == 1
+
+
+async def test_a_refused_target_is_a_value_error() -> None:
+    control = EngineControl(Engine(Scheduler()))
+    with pytest.raises(ValueError, match="mode is 'int4'"):
+        await control.set_target("int4")
+
+
+async def test_tokens_of_an_unknown_request_are_none() -> None:
+    assert await EngineControl(Engine(Scheduler())).take_request_tokens("cmpl-1") is None
+
+
+async def test_an_engine_with_another_scheduler_says_so() -> None:
+    with pytest.raises(ValueError, match="scheduler is object, which takes no precision target"):
+        await EngineControl(Engine(object())).status()
+
+
+def test_a_status_of_another_version_names_the_fields() -> None:
+    with pytest.raises(ValueError, match="unknown \\['speed'\\]"):
+        EngineStatus.from_dict({"speed": 1})

@@ -1,0 +1,34 @@
+import pytest
+
+from nestedfp.precision import Precision
+from nestedfp.vllm.settings import Inexact, Settings
+
+
+def test_defaults_serve_fp16_and_fp8() -> None:
+    settings = Settings.from_dict({})
+    assert settings == Settings()
+    assert list(settings.plans) == ["fp16", "fp8"]
+    assert settings.inexact is Inexact.PLAIN
+
+
+def test_a_named_plan_gives_its_kinds_fp8_and_all_others_fp16() -> None:
+    plan = Settings.from_dict({"plans": {"mlp": ["gate_up_proj", "down_proj"]}}).plans["mlp"]
+    assert plan.precision("down_proj") is Precision.FP8
+    assert plan.precision("qkv_proj") is Precision.FP16
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"precision": "fp8"}, r"unknown keys \['precision'\]"),
+        ({"quant_method": "fp8"}, "quant_method is 'fp8', expected 'nestedfp'"),
+        ({"inexact": "drop"}, r"inexact is 'drop', expected one of \['plain', 'nearest'\]"),
+        ({"target": "mlp"}, "mode is 'mlp', expected one of"),
+        ({"plans": {"fp8": ["down_proj"]}}, "'fp8' is already a mode"),
+        ({"plans": {"mlp": "down_proj"}}, "expected a list of layer kinds"),
+        ({"plans": {"mlp": []}}, "expected a list of layer kinds"),
+    ],
+)
+def test_bad_settings_are_named(data: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.from_dict(data)
