@@ -19,11 +19,25 @@ class Scheduler:
 
     def precision_status(self, facts: dict[str, Any]) -> EngineStatus:
         return EngineStatus(
-            mode=self.selection.mode, epoch=self.selection.epoch, current="fp16", steps={}, tokens={},
-            flips=0, last_flip_seconds=None, last_flip_reason=None, mixed_steps=None,
-            running=0, waiting=0, waiting_prompt_tokens=0, oldest_waiting_s=0.0, kv_usage=0.0, step_time_s={}, strict_running=0,
-            at=1.0, **facts,
-        )  # fmt: skip
+            mode=self.selection.mode,
+            epoch=self.selection.epoch,
+            current="fp16",
+            steps={},
+            tokens={},
+            flips=0,
+            last_flip_seconds=None,
+            last_flip_reason=None,
+            mixed_steps=None,
+            running=0,
+            waiting=0,
+            waiting_prompt_tokens=0,
+            oldest_waiting_s=0.0,
+            kv_usage=0.0,
+            step_time_s={},
+            strict_running=0,
+            at=1.0,
+            **facts,
+        )
 
 
 class Core:
