@@ -103,7 +103,8 @@ class PolicyActor:
         self._decide_when_due()
         if entry.epoch == known_epoch and wait_s > 0:
             try:
-                await asyncio.wait_for(entry.changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await entry.changed.wait()
             except TimeoutError:
                 self._decide_when_due()
         if self._entries.get(message.replica_id) is not entry or entry.report.boot_id != message.boot_id:
@@ -129,7 +130,7 @@ class PolicyActor:
         self._decide(self._now())
 
     def status(self) -> dict[str, Any]:
-        """The whole state for dashboards: targets, last reports, what is held back and why, and the log's tail."""
+        """The whole state for dashboards: targets, last reports, what is held back and why, the log."""
         now = self._now()
         override = self._override
         active = override is not None and override.active(now)

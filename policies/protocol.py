@@ -164,10 +164,12 @@ class Target:
         for field in ("reason", "owner", "boot_id"):
             if not isinstance(getattr(self, field), str):
                 raise InvalidField(field, getattr(self, field), "give a string")
-        if self.limits is not None:
-            for key, value in checks.mapping("limits", self.limits, self.limits).items():
-                checks.name(f"limits.{key}", key)
-                checks.number(f"limits.{key}", value)
+        if self.limits is None:
+            return
+        if not isinstance(self.limits, Mapping):
+            raise InvalidField("limits", self.limits, "give a mapping from names to numbers, or nothing")
+        for key, value in self.limits.items():
+            checks.number(f"limits.{checks.name('limits', key)}", value)
 
     def to_dict(self) -> dict[str, Any]:
         """The message as plain values (JSON types only)."""

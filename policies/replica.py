@@ -131,7 +131,7 @@ class ReplicaControl:
         return accepted
 
     def order(self) -> Order:
-        """The mode in force from now; without a lease this runs ``decide`` on the replica's own last report."""
+        """The mode in force from now; without a lease, what ``decide`` says of the replica's own report."""
         now = self._clock()
         target = self._target
         if target is not None and self._leased():
@@ -218,7 +218,9 @@ async def _talk(control: ReplicaControl, sync: Sync, signals: Signals, news: asy
     while True:
         call = control.begin(await signals())
         try:
-            answer = await asyncio.wait_for(sync(call.report.to_dict(), call.known_epoch, wait_s), timeout_s)
+            # Not wait_for: before Python 3.12 it may swallow a cancellation that meets the answer.
+            async with asyncio.timeout(timeout_s):
+                answer = await sync(call.report.to_dict(), call.known_epoch, wait_s)
             control.finish(call, answer)
         except (ActorUnavailable, TimeoutError, InvalidField) as error:
             logger.warning("no target from the policy actor: %s", error or type(error).__name__)
@@ -242,7 +244,8 @@ async def _reconcile(control: ReplicaControl, apply: Apply, news: asyncio.Event)
         if control.lease_left_s > 0:
             patience_s = min(patience_s, control.lease_left_s)
         try:
-            await asyncio.wait_for(news.wait(), patience_s)
+            async with asyncio.timeout(patience_s):
+                await news.wait()
         except TimeoutError:
             continue
         news.clear()

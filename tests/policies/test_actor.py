@@ -1,0 +1,244 @@
+"""The actor: delivery, registration, restarts, repeated and late messages, clocks that jump."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nestedfp.policies.actor import FORGET_AFTER_S, PolicyActor, RetiredReplica
+from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.protocol import ReplicaReport
+
+Report = Callable[..., ReplicaReport]
+
+SETTINGS: dict[str, Any] = {
+    "thresholds": {"waiting": {"high": 8, "low": 1}},
+    "decide_interval_s": 0.01,
+    "min_dwell_s": 1.0,
+    "calm_s": 1.0,
+    "lease_s": 5.0,
+}
+
+
+@pytest.fixture
+def actor(clock: Any) -> PolicyActor:
+    return PolicyActor(SETTINGS, clock=clock, wall=lambda: 5e9, owner="owner-1")
+
+
+async def test_registration_is_answered_at_once(actor: PolicyActor, report: Report) -> None:
+    answer = await asyncio.wait_for(actor.sync(report().to_dict(), 0, 1.5), 0.5)
+    assert (answer["epoch"], answer["mode"], answer["owner"]) == (1, "fp16", "owner-1")
+    assert (answer["boot_id"], answer["sequence"]) == ("boot", 1)
+
+
+async def test_a_flip_ends_the_long_poll_and_is_logged(
+    actor: PolicyActor, report: Report, clock: Any
+) -> None:
+    await actor.sync(report("a").to_dict(), 0, 0.0)
+    await actor.sync(report("b").to_dict(), 0, 0.0)
+    clock.now += 1.0
+    poll = asyncio.create_task(actor.sync(report("a", sequence=2, waiting=9).to_dict(), 1, 1.5))
+    started = asyncio.get_running_loop().time()
+    assert (await poll)["mode"] == "fp8"
+    assert asyncio.get_running_loop().time() - started < 0.5
+    assert actor.status()["log"] == [
+        {
+            "at": 5e9,
+            "replica_id": "a",
+            "from": "fp16",
+            "to": "fp8",
+            "reason": "waiting 9 reached high water 8",
+            "signal": "waiting",
+            "value": 9,
+            "threshold": 8.0,
+        }
+    ]
+
+
+async def test_facts_that_come_between_decisions_are_decided_on_without_another_call(
+    actor: PolicyActor, report: Report
+) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    answer = await asyncio.wait_for(actor.sync(report(sequence=2, waiting=9).to_dict(), 1, 1.5), 0.5)
+    assert answer["mode"] == "fp8"
+
+
+async def test_no_change_is_answered_after_the_wait(actor: PolicyActor, report: Report) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    answer = await actor.sync(report(sequence=2).to_dict(), 1, 0.05)
+    assert (answer["epoch"], answer["mode"], answer["sequence"]) == (1, "fp16", 2)
+
+
+async def test_the_wait_is_bounded_by_the_lease(clock: Any, report: Report) -> None:
+    actor = PolicyActor({**SETTINGS, "lease_s": 0.3, "sync_wait_s": 0.05}, clock=clock)
+    await actor.sync(report().to_dict(), 0, 0.0)
+    await asyncio.wait_for(actor.sync(report(sequence=2).to_dict(), 1, 1e6), 1.0)
+
+
+async def test_repeated_and_reordered_reports_change_nothing_but_are_answered(
+    actor: PolicyActor, report: Report, clock: Any
+) -> None:
+    await actor.sync(report(sequence=7).to_dict(), 0, 0.0)
+    clock.now += 1.0
+    late = await actor.sync(report(sequence=3, waiting=50).to_dict(), 1, 0.0)
+    assert (late["mode"], late["sequence"]) == ("fp16", 3)
+    status = actor.status()
+    assert status["ignored_reports"] == 1
+    assert status["replicas"]["a"]["report"]["sequence"] == 7
+    assert status["log"] == []
+
+
+async def test_a_restarted_actor_adopts_modes_and_epochs(clock: Any, report: Report) -> None:
+    restarted = PolicyActor(SETTINGS, clock=clock)
+    answer = await restarted.sync(report(mode="fp8", epoch=41, sequence=900).to_dict(), 41, 0.0)
+    assert (answer["epoch"], answer["mode"]) == (42, "fp8")
+    assert restarted.status()["log"] == []
+
+
+async def test_a_restarted_actor_keeps_the_dwell_time(clock: Any, report: Report) -> None:
+    restarted = PolicyActor({**SETTINGS, "calm_s": 0.0}, clock=clock)
+    await restarted.sync(report(mode="fp8", epoch=41).to_dict(), 41, 0.0)
+    clock.now += 0.5
+    assert (await restarted.sync(report(mode="fp8", epoch=42, sequence=2).to_dict(), 42, 0.0))[
+        "mode"
+    ] == "fp8"
+    clock.now += 0.6
+    assert (await restarted.sync(report(mode="fp8", epoch=42, sequence=3).to_dict(), 42, 0.0))[
+        "mode"
+    ] == "fp16"
+
+
+async def test_a_restarted_replica_starts_over_and_its_old_process_is_refused(
+    actor: PolicyActor, report: Report, clock: Any
+) -> None:
+    await actor.sync(report(waiting=9).to_dict(), 0, 0.0)
+    clock.now += 1.0
+    fresh = await actor.sync(report(boot_id="second", sequence=1).to_dict(), 0, 0.0)
+    assert fresh["mode"] == "fp16"
+    assert fresh["epoch"] > 2
+    with pytest.raises(RetiredReplica):
+        await actor.sync(report(sequence=2, waiting=9).to_dict(), 2, 0.0)
+    assert actor.status()["replicas"]["a"]["report"]["boot_id"] == "second"
+
+
+async def test_a_long_poll_of_a_replaced_process_is_refused(
+    actor: PolicyActor, report: Report, clock: Any
+) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    poll = asyncio.create_task(actor.sync(report(sequence=2).to_dict(), 1, 1.0))
+    await asyncio.sleep(0)
+    clock.now += 1.0
+    await actor.sync(report(boot_id="second").to_dict(), 0, 0.0)
+    with pytest.raises(RetiredReplica):
+        await poll
+
+
+async def test_a_replica_that_was_on_its_own_is_adopted_as_it_is(
+    actor: PolicyActor, report: Report, clock: Any
+) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    clock.now += 5.1
+    answer = await actor.sync(report(sequence=2, mode="fp8", epoch=1, waiting=4).to_dict(), 0, 0.0)
+    assert (answer["mode"], answer["epoch"]) == ("fp8", 2)
+    assert actor.status()["log"] == []
+
+
+async def test_a_replica_not_heard_of_is_forgotten(actor: PolicyActor, report: Report, clock: Any) -> None:
+    await actor.sync(report("gone").to_dict(), 0, 0.0)
+    clock.now += FORGET_AFTER_S + 1.0
+    await actor.sync(report("here").to_dict(), 0, 0.0)
+    assert set(actor.status()["replicas"]) == {"here"}
+
+
+async def test_a_replica_killed_in_the_middle_of_a_flip_makes_no_decision(
+    actor: PolicyActor, report: Report, clock: Any
+) -> None:
+    """Its last report cries for FP8 for ever; only the flip it caused while fresh may be in the log."""
+    await actor.sync(report("dead", waiting=9).to_dict(), 0, 0.0)
+    for step in range(1, 40):
+        clock.now += 1.0
+        await actor.sync(report("alive", sequence=step).to_dict(), 0, 0.0)
+    assert [record["replica_id"] for record in actor.status()["log"]] == ["dead"]
+
+
+async def test_a_clock_that_jumps_flips_nothing(actor: PolicyActor, report: Report, clock: Any) -> None:
+    await actor.sync(report("a", waiting=4).to_dict(), 0, 0.0)
+    await actor.sync(report("b", waiting=4).to_dict(), 0, 0.0)
+    for jump in (1e6, -2e6, 3e6):
+        clock.now += jump
+        await actor.sync(report("a", sequence=abs(int(jump)), waiting=4).to_dict(), 1, 0.0)
+    assert actor.status()["log"] == []
+
+
+async def test_a_pin_holds_until_it_expires(actor: PolicyActor, report: Report, clock: Any) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    poll = asyncio.create_task(actor.sync(report(sequence=2).to_dict(), 1, 1.0))
+    await asyncio.sleep(0)
+    await actor.set_override("fp8", 10.0)
+    assert (await asyncio.wait_for(poll, 0.5))["mode"] == "fp8"
+    assert actor.status()["override"] == {"mode": "fp8", "left_s": pytest.approx(10.0)}
+    assert actor.status()["log"][0]["signal"] == "override"
+    modes = []
+    for second in range(1, 14):
+        clock.now += 1.0
+        answer = await actor.sync(report(sequence=2 + second, mode="fp8").to_dict(), 0, 0.0)
+        modes.append(answer["mode"])
+    assert modes == ["fp8"] * 9 + ["fp16"] * 4
+    assert actor.status()["override"] is None
+
+
+async def test_a_pin_can_be_cleared(actor: PolicyActor, report: Report, clock: Any) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    await actor.set_override("fp8", 1000.0)
+    await actor.clear_override()
+    clock.now += 3.0
+    await actor.sync(report(sequence=2, mode="fp8").to_dict(), 0, 0.0)
+    clock.now += 1.1
+    assert (await actor.sync(report(sequence=3, mode="fp8").to_dict(), 0, 0.0))["mode"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("mode", "expires_s"), [("int4", 10.0), ("fp8", 0.0), ("fp8", float("nan")), ("fp8", 1e9)]
+)
+async def test_a_bad_pin_is_refused(actor: PolicyActor, mode: str, expires_s: float) -> None:
+    with pytest.raises(InvalidField):
+        await actor.set_override(mode, expires_s)
+
+
+async def test_dry_run_logs_and_leaves_the_mode(clock: Any, report: Report) -> None:
+    actor = PolicyActor({**SETTINGS, "dry_run": True}, clock=clock)
+    assert (await actor.sync(report(waiting=9).to_dict(), 0, 0.0))["mode"] == "fp16"
+    clock.now += 1.0
+    assert (await actor.sync(report(sequence=2, waiting=9).to_dict(), 0, 0.0))["mode"] == "fp16"
+    (record,) = actor.status()["log"]
+    assert (record["to"], record["dry_run"]) == ("fp8", True)
+    with pytest.raises(InvalidField, match="dry_run"):
+        await actor.set_override("fp8", 10.0)
+
+
+async def test_broken_signals_are_a_heartbeat_and_shown(
+    actor: PolicyActor, report: Report, clock: Any
+) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    clock.now += 1.0
+    await actor.sync({**report(sequence=2).to_dict(), "waiting": -3}, 1, 0.0)
+    shown = actor.status()["replicas"]["a"]
+    assert shown["faults"] == ["waiting"]
+    assert shown["held"] == "unusable signals: waiting"
+    assert shown["leased"]
+    assert shown["heard_s_ago"] == 0.0
+
+
+@pytest.mark.parametrize("bad", [{}, {"replica_id": "a"}, None, {"replica_id": 3}])
+async def test_a_message_without_a_sender_registers_nothing(actor: PolicyActor, bad: Any) -> None:
+    with pytest.raises(InvalidField):
+        await actor.sync(bad, 0, 0.0)
+    assert actor.status()["replicas"] == {}
+
+
+async def test_bad_settings_fail_when_the_actor_starts() -> None:
+    with pytest.raises(InvalidField, match="controller"):
+        PolicyActor({"controller": "magic"})
