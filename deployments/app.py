@@ -1,0 +1,35 @@
+"""Builds the Serve application: `serve deploy` imports :func:`build_app`, `nestedfp serve` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve import Application
+
+from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.replica import EngineReplica
+
+
+def build_app(args: Mapping[str, Any]) -> Application:
+    """The application with the settings `args` (see :class:`~nestedfp.deployments.config.DeploymentSettings`).
+
+    Raises :class:`~nestedfp.policies.checks.InvalidField` where a setting cannot be used.
+    """
+    settings = DeploymentSettings.from_dict(args)
+    replicas = settings.replicas
+    return EngineReplica.options(
+        num_replicas=replicas.count,
+        ray_actor_options={
+            "num_cpus": replicas.num_cpus,
+            "num_gpus": replicas.num_gpus,
+            "runtime_env": {"env_vars": settings.environment},
+        },
+        max_ongoing_requests=replicas.max_ongoing_requests,
+        max_queued_requests=replicas.max_queued_requests,
+        health_check_period_s=replicas.health_check_period_s,
+        health_check_timeout_s=replicas.health_check_timeout_s,
+        graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=min(2.0, replicas.graceful_shutdown_timeout_s),
+        max_constructor_retry_count=replicas.start_attempts,
+    ).bind(settings.to_dict())

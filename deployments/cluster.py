@@ -1,0 +1,172 @@
+"""Runs an application on a Ray of its own on this machine, and ends it without leaving a process behind.
+
+This is what `nestedfp serve`, the demonstration and the tests use. In a cluster that already runs, `serve deploy`
+takes the same file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from nestedfp import models
+from nestedfp.deployments import front_door, policy_actor
+from nestedfp.deployments.app import build_app
+from nestedfp.deployments.config import ServeFile
+
+_OBJECT_STORE_BYTES: Final = 256 * 2**20
+_POLL_S: Final = 0.5
+_CALL_TIMEOUT_S: Final = 10.0
+DEPLOYMENT: Final = "EngineReplica"
+
+Say = Callable[[str], None]
+
+
+class StartFailed(RuntimeError):
+    """The application did not come up; the message holds what Serve knows."""
+
+
+class RunningApp:
+    """An application that serves. Made by :func:`running`."""
+
+    def __init__(self, file: ServeFile) -> None:
+        self.file = file
+        self.model = file.settings.engine.served_model_name
+
+    @property
+    def url(self) -> str:
+        """Base URL for OpenAI clients, with `/v1`."""
+        return self.file.url
+
+    def policy_status(self) -> dict[str, Any]:
+        """The policy actor's status: targets, last reports, and `log`, the mode changes with their signals."""
+        status: dict[str, Any] = ray.get(self._policy().status.remote(), timeout=_CALL_TIMEOUT_S)
+        return status
+
+    def pin(self, mode: str, expires_s: float) -> None:
+        """Pin every replica to `mode` for `expires_s` seconds."""
+        ray.get(self._policy().set_override.remote(mode, expires_s), timeout=_CALL_TIMEOUT_S)
+
+    def unpin(self) -> None:
+        ray.get(self._policy().clear_override.remote(), timeout=_CALL_TIMEOUT_S)
+
+    def kill_policy(self) -> None:
+        """Kill the policy actor; the replicas bring a new one up."""
+        policy_actor.end(self.file.app_name, self.file.settings.policy)
+
+    def replica_status(self) -> dict[str, Any]:
+        """One replica's own view: its control loop and its engine. With several replicas, any of them."""
+        handle = serve.get_deployment_handle(DEPLOYMENT, self.file.app_name)
+        status: dict[str, Any] = handle.control_status.remote().result(timeout_s=_CALL_TIMEOUT_S)
+        return status
+
+    def _policy(self) -> Any:
+        return policy_actor.find_or_create(self.file.app_name, self.file.settings.policy)
+
+
+@contextmanager
+def running(file: ServeFile, *, say: Say = lambda _: None, temp_dir: Path | None = None) -> Iterator[RunningApp]:
+    """Start Ray and the application, yield when every replica is ready, and stop both.
+
+    Raises :class:`StartFailed` where the port is taken or a replica fails to start. Only one at a time in a process.
+    """
+    _check_port(file.host, file.port)
+    models.resolve(file.settings.engine.model)
+    _prepare_environment()
+    say("starting Ray")
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=None if temp_dir is None else str(temp_dir),
+        )
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={
+                "host": file.host,
+                "port": file.port,
+                "request_timeout_s": file.request_timeout_s,
+            },
+        )
+        _deploy(file, say)
+        yield RunningApp(file)
+    finally:
+        say("stopping")
+        if ray.is_initialized():
+            policy_actor.end(file.app_name, file.settings.policy)
+            serve.shutdown()
+            ray.shutdown()
+
+
+def _prepare_environment() -> None:
+    """Ray's processes take these from this one. What the caller has set stays."""
+    # Some of Ray's own ports listen on all interfaces. A Ray started by `ray.init` demands a token there (unless
+    # RAY_AUTH_MODE says otherwise); this one lives as long as this process and is written nowhere.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault(front_door.CALLBACK_VARIABLE, front_door.CALLBACK)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _deploy(file: ServeFile, say: Say) -> None:
+    wanted = file.settings.replicas.count
+    done = threading.Event()
+    watcher = threading.Thread(target=_report_progress, args=(file.app_name, wanted, done, say), daemon=True)
+    watcher.start()
+    try:
+        serve.run(build_app(file.settings.to_dict()), name=file.app_name, route_prefix=file.route_prefix)
+    except RuntimeError as error:
+        raise StartFailed(f"{error}\n{_failure(file.app_name)}") from error
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _report_progress(app_name: str, wanted: int, done: threading.Event, say: Say) -> None:
+    started_s = time.monotonic()
+    seen = -1
+    while not done.wait(_POLL_S):
+        ready = _ready_replicas(app_name)
+        if ready != seen:
+            say(f"{ready} of {wanted} replicas ready after {time.monotonic() - started_s:.0f} s")
+            seen = ready
+
+
+def _ready_replicas(app_name: str) -> int:
+    app = serve.status().applications.get(app_name)
+    if app is None or DEPLOYMENT not in app.deployments:
+        return 0
+    return app.deployments[DEPLOYMENT].replica_states.get("RUNNING", 0)
+
+
+def _failure(app_name: str) -> str:
+    app = serve.status().applications.get(app_name)
+    if app is None or app.status == ApplicationStatus.RUNNING:
+        return ""
+    return "\n".join(deployment.message for deployment in app.deployments.values() if deployment.message)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            message = f"cannot listen on {host}:{port} ({error.strerror}); choose another port with --port"
+            raise StartFailed(message) from None

@@ -1,0 +1,270 @@
+"""Settings of one deployment, read from the `args` of a Serve application and checked in full.
+
+One YAML file holds everything. It is a Ray Serve file, so `serve deploy FILE` takes it as it is; the settings below
+are the `args` of its application, and `nestedfp serve --config FILE` starts the same. A bad or unknown key
+raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import yaml
+
+from nestedfp.policies import checks
+from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.config import PolicyConfig
+
+IMPORT_PATH: Final = "nestedfp.deployments.app:build_app"
+DEVICES: Final = ("cpu", "cuda")
+
+CPU_ENVIRONMENT: Final = {
+    # Without a size every replica claims a share of all memory, and a second one may not start.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Ray places replicas; vLLM must not bind each of them to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What a replica runs."""
+
+    model: str
+    """A Hugging Face id, a folder, or a name known to `nestedfp.models`."""
+    served_model_name: str
+    """The name clients ask for."""
+    device: str = "cuda"
+    nested: bool = True
+    """False serves plain vLLM, without flips: the baseline to compare with."""
+    plugin: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the vLLM plugin (`nestedfp.vllm.settings`)."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `vllm serve` by name (`max_model_len`, `max_num_seqs`, ...)."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the replica's processes."""
+
+    def __post_init__(self) -> None:
+        checks.text("engine.model", self.model)
+        checks.text("engine.served_model_name", self.served_model_name)
+        checks.one_of("engine.device", self.device, DEVICES)
+        checks.flag("engine.nested", self.nested)
+        for name in ("plugin", "arguments", "environment"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InvalidField(f"engine.{name}", getattr(self, name), "give a mapping")
+        for name in self.arguments:
+            if name in _OWN_ARGUMENTS:
+                raise InvalidField(f"engine.arguments.{name}", self.arguments[name], "set it under engine")
+        for name, value in self.environment.items():
+            if not isinstance(value, str):
+                raise InvalidField(f"engine.environment.{name}", value, "give a string: put it in quotes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSettings:
+    """How many replicas run and how Serve treats them. Durations are seconds."""
+
+    count: int = 1
+    """Number of replicas where autoscaling is off."""
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    max_ongoing_requests: int = 64
+    """Requests a replica holds at once, its engine's queue included; near `max_num_seqs` plus the queue wanted."""
+    max_queued_requests: int = 128
+    """Requests that wait in one proxy for a replica; beyond it the answer is 503 with Retry-After."""
+    health_check_period_s: float = 2.0
+    health_check_timeout_s: float = 10.0
+    graceful_shutdown_timeout_s: float = 120.0
+    """How long a replica that must go may finish its requests."""
+    start_attempts: int = 2
+    """Failed starts after which the application is given up."""
+    signal_window_s: float = 10.0
+    """Window of the TTFT and TPOT percentiles and of the arrival rate."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "max_ongoing_requests", "max_queued_requests", "start_attempts"):
+            checks.integer(f"replicas.{name}", getattr(self, name), minimum=1)
+        checks.number("replicas.num_cpus", self.num_cpus)
+        checks.number("replicas.num_gpus", self.num_gpus)
+        for name in (
+            "health_check_period_s",
+            "health_check_timeout_s",
+            "graceful_shutdown_timeout_s",
+            "signal_window_s",
+        ):
+            checks.number(f"replicas.{name}", getattr(self, name), above=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    """The door."""
+
+    max_body_bytes: int = 4 * 2**20
+    retry_after_s: int = 1
+    """What a client is told to wait after 429 and 503."""
+    api_keys_variable: str = "NESTEDFP_API_KEYS"
+    """Environment variable of the replicas that holds the accepted keys, separated by commas; empty: no keys."""
+    max_strict_requests: int = 8
+    """Most requests with `x-nestedfp-precision: fp16` that a replica holds at once; they keep its steps in 16 bits."""
+
+    def __post_init__(self) -> None:
+        checks.integer("http.max_body_bytes", self.max_body_bytes, minimum=1024)
+        checks.integer("http.retry_after_s", self.retry_after_s, minimum=1)
+        checks.text("http.api_keys_variable", self.api_keys_variable)
+        checks.integer("http.max_strict_requests", self.max_strict_requests)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscalingSettings:
+    """Bounds and delays that Serve applies to the wishes of the scaling rule. Durations are seconds."""
+
+    min_replicas: int
+    max_replicas: int
+    upscale_delay_s: float = 5.0
+    downscale_delay_s: float = 300.0
+    interval_s: float = 1.0
+    """How often replicas publish their facts."""
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the rule itself."""
+
+    def __post_init__(self) -> None:
+        checks.integer("autoscaling.min_replicas", self.min_replicas, minimum=1)
+        checks.integer("autoscaling.max_replicas", self.max_replicas, minimum=self.min_replicas)
+        checks.number("autoscaling.upscale_delay_s", self.upscale_delay_s)
+        checks.number("autoscaling.downscale_delay_s", self.downscale_delay_s)
+        checks.number("autoscaling.interval_s", self.interval_s, above=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentSettings:
+    """All settings of one application."""
+
+    engine: EngineSettings
+    replicas: ReplicaSettings = ReplicaSettings()
+    http: HttpSettings = HttpSettings()
+    policy: PolicyConfig = PolicyConfig()
+    autoscaling: AutoscalingSettings | None = None
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> DeploymentSettings:
+        """Read and check the settings; anything left out keeps its default."""
+        blocks = checks.mapping("", settings, [block.name for block in dataclasses.fields(cls)])
+        if "engine" not in blocks:
+            raise InvalidField("engine", None, "give at least engine.model")
+        engine = dict(checks.mapping("engine", blocks["engine"], _names(EngineSettings)))
+        if "model" not in engine:
+            raise InvalidField("engine.model", None, "give a Hugging Face id or a folder")
+        engine.setdefault("served_model_name", Path(str(engine["model"])).name)
+        autoscaling = blocks.get("autoscaling")
+        return cls(
+            engine=_block("engine", EngineSettings, engine),
+            replicas=_block("replicas", ReplicaSettings, blocks.get("replicas", {})),
+            http=_block("http", HttpSettings, blocks.get("http", {})),
+            policy=_policy(blocks.get("policy", {})),
+            autoscaling=None
+            if autoscaling is None
+            else _block("autoscaling", AutoscalingSettings, autoscaling),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values; `from_dict` reads them back."""
+        return {
+            "engine": _plain(self.engine),
+            "replicas": _plain(self.replicas),
+            "http": _plain(self.http),
+            "policy": self.policy.to_dict(),
+            "autoscaling": None if self.autoscaling is None else _plain(self.autoscaling),
+        }
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of a replica; those of the settings win over the defaults of the device."""
+        defaults = CPU_ENVIRONMENT if self.engine.device == "cpu" else {}
+        return {**defaults, **self.engine.environment}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeFile:
+    """One Serve file with one NestedFP application."""
+
+    app_name: str
+    route_prefix: str
+    host: str
+    port: int
+    request_timeout_s: float
+    settings: DeploymentSettings
+
+    @property
+    def url(self) -> str:
+        """Base URL of the OpenAI API on this machine."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}/v1"
+
+    @classmethod
+    def load(cls, path: Path) -> ServeFile:
+        """Read a YAML file. Raises :class:`InvalidField`, or OSError where it cannot be read."""
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise InvalidField(str(path), str(error), "write valid YAML") from None
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ServeFile:
+        """Read the content of a Serve file; keys that only Serve knows are left to Serve."""
+        if not isinstance(content, Mapping):
+            raise InvalidField("file", content, "give a Serve file: a mapping with http_options and applications")
+        applications = content.get("applications")
+        if not isinstance(applications, list) or len(applications) != 1:
+            raise InvalidField("applications", applications, "give a list of exactly one application")
+        application = checks.mapping("applications[0]", applications[0], _APPLICATION_KEYS)
+        if application.get("import_path") != IMPORT_PATH:
+            raise InvalidField(
+                "applications[0].import_path", application.get("import_path"), f"give {IMPORT_PATH}"
+            )
+        http = content.get("http_options", {})
+        if not isinstance(http, Mapping):
+            raise InvalidField("http_options", http, "give a mapping with host, port and request_timeout_s")
+        return cls(
+            app_name=checks.name("applications[0].name", application.get("name", "nestedfp")),
+            route_prefix=checks.text("applications[0].route_prefix", application.get("route_prefix", "/")),
+            host=checks.text("http_options.host", http.get("host", "127.0.0.1")),
+            port=checks.integer("http_options.port", http.get("port", 8000), minimum=1),
+            request_timeout_s=checks.number(
+                "http_options.request_timeout_s", http.get("request_timeout_s", 600.0), above=0.0
+            ),
+            settings=DeploymentSettings.from_dict(application.get("args", {})),
+        )
+
+
+_OWN_ARGUMENTS: Final = ("model", "served_model_name", "quantization", "scheduler_cls", "worker_cls", "api_key")
+_APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments")
+
+_Block = TypeVar("_Block")
+
+
+def _names(block: type) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(block)]
+
+
+def _block(name: str, block: type[_Block], given: object) -> _Block:
+    return block(**checks.mapping(name, given, _names(block)))
+
+
+def _plain(block: Any) -> dict[str, Any]:
+    values = {name: getattr(block, name) for name in _names(type(block))}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+def _policy(given: object) -> PolicyConfig:
+    if not isinstance(given, Mapping):
+        raise InvalidField("policy", given, "give a mapping with the settings of the policy")
+    try:
+        return PolicyConfig.from_dict(given)
+    except InvalidField as error:
+        raise InvalidField(f"policy.{error.field}", error.value, error.remedy) from None

