@@ -172,10 +172,16 @@ class PolicyActor:
         elif message.sequence <= entry.report.sequence:
             self._ignored_reports += 1
             return entry
-        elif now - entry.received_s > self._config.lease_s:
+        elif now - entry.received_s > self._config.lease_s or self._follows_another(entry, message):
             self._adopt(entry, message, now)
         entry.report, entry.received_s = message, now
         return entry
+
+    def _follows_another(self, entry: _Entry, message: ReplicaReport) -> bool:
+        """Whether the replica's present target came from another actor."""
+        if message.epoch == entry.epoch:
+            return message.owner not in ("", self._owner)
+        return message.epoch > entry.epoch
 
     def _adopt(self, entry: _Entry, message: ReplicaReport, now: float) -> None:
         """Take over a replica in the mode it is in, under an epoch newer than any it has seen."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.base import Controller, Memory, Wish, by_load
@@ -60,8 +60,7 @@ class PolicyState:
         return replace(self, replicas={**self.replicas, replica_id: adopted})
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The mode of one replica from now on; ``previous`` is the one before this decision."""
 
     mode: str

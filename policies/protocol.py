@@ -9,8 +9,9 @@ Registration, heartbeat and delivery are this one call, so for every message the
 - its sender died: a new boot id replaces the old one for good; a new actor adopts the epoch a replica
   reports.
 
-Epochs count the targets of one replica and never fall. A lease runs from the moment the call was *sent*, so
-no delay on the way can stretch it.
+Epochs count the targets of one replica and never fall; an epoch belongs to one owner, and an actor that
+finds a replica under another owner's epoch takes it over with a newer one. A lease runs from the moment the
+call was *sent*, so no delay on the way can stretch it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ FP16: Final = "fp16"
 FP8: Final = "fp8"
 AUTO: Final = "auto"
 
-_IDENTITY: Final = ("replica_id", "boot_id", "sequence", "mode", "epoch")
+_IDENTITY: Final = ("replica_id", "boot_id", "sequence", "mode", "epoch", "owner")
 _COUNTS: Final = frozenset(
     {
         "running",
@@ -49,10 +50,11 @@ _FRACTIONS: Final = frozenset({"kv_usage"})
 class ReplicaReport:
     """The state of one replica as it reports it.
 
-    The first five fields identify the message; wrong ones are refused. The rest are signals. The constructor
-    refuses an unusable signal too; :meth:`from_dict`, which reads what came over the wire, keeps the message,
-    replaces an unusable signal (missing, NaN, infinite, negative, of a wrong type) by its neutral value and
-    names it in ``faults``: a heartbeat stays a heartbeat, and a controller makes no decision on it.
+    The first five fields and ``owner`` identify the message; wrong ones are refused. The rest are signals.
+    The constructor refuses an unusable signal too; :meth:`from_dict`, which reads what came over the wire,
+    keeps the message, replaces an unusable signal (missing, NaN, infinite, negative, of a wrong type) by
+    its neutral value and names it in ``faults``: a heartbeat stays a heartbeat, and a controller makes no
+    decision on it.
     """
 
     replica_id: str
@@ -103,6 +105,8 @@ class ReplicaReport:
     arriving_prompt_tokens_per_s: float | None = None
     """Prompt tokens arriving per second, over the short window; None where unknown."""
 
+    owner: str = ""
+    """Owner of the last target it accepted; empty before the first."""
     faults: tuple[str, ...] = ()
     """Names of signals that came unusable; filled in by :meth:`from_dict`, never sent."""
 
@@ -126,7 +130,7 @@ class ReplicaReport:
             raise InvalidField("report", message, "send the dictionary made by ReplicaReport.to_dict()")
         values: dict[str, Any] = {}
         for field in _IDENTITY:
-            values[field] = _check_identity(field, message.get(field))
+            values[field] = _check_identity(field, message.get(field, "" if field == "owner" else None))
         faults: list[str] = []
         for field in _SIGNALS:
             if field not in message and field in _OPTIONAL:
@@ -219,6 +223,8 @@ _NEUTRAL: Final = {
 def _check_identity(field: str, value: object) -> str | int:
     if field in ("replica_id", "boot_id"):
         return checks.text(field, value)
+    if field == "owner":
+        return checks.text(field, value) if value else ""
     if field == "mode":
         return checks.name(field, value)
     return checks.integer(field, value, minimum=1 if field == "sequence" else 0)

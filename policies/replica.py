@@ -105,6 +105,7 @@ class ReplicaControl:
             "sequence": self._sequence,
             "mode": self._order.mode,
             "epoch": epoch,
+            "owner": self._target.owner if self._target is not None else "",
         }
         report = ReplicaReport.from_dict({**signals, **identity})
         self._last_call = Call(report, epoch if self._leased() else 0, self._clock())
@@ -114,7 +115,7 @@ class ReplicaControl:
         """Take the answer to ``call``; False if it must not be followed.
 
         Refused are answers to any call but the newest, answers whose lease is already over, epochs that
-        fall, and a different order under the epoch of a running lease. Raises :class:`InvalidField` on a
+        fall, and another owner or mode under an epoch already taken. Raises :class:`InvalidField` on a
         malformed answer or an unknown mode.
         """
         target = Target.from_dict(answer)
@@ -172,11 +173,9 @@ class ReplicaControl:
         if self._clock() >= call.sent_s + target.lease_s:
             return False
         held = self._target
-        if held is None:
-            return True
-        if target.epoch == held.epoch and self._leased():
+        if held is not None and target.epoch == held.epoch:
             return (target.mode, target.owner) == (held.mode, held.owner)
-        return target.epoch >= held.epoch
+        return held is None or target.epoch > held.epoch
 
     def _decide_alone(self, now: float) -> Order:
         epoch = self._target.epoch if self._target is not None else 0

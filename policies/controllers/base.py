@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
@@ -18,8 +17,7 @@ Memory = Any
 """A controller's own state between decisions: an immutable value that only this controller reads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """The mode wanted for one replica, with the signal that asks for it."""
 
     mode: str

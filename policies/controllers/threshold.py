@@ -8,37 +8,28 @@ watched as well as the measured percentiles: percentiles speak only of requests 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
-from nestedfp.policies.config import PolicyConfig, Water
+from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.base import Controller, Memory, Wish
 from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.snapshot import Snapshot
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
+class _Reading(NamedTuple):
     """One watched signal against its thresholds."""
 
     signal: str
     value: float
-    water: Water
-
-    @property
-    def pressure(self) -> float:
-        return self.value / self.water.high
-
-    @property
-    def calm(self) -> bool:
-        return self.value <= self.water.low
+    high: float
+    low: float
 
 
 class ThresholdController(Controller):
     """Threshold control; its memory is since when each replica has been calm."""
 
     def __init__(self, config: PolicyConfig) -> None:
-        self._water = config.water
+        self._water = [(signal, water.high, water.low) for signal, water in config.water.items()]
         self._calm_s = config.calm_s
         self._panic_factor = config.panic_factor
 
@@ -52,36 +43,47 @@ class ThresholdController(Controller):
         calm_since: dict[str, float] = {}
         wishes: dict[str, Wish] = {}
         for view in snapshot.replicas:
-            readings = self._read(view.report)
-            worst = max(readings, key=lambda reading: reading.pressure, default=None)
-            if worst is not None and worst.pressure >= 1.0:
-                wishes[view.replica_id] = self._relief(worst)
-                continue
-            if all(reading.calm for reading in readings):
-                since = calm_since[view.replica_id] = calm_before.get(view.replica_id, now)
-                if now - since >= self._calm_s:
-                    wishes[view.replica_id] = self._return(worst, now - since)
+            replica_id = view.report.replica_id
+            worst, calm = self._read(view.report)
+            if worst is not None and worst.value >= worst.high:
+                if modes[replica_id] != FP8:
+                    wishes[replica_id] = self._relief(worst)
+            elif calm:
+                since = calm_since[replica_id] = calm_before.get(replica_id, now)
+                if now - since >= self._calm_s and modes[replica_id] != FP16:
+                    wishes[replica_id] = _return(worst, now - since)
         return wishes, calm_since
 
-    def _read(self, report: ReplicaReport) -> list[_Reading]:
-        values = ((signal, getattr(report, signal), water) for signal, water in self._water.items())
-        return [_Reading(signal, value, water) for signal, value, water in values if value is not None]
+    def _read(self, report: ReplicaReport) -> tuple[_Reading | None, bool]:
+        """The signal furthest up its scale, and whether all of them are calm."""
+        worst: _Reading | None = None
+        worst_pressure = -1.0
+        calm = True
+        for signal, high, low in self._water:
+            value = getattr(report, signal)
+            if value is None:
+                continue
+            calm = calm and value <= low
+            if value / high > worst_pressure:
+                worst, worst_pressure = _Reading(signal, value, high, low), value / high
+        return worst, calm
 
     def _relief(self, worst: _Reading) -> Wish:
         return Wish(
             mode=FP8,
-            reason=f"{worst.signal} {worst.value:.4g} reached high water {worst.water.high:.4g}",
+            reason=f"{worst.signal} {worst.value:.4g} reached high water {worst.high:.4g}",
             signal=worst.signal,
             value=worst.value,
-            threshold=worst.water.high,
-            urgent=worst.pressure >= self._panic_factor,
+            threshold=worst.high,
+            urgent=worst.value >= self._panic_factor * worst.high,
         )
 
-    def _return(self, highest: _Reading | None, calm_s: float) -> Wish:
-        return Wish(
-            mode=FP16,
-            reason=f"every signal at or below low water for {calm_s:.1f} s",
-            signal=highest.signal if highest else None,
-            value=highest.value if highest else None,
-            threshold=highest.water.low if highest else None,
-        )
+
+def _return(highest: _Reading | None, calm_s: float) -> Wish:
+    return Wish(
+        mode=FP16,
+        reason=f"every signal at or below low water for {calm_s:.1f} s",
+        signal=highest.signal if highest else None,
+        value=highest.value if highest else None,
+        threshold=highest.low if highest else None,
+    )

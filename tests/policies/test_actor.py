@@ -136,6 +136,17 @@ async def test_a_long_poll_of_a_replaced_process_is_refused(
         await poll
 
 
+async def test_a_replica_under_another_owner_is_taken_over_with_a_newer_epoch(
+    actor: PolicyActor, report: Report
+) -> None:
+    await actor.sync(report().to_dict(), 0, 0.0)
+    foreign = report(sequence=2, mode="fp8", epoch=1, owner="somebody else").to_dict()
+    answer = await actor.sync(foreign, 1, 0.0)
+    assert (answer["epoch"], answer["mode"], answer["owner"]) == (2, "fp8", "owner-1")
+    ours = report(sequence=3, mode="fp8", epoch=2, owner="owner-1").to_dict()
+    assert (await actor.sync(ours, 2, 0.0))["epoch"] == 2
+
+
 async def test_a_replica_that_was_on_its_own_is_adopted_as_it_is(
     actor: PolicyActor, report: Report, clock: Any
 ) -> None:

@@ -1,0 +1,175 @@
+"""The protocol under any interleaving hypothesis can find.
+
+One replica and its successive boots talk to successive actors over a network that delays, repeats, reorders
+and loses messages. Old actors stay alive and go on answering what still reaches them. What was delivered is
+kept by the test itself, apart from the code under test, and the invariants are checked against it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nestedfp.policies.actor import PolicyActor, RetiredReplica
+from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.replica import Call, ReplicaControl
+
+LEASE_S = 3.0
+CONFIG = PolicyConfig.from_dict(
+    {
+        "thresholds": {"waiting": {"high": 8, "low": 1}},
+        "lease_s": LEASE_S,
+        "decide_interval_s": 1e-9,
+        "min_dwell_s": 0.5,
+        "calm_s": 0.5,
+    }
+)
+COUNTS = ("running", "waiting_prompt_tokens", "tokens_fp16", "tokens_fp8", "flips")
+TIMES = ("oldest_waiting_s", "kv_usage", "arrivals_per_s", "age_s")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A report on its way to the actor it was sent to."""
+
+    call: Call
+    message: dict[str, Any]
+    actor: PolicyActor
+    control: ReplicaControl
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A target on its way back."""
+
+    call: Call
+    message: dict[str, Any]
+    control: ReplicaControl
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.now = 100.0
+        self.actors = 0
+        self.boots = 0
+        self.requests: list[Request] = []
+        self.replies: list[Reply] = []
+
+    def teardown(self) -> None:
+        self.loop.close()
+
+    @initialize()
+    def begin(self) -> None:
+        self.start_actor()
+        self.boot_replica()
+
+    @rule()
+    def start_actor(self) -> None:
+        """A new actor under the name; the one before is unreachable for new calls but not dead."""
+        self.actors += 1
+        self.actor = PolicyActor(CONFIG, clock=lambda: self.now, owner=f"owner-{self.actors}")
+
+    @rule()
+    def boot_replica(self) -> None:
+        self.boots += 1
+        self.control = ReplicaControl("a", CONFIG, clock=lambda: self.now, boot_id=f"boot-{self.boots}")
+        self.delivered: list[tuple[float, dict[str, Any]]] = []
+        self.orders: dict[int, tuple[str, str]] = {}
+        self.highest_epoch = 0
+
+    @rule(dt=st.one_of(st.floats(0.001, 0.4), st.floats(0.4, 8.0)))
+    def advance(self, dt: float) -> None:
+        self.now += dt
+
+    @rule(waiting=st.sampled_from([0, 0, 5, 9, 40]))
+    def call(self, waiting: int) -> None:
+        unknown = dict.fromkeys(("ttft_p90_s", "tpot_p90_s", "step_time_s"))
+        signals = {**dict.fromkeys(COUNTS, 0), **dict.fromkeys(TIMES, 0.0), **unknown, "waiting": waiting}
+        call = self.control.begin(signals)
+        self.requests.append(Request(call, call.report.to_dict(), self.actor, self.control))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), repeat=st.booleans())
+    def deliver_request(self, data: st.DataObject, repeat: bool) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        if not repeat:
+            self.requests.remove(request)
+        sync = request.actor.sync(request.message, request.call.known_epoch, 0.0)
+        try:
+            answer = self.loop.run_until_complete(sync)
+        except RetiredReplica:
+            assert request.control is not self.control, "the living process must never be refused"
+            return
+        self.replies.append(Reply(request.call, answer, request.control))
+
+    @precondition(lambda self: self.replies)
+    @rule(data=st.data(), repeat=st.booleans())
+    def deliver_reply(self, data: st.DataObject, repeat: bool) -> None:
+        reply = data.draw(st.sampled_from(self.replies))
+        if not repeat:
+            self.replies.remove(reply)
+        if reply.control is self.control:
+            self.delivered.append((reply.call.sent_s, reply.message))
+        reply.control.finish(reply.call, reply.message)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def lose_request(self, data: st.DataObject) -> None:
+        self.requests.remove(data.draw(st.sampled_from(self.requests)))
+
+    @precondition(lambda self: self.replies)
+    @rule(data=st.data())
+    def lose_reply(self, data: st.DataObject) -> None:
+        self.replies.remove(data.draw(st.sampled_from(self.replies)))
+
+    @rule(mode=st.sampled_from(["fp16", "fp8"]), expires_s=st.floats(0.1, 20.0))
+    def pin(self, mode: str, expires_s: float) -> None:
+        self.loop.run_until_complete(self.actor.set_override(mode, expires_s))
+
+    @rule()
+    def one_undisturbed_round_gives_the_replica_its_owner(self) -> None:
+        """Whatever happened before, two calls that get through are enough to be owned by the present actor."""
+        for _ in range(2):
+            self.call(0)
+            request = self.requests.pop()
+            sync = request.actor.sync(request.message, request.call.known_epoch, 0.0)
+            self.replies.append(Reply(request.call, self.loop.run_until_complete(sync), request.control))
+            reply = self.replies.pop()
+            self.delivered.append((reply.call.sent_s, reply.message))
+            self.control.finish(reply.call, reply.message)
+        assert self.control.owner == f"owner-{self.actors}"
+
+    @invariant()
+    def no_target_outlives_its_lease(self) -> None:
+        order = self.control.order()
+        if order.source == "local":
+            assert self.control.owner is None
+            return
+        alive = [
+            message
+            for sent_s, message in self.delivered
+            if self.now < sent_s + LEASE_S
+            and (message["epoch"], message["mode"]) == (order.epoch, order.mode)
+            and message["owner"] == self.control.owner
+        ]
+        assert alive, f"{order} has no lease at {self.now}"
+
+    @invariant()
+    def an_epoch_has_one_owner_and_one_mode(self) -> None:
+        order = self.control.order()
+        if order.source == "actor":
+            said = (str(self.control.owner), order.mode)
+            assert self.orders.setdefault(order.epoch, said) == said
+            assert order.epoch >= self.highest_epoch
+            self.highest_epoch = order.epoch
+
+
+TestProtocol = ProtocolMachine.TestCase
+TestProtocol.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
