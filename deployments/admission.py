@@ -123,9 +123,9 @@ class BodyLimit:
 class PrecisionClass:
     """Enforces the header `x-nestedfp-precision: fp16 | any`.
 
-    A strict request (`fp16`) tells the engine to run each of its steps in 16 bits and to share no KV block with
-    requests that may have used FP8. Since it holds the whole batch in 16 bits, at most `limit` run at once; one
-    more is refused with 503. Stands behind :class:`BodyLimit`, so that the body is one message.
+    A strict request (`fp16`) tells the engine to run each of its steps in 16 bits and to share no KV block
+    with requests that may have used FP8. Since it holds the whole batch in 16 bits, at most `limit` run at
+    once; one more is refused with 503. Stands behind :class:`BodyLimit`, so that the body is one message.
     """
 
     def __init__(self, app: App, *, limit: int, retry_after_s: int, nested: bool) -> None:
@@ -139,13 +139,17 @@ class PrecisionClass:
         if scope["type"] != "http" or route(scope) not in GENERATION:
             await self._app(scope, receive, send)
             return
-        wanted = (header(scope["headers"], PRECISION_HEADER) or ANY.encode()).decode("latin-1").strip().lower()
+        wanted = (
+            (header(scope["headers"], PRECISION_HEADER) or ANY.encode()).decode("latin-1").strip().lower()
+        )
         body = (await receive()).get("body", b"")
         if wanted not in (STRICT, ANY):
             message = f"The header x-nestedfp-precision is {wanted!r}; give 'fp16' or 'any', or leave it out."
             await send_error(send, 400, message, "BadRequestError", param="x-nestedfp-precision")
         elif _pins_itself(body):
-            message = f"{PRECISION_ARGUMENT} is set by the header x-nestedfp-precision; leave it out of vllm_xargs."
+            message = (
+                f"The header x-nestedfp-precision sets {PRECISION_ARGUMENT}; leave it out of vllm_xargs."
+            )
             await send_error(send, 400, message, "BadRequestError", param="vllm_xargs")
         elif wanted == ANY or not self._nested:
             await self._app(scope, _replay(body, receive), send)
@@ -181,7 +185,9 @@ def pin_to_16_bits(body: bytes) -> bytes:
     request["vllm_xargs"] = {**(extra if isinstance(extra, dict) else {}), PRECISION_ARGUMENT: STRICT}
     salt = request.get("cache_salt")
     # A client's own salt keeps separating its requests.
-    request["cache_salt"] = f"{STRICT_CACHE_SALT}:{salt}" if isinstance(salt, str) and salt else STRICT_CACHE_SALT
+    request["cache_salt"] = (
+        f"{STRICT_CACHE_SALT}:{salt}" if isinstance(salt, str) and salt else STRICT_CACHE_SALT
+    )
     return json.dumps(request).encode()
 
 

@@ -12,7 +12,8 @@ from nestedfp.deployments.replica import EngineReplica
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
-    """The application with the settings `args` (see :class:`~nestedfp.deployments.config.DeploymentSettings`).
+    """The application with the settings `args` (see
+    :class:`~nestedfp.deployments.config.DeploymentSettings`).
 
     Raises :class:`~nestedfp.policies.checks.InvalidField` where a setting cannot be used.
     """

@@ -1,7 +1,7 @@
 """Runs an application on a Ray of its own on this machine, and ends it without leaving a process behind.
 
-This is what `nestedfp serve`, the demonstration and the tests use. In a cluster that already runs, `serve deploy`
-takes the same file.
+This is what `nestedfp serve`, the demonstration and the tests use. In a cluster that already runs, `serve
+deploy` takes the same file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ReplicaState
 
 from nestedfp import models
 from nestedfp.deployments import front_door, policy_actor
@@ -51,7 +51,7 @@ class RunningApp:
         return self.file.url
 
     def policy_status(self) -> dict[str, Any]:
-        """The policy actor's status: targets, last reports, and `log`, the mode changes with their signals."""
+        """The policy actor's status: targets, last reports, and `log`: mode changes with their signals."""
         status: dict[str, Any] = ray.get(self._policy().status.remote(), timeout=_CALL_TIMEOUT_S)
         return status
 
@@ -77,14 +77,18 @@ class RunningApp:
 
 
 @contextmanager
-def running(file: ServeFile, *, say: Say = lambda _: None, temp_dir: Path | None = None) -> Iterator[RunningApp]:
+def running(
+    file: ServeFile, *, say: Say = lambda _: None, temp_dir: Path | None = None
+) -> Iterator[RunningApp]:
     """Start Ray and the application, yield when every replica is ready, and stop both.
 
-    Raises :class:`StartFailed` where the port is taken or a replica fails to start. Only one at a time in a process.
+    Raises :class:`StartFailed` where the port is taken or a replica fails to start. Only one at a time in a
+    process.
     """
     _check_port(file.host, file.port)
     models.resolve(file.settings.engine.model)
     _prepare_environment()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     say("starting Ray")
     try:
         ray.init(
@@ -111,13 +115,13 @@ def running(file: ServeFile, *, say: Say = lambda _: None, temp_dir: Path | None
         if ray.is_initialized():
             policy_actor.end(file.app_name, file.settings.policy)
             serve.shutdown()
-            ray.shutdown()
+            ray.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _prepare_environment() -> None:
     """Ray's processes take these from this one. What the caller has set stays."""
-    # Some of Ray's own ports listen on all interfaces. A Ray started by `ray.init` demands a token there (unless
-    # RAY_AUTH_MODE says otherwise); this one lives as long as this process and is written nowhere.
+    # Some of Ray's own ports listen on all interfaces. A Ray started by `ray.init` demands a token there
+    # (unless RAY_AUTH_MODE says otherwise); this one lives as long as this process and is written nowhere.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault(front_door.CALLBACK_VARIABLE, front_door.CALLBACK)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -152,7 +156,7 @@ def _ready_replicas(app_name: str) -> int:
     app = serve.status().applications.get(app_name)
     if app is None or DEPLOYMENT not in app.deployments:
         return 0
-    return app.deployments[DEPLOYMENT].replica_states.get("RUNNING", 0)
+    return app.deployments[DEPLOYMENT].replica_states.get(ReplicaState.RUNNING, 0)
 
 
 def _failure(app_name: str) -> str:

@@ -1,8 +1,8 @@
 """Settings of one deployment, read from the `args` of a Serve application and checked in full.
 
-One YAML file holds everything. It is a Ray Serve file, so `serve deploy FILE` takes it as it is; the settings below
-are the `args` of its application, and `nestedfp serve --config FILE` starts the same. A bad or unknown key
-raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name, the value and the remedy.
+One YAML file holds everything. It is a Ray Serve file, so `serve deploy FILE` takes it as it is; the settings
+below are the `args` of its application, and `nestedfp serve --config FILE` starts the same. A bad or unknown
+key raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name, the value and the remedy.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class ReplicaSettings:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     max_ongoing_requests: int = 64
-    """Requests a replica holds at once, its engine's queue included; near `max_num_seqs` plus the queue wanted."""
+    """Requests a replica holds at once, its engine's queue included; near `max_num_seqs` plus the queue
+    wanted.
+    """
     max_queued_requests: int = 128
     """Requests that wait in one proxy for a replica; beyond it the answer is 503 with Retry-After."""
     health_check_period_s: float = 2.0
@@ -108,9 +110,12 @@ class HttpSettings:
     retry_after_s: int = 1
     """What a client is told to wait after 429 and 503."""
     api_keys_variable: str = "NESTEDFP_API_KEYS"
-    """Environment variable of the replicas that holds the accepted keys, separated by commas; empty: no keys."""
+    """Environment variable of the replicas that holds the accepted keys, separated by commas; empty: no keys.
+    """
     max_strict_requests: int = 8
-    """Most requests with `x-nestedfp-precision: fp16` that a replica holds at once; they keep its steps in 16 bits."""
+    """Most requests with `x-nestedfp-precision: fp16` that a replica holds at once; they keep its steps in 16
+    bits.
+    """
 
     def __post_init__(self) -> None:
         checks.integer("http.max_body_bytes", self.max_body_bytes, minimum=1024)
@@ -147,7 +152,7 @@ class DeploymentSettings:
     engine: EngineSettings
     replicas: ReplicaSettings = ReplicaSettings()
     http: HttpSettings = HttpSettings()
-    policy: PolicyConfig = PolicyConfig()
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     autoscaling: AutoscalingSettings | None = None
 
     @classmethod
@@ -218,7 +223,7 @@ class ServeFile:
     def from_dict(cls, content: Mapping[str, Any]) -> ServeFile:
         """Read the content of a Serve file; keys that only Serve knows are left to Serve."""
         if not isinstance(content, Mapping):
-            raise InvalidField("file", content, "give a Serve file: a mapping with http_options and applications")
+            raise InvalidField("file", content, "give a Serve file: a mapping with applications")
         applications = content.get("applications")
         if not isinstance(applications, list) or len(applications) != 1:
             raise InvalidField("applications", applications, "give a list of exactly one application")
@@ -242,7 +247,14 @@ class ServeFile:
         )
 
 
-_OWN_ARGUMENTS: Final = ("model", "served_model_name", "quantization", "scheduler_cls", "worker_cls", "api_key")
+_OWN_ARGUMENTS: Final = (
+    "model",
+    "served_model_name",
+    "quantization",
+    "scheduler_cls",
+    "worker_cls",
+    "api_key",
+)
 _APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments")
 
 _Block = TypeVar("_Block")

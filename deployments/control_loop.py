@@ -41,9 +41,11 @@ class Metrics(Protocol):
 
 
 class ControlLoop:
-    """One replica's loop; :meth:`run` ends only by being cancelled or with the error of an engine that fails."""
+    """One replica's loop; :meth:`run` ends by being cancelled, or with the error of an engine that fails."""
 
-    def __init__(self, replica: str, config: PolicyConfig, engine: Engine, sync: Sync, metrics: Metrics) -> None:
+    def __init__(
+        self, replica: str, config: PolicyConfig, engine: Engine, sync: Sync, metrics: Metrics
+    ) -> None:
         self._config = config
         self._engine = engine
         self._sync = sync

@@ -1,8 +1,8 @@
 """What every request passes in the HTTP proxy, before and after Serve itself.
 
-Serve answers some requests without a replica: no such route, queues full, a replica died, timed out. It does so
-in plain text. This middleware puts these answers into OpenAI's shape and takes away the request headers with
-which a client could change Serve's own behaviour. Ray loads :func:`middlewares` into each proxy that has
+Serve answers some requests without a replica: no such route, queues full, a replica died, timed out. It does
+so in plain text. This middleware puts these answers into OpenAI's shape and takes away the request headers
+with which a client could change Serve's own behaviour. Ray loads :func:`middlewares` into each proxy that has
 `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` set to :data:`CALLBACK`.
 """
 
@@ -32,7 +32,12 @@ CALLBACK_VARIABLE: Final = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 # A client may neither set its own time limit nor keep its request running after it has gone.
 SERVE_HEADERS: Final = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 
-_KINDS: Final = {404: "NotFoundError", 408: "TimeoutError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+_KINDS: Final = {
+    404: "NotFoundError",
+    408: "TimeoutError",
+    429: "RateLimitError",
+    503: "ServiceUnavailableError",
+}
 _RETRY_AFTER_S: Final = 1
 _LONGEST_TEXT: Final = 2000
 

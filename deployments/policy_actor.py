@@ -1,8 +1,8 @@
 """The policy actor in Ray: one detached, named actor an application and version of the policy.
 
-The name carries a digest of the policy's code and settings: after a redeploy with either changed, the new replicas
-meet a new actor and never an instance of the old class. State is soft, so nothing is handed over. Whoever needs the
-actor creates it if it is absent; it ends by itself when no replica has called for a while.
+The name carries a digest of the policy's code and settings: after a redeploy with either changed, the new
+replicas meet a new actor and never an instance of the old class. State is soft, so nothing is handed over.
+Whoever needs the actor creates it if it is absent; it ends by itself when no replica has called for a while.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def end(app_name: str, config: PolicyConfig) -> bool:
 
 
 class PolicyLink:
-    """A replica's line to the policy actor: finds it, creates it if absent, and finds it anew after it was lost."""
+    """A replica's line to the policy actor: finds it, creates it if absent, and finds it anew after it was
+    lost.
+    """
 
     def __init__(self, app_name: str, config: PolicyConfig) -> None:
         self._app_name = app_name

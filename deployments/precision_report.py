@@ -2,10 +2,12 @@
 
 - header `x-nestedfp-precision-at-start`: the precision in force when the headers left. A flip may follow.
 - header `x-nestedfp-replica`: the replica's id.
-- `usage.nestedfp` = {"fp16": n, "fp8": m}: the request's tokens (prompt computed and output) by the precision of the
+- `usage.nestedfp` = {"fp16": n, "fp8": m}: the request's tokens (prompt computed and output) by the precision
+  of the
   step that executed them; in a JSON answer, and in a stream's last chunk where the client asks for usage.
 
-A stream passes message by message. vLLM sends whole events, so only the event with the final usage is touched.
+A stream passes message by message. vLLM sends whole events, so only the event with the final usage is
+touched.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ class Served(Protocol):
 class PrecisionReport:
     """ASGI middleware around vLLM's application.
 
-    `precision()` is the precision in force now; `tokens(request_id)` gives a finished request's tokens by precision,
-    None where they are not known, and does not raise; `arrived()` and `served(...)` are told of each request.
+    `precision()` is the precision in force now; `tokens(request_id)` gives a finished request's tokens by
+    precision, None where they are not known, and does not raise; `arrived()` and `served(...)` are told of
+    each request.
     """
 
     def __init__(

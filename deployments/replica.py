@@ -1,8 +1,8 @@
 """The Serve replica: one vLLM engine behind vLLM's own OpenAI routes, following the policy actor.
 
 The engine lives in the replica's event loop and serves requests there; its own processes are children of the
-replica. If the engine dies, the replica exits at once: a replica that answers every request with an error is the
-least loaded one and would attract all traffic until a health check notices.
+replica. If the engine dies, the replica exits at once: a replica that answers every request with an error is
+the least loaded one and would attract all traffic until a health check notices.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger("ray.serve")
 class EngineReplica:
     """Made by Serve with the settings of the application as plain values."""
 
-    async def __init__(self, settings: Mapping[str, Any]) -> None:
+    async def __init__(self, settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
         self._settings = DeploymentSettings.from_dict(settings)
         context = serve.get_replica_context()
         self._app_name = context.app_name

@@ -15,7 +15,9 @@ class RequestWindow:
     Written from the engine's output loop on every step, so each call costs time proportional to what it adds.
     """
 
-    def __init__(self, window_s: float, percentile: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, window_s: float, percentile: float, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._window_s = window_s
         self._percentile = percentile
         self._clock = clock
@@ -62,7 +64,9 @@ class RequestWindow:
         """
         finished = percentile(self._recent(self._tpot_s), self._percentile)
         steps = self._recent(self._step_itl_s)
-        known = [value for value in (finished, sum(steps) / len(steps) if steps else None) if value is not None]
+        known = [
+            value for value in (finished, sum(steps) / len(steps) if steps else None) if value is not None
+        ]
         return max(known, default=None)
 
     def _add(self, series: deque[tuple[float, float]], values: Iterable[float]) -> None:

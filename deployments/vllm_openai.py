@@ -2,10 +2,11 @@
 
 What is used and where it lives:
 
-| | 0.26 to 0.31 | 0.32, 0.33 |
+| under `vllm.entrypoints` | 0.26 to 0.31 | 0.32, 0.33 |
 |---|---|---|
-| `build_app`, `init_app_state` | `entrypoints.openai.api_server` | `entrypoints.launchers.app`, `.launchers.api_server.app_state` |
-| `make_arg_parser` | `entrypoints.openai.cli_args` | `entrypoints.launchers.cli_args` |
+| `build_app` | `openai.api_server` | `launchers.app` |
+| `init_app_state` | `openai.api_server` | `launchers.api_server.app_state` |
+| `make_arg_parser` | `openai.cli_args` | `launchers.cli_args` |
 
 Run with 0.32; the older places are tried where the newer ones do not exist. Everything else that the
 deployment needs from vLLM (`AsyncLLM`, `AsyncEngineArgs`, `StatLoggerBase`) has kept its place.
@@ -55,12 +56,16 @@ def server_arguments(model: str, served_model_name: str, arguments: Mapping[str,
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parsed: argparse.Namespace = _find("make_arg_parser")(FlexibleArgumentParser()).parse_args([])
+    parsed: argparse.Namespace = _find("make_arg_parser")(
+        FlexibleArgumentParser()  # type: ignore[no-untyped-call]
+    ).parse_args([])
     given = {**arguments, "model": model, "served_model_name": [served_model_name]}
     for name, value in given.items():
         if not hasattr(parsed, name):
             raise InvalidField(
-                f"engine.arguments.{name}", value, f"vLLM {vllm_version()} has no such argument; see `vllm serve`"
+                f"engine.arguments.{name}",
+                value,
+                f"remove it: `vllm serve` {vllm_version()} has no such argument",
             )
         setattr(parsed, name, value)
     return parsed
@@ -92,7 +97,7 @@ def stat_logger(record: Callable[[Any, Any], None]) -> Callable[..., Any]:
     """A stat-logger factory that hands every step's scheduler and iteration statistics to `record`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class StepListener(StatLoggerBase):  # type: ignore[misc]
+    class StepListener(StatLoggerBase):
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 
