@@ -1,0 +1,73 @@
+"""Times of GPU work under CUDA graphs: contenders interleaved, inputs rotated past the L2 cache.
+
+A contender is a function of the index of an input set. One graph holds one call for each set, so that a
+weight is read again only after all the others; the host's launch cost does not enter.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from statistics import median
+
+import torch
+
+Contender = Callable[[int], object]
+
+# Enough sets that their sum is well past the 50 MB of an H100's L2.
+ROTATED_BYTES = 160 << 20
+_WARM_UP_CALLS = 3
+
+
+def copies_past_cache(bytes_per_set: int) -> int:
+    """How many sets of inputs of `bytes_per_set` to rotate through."""
+    return max(2, -(-ROTATED_BYTES // bytes_per_set))
+
+
+def capture(contender: Contender, sets: int, calls: int) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls, walking through the sets."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(_WARM_UP_CALLS):
+            contender(i % sets)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            contender(i % sets)
+    return graph
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, calls: int, repeats: int) -> float:
+    """Median microseconds a call over `repeats` replays."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    graph.replay()
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return median(a.elapsed_time(b) * 1e3 / calls for a, b in pairwise(events))
+
+
+def measure(
+    contenders: Mapping[str, Contender],
+    sets: int,
+    *,
+    passes: int = 5,
+    repeats: int = 3,
+    graph_us: float = 400.0,
+) -> dict[str, list[float]]:
+    """Microseconds a call of each contender, one number a pass; every pass visits all contenders in turn.
+
+    A graph holds at least one call for each set and about `graph_us` of work.
+    """
+    graphs = {}
+    for name, contender in contenders.items():
+        rough = replay_us(capture(contender, sets, sets), sets, 1)
+        calls = sets * max(1, round(graph_us / (rough * sets)))
+        graphs[name] = capture(contender, sets, calls), calls
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(passes):
+        for name, (graph, calls) in graphs.items():
+            times[name].append(replay_us(graph, calls, repeats))
+    return times
