@@ -12,8 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nestedfp.kernels.cpu import emit, micro, region
-from nestedfp.kernels.layout import KOrder, to_natural, to_order
+from nestedfp.kernels.cpu import emit, region
+from nestedfp.kernels.cpu.tokens import BLOCK_ROWS, CHUNK, Variant
+from nestedfp.kernels.layout import KOrder, to_order
 
 _Entry = Callable[[ctypes.Array[ctypes.c_int64]], None]
 _Fields = ctypes.c_int64 * len(region.Field)
@@ -57,7 +58,13 @@ def warm_up() -> float:
 
 
 def _linear(
-    fp8: bool, x: Tensor, upper: Tensor, lower: Tensor, row_exponent: Tensor, bias: Tensor | None, order: KOrder
+    fp8: bool,
+    x: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None,
+    order: KOrder,
 ) -> Tensor:
     M, K = x.shape
     N = upper.shape[0]
@@ -66,14 +73,15 @@ def _linear(
         return y
     if order is not KOrder.NATURAL:
         x = to_order(x, order)
-    if K < micro.CHUNK:
-        x, upper, lower = (torch.nn.functional.pad(t, (0, micro.CHUNK - K)) for t in (x, upper, lower))
-        K = micro.CHUNK
+    if K < CHUNK:
+        x, upper, lower = (torch.nn.functional.pad(t, (0, CHUNK - K)) for t in (x, upper, lower))
+        K = CHUNK
     if x.stride(1) != 1:
         x = x.contiguous()
-    pitch = -(-K // micro.CHUNK) * micro.CHUNK
+    pitch = -(-K // CHUNK) * CHUNK
     threads = torch.get_num_threads()
-    scratch = torch.empty(M * (pitch + 1 + threads * micro.BLOCK_ROWS), dtype=torch.float32)
+    sums = max(M, region.STREAM_TOKENS) * BLOCK_ROWS
+    scratch = torch.empty(M * (pitch + 1) + threads * sums, dtype=torch.float32)
     staged = scratch.data_ptr()
     scale = staged + 4 * M * pitch
     _entry(fp8, x.dtype)(
@@ -91,6 +99,7 @@ def _linear(
             staged,
             scale,
             scale + 4 * M,
+            sums,
             threads,
         )
     )
@@ -99,10 +108,11 @@ def _linear(
 
 @cache
 def _entry(fp8: bool, dtype: torch.dtype) -> _Entry:
-    variant = micro.Variant(fp8, dtype is torch.bfloat16)
-    return ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))(_program().address(f"linear_{variant.name}"))
+    variant = Variant(fp8, dtype is torch.bfloat16)
+    prototype = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))
+    return prototype(_program().address(f"linear_{variant.name}"))
 
 
 @cache
 def _program() -> emit.Program:
-    return emit.Program(region.build_module(), emit.openmp_symbols())
+    return emit.Program(region.build_module())
