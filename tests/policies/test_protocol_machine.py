@@ -84,7 +84,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         self.orders: dict[int, tuple[str, str]] = {}
         self.highest_epoch = 0
 
-    @rule(dt=st.one_of(st.floats(0.001, 0.4), st.floats(0.4, 8.0)))
+    @rule(dt=st.one_of(st.floats(0.001, 0.4), st.sampled_from([0.5 * LEASE_S, 0.9 * LEASE_S, 2 * LEASE_S])))
     def advance(self, dt: float) -> None:
         self.now += dt
 
@@ -119,31 +119,35 @@ class ProtocolMachine(RuleBasedStateMachine):
             self.delivered.append((reply.call.sent_s, reply.message))
         reply.control.finish(reply.call, reply.message)
 
-    @precondition(lambda self: self.requests)
+    @precondition(lambda self: self.requests or self.replies)
     @rule(data=st.data())
-    def lose_request(self, data: st.DataObject) -> None:
-        self.requests.remove(data.draw(st.sampled_from(self.requests)))
-
-    @precondition(lambda self: self.replies)
-    @rule(data=st.data())
-    def lose_reply(self, data: st.DataObject) -> None:
-        self.replies.remove(data.draw(st.sampled_from(self.replies)))
+    def lose(self, data: st.DataObject) -> None:
+        lost = data.draw(st.sampled_from([*self.requests, *self.replies]))
+        (self.requests if isinstance(lost, Request) else self.replies).remove(lost)  # type: ignore[arg-type]
 
     @rule(mode=st.sampled_from(["fp16", "fp8"]), expires_s=st.floats(0.1, 20.0))
     def pin(self, mode: str, expires_s: float) -> None:
         self.loop.run_until_complete(self.actor.set_override(mode, expires_s))
 
+    def exchange(self, there_s: float, back_s: float) -> None:
+        self.call(0)
+        request = self.requests.pop()
+        self.now += there_s
+        sync = request.actor.sync(request.message, request.call.known_epoch, 0.0)
+        answer = self.loop.run_until_complete(sync)
+        self.now += back_s
+        self.delivered.append((request.call.sent_s, answer))
+        self.control.finish(request.call, answer)
+
+    @rule(there_s=st.floats(0.0, 2.0), back_s=st.floats(0.0, 2.0))
+    def slow_exchange(self, there_s: float, back_s: float) -> None:
+        self.exchange(there_s, back_s)
+
     @rule()
     def one_undisturbed_round_gives_the_replica_its_owner(self) -> None:
-        """Whatever happened before, two calls that get through are enough to be owned by the present actor."""
-        for _ in range(2):
-            self.call(0)
-            request = self.requests.pop()
-            sync = request.actor.sync(request.message, request.call.known_epoch, 0.0)
-            self.replies.append(Reply(request.call, self.loop.run_until_complete(sync), request.control))
-            reply = self.replies.pop()
-            self.delivered.append((reply.call.sent_s, reply.message))
-            self.control.finish(reply.call, reply.message)
+        """Whatever happened before, two calls that get through give the replica to the present actor."""
+        self.exchange(0.0, 0.0)
+        self.exchange(0.0, 0.0)
         assert self.control.owner == f"owner-{self.actors}"
 
     @invariant()
