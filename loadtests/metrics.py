@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,7 @@ def summarize_records(records: Sequence[RequestRecord], slo: Slo) -> dict[str, A
 def summarize_timeline(timeline: Timeline, duration_s: float) -> dict[str, Any]:
     """Flips, and how long the replicas were up and in FP8, in replica-seconds within [0, duration_s].
 
-    A replica holds the mode of a sample until its next sample (the last until ``duration_s``), or until the
-    flip in between. Before its first sample it does not count.
+    A replica counts from its first sample on; see :func:`mode_spans` for when it was in which precision.
     """
     up_s = fp8_s = 0.0
     for replica in timeline.replicas:
@@ -128,13 +128,22 @@ def summarize_timeline(timeline: Timeline, duration_s: float) -> dict[str, Any]:
 
 
 def mode_spans(timeline: Timeline, replica: str, until_s: float) -> list[tuple[float, float, str]]:
-    """(start, end, mode) of one replica in order, in seconds, cut to [0, until_s]; equal neighbours joined."""
-    changes = [(sample.t, sample.mode) for sample in timeline.samples if sample.replica == replica]
+    """(start, end, mode) of one replica in order, in seconds, cut to [0, until_s]; equal neighbours joined.
+
+    Samples say which precision was in force; a flip recorded between two samples that differ dates the change
+    better than the second of them. Without samples the flips alone tell.
+    """
+    samples = [sample for sample in timeline.samples if sample.replica == replica]
     flips = [flip for flip in timeline.flips if flip.replica == replica]
-    if flips and (not changes or flips[0].t < changes[0][0]):
-        changes.append((min(0.0, flips[0].t), flips[0].before))
-    changes += [(flip.t, flip.after) for flip in flips]
-    changes.sort(key=lambda change: change[0])
+    if samples:
+        changes = [(samples[0].t, samples[0].mode)]
+        for earlier, later in pairwise(samples):
+            if later.mode != earlier.mode:
+                dated = [f.t for f in flips if earlier.t < f.t <= later.t and f.after == later.mode]
+                changes.append((dated[-1] if dated else later.t, later.mode))
+    else:
+        changes = [(0.0, flips[0].before)] if flips else []
+        changes += [(flip.t, flip.after) for flip in flips]
     spans: list[tuple[float, float, str]] = []
     ends = [at for at, _ in changes[1:]] + [until_s]
     for (at, mode), end in zip(changes, ends, strict=True):

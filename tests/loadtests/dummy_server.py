@@ -67,7 +67,8 @@ class Server:
         precision = "fp8" if number >= self.fp8_from else "fp16"
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
-            + f"x-nestedfp-precision-at-start: {precision}\r\nx-nestedfp-replica: r{number % 2}\r\n\r\n".encode()
+            + f"x-nestedfp-precision-at-start: {precision}\r\n".encode()
+            + f"x-nestedfp-replica: r{number % 2}\r\n\r\n".encode()
         )
         chat = path.endswith("chat/completions")
         if chat:
