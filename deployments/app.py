@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.replica import EngineReplica
+from nestedfp.deployments.router import ROUTING_STATS_PERIOD_S, PrecisionRouter
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
@@ -33,4 +35,8 @@ def build_app(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
         graceful_shutdown_wait_loop_s=min(2.0, replicas.graceful_shutdown_timeout_s),
         max_constructor_retry_count=replicas.start_attempts,
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrecisionRouter,
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+        ),
     ).bind(settings.to_dict())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -91,15 +92,16 @@ def running(
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     say("starting Ray")
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=None if temp_dir is None else str(temp_dir),
-        )
+        with _own_signal_handlers():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=None if temp_dir is None else str(temp_dir),
+            )
         serve.start(
             proxy_location="HeadOnly",
             http_options={
@@ -116,6 +118,15 @@ def running(
             policy_actor.end(file.app_name, file.settings.policy)
             serve.shutdown()
             ray.shutdown()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep this process's handler for SIGTERM, which Ray replaces when it starts."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _prepare_environment() -> None:

@@ -21,6 +21,7 @@ from nestedfp.deployments.control_loop import ControlLoop
 from nestedfp.deployments.engine_app import EngineApp
 from nestedfp.deployments.metrics import ReplicaMetrics
 from nestedfp.deployments.policy_actor import PolicyLink
+from nestedfp.deployments.router import PRECISION_STAT
 from nestedfp.deployments.vllm_openai import ray_stat_logger
 from nestedfp.policies.config import PolicyConfig
 
@@ -69,7 +70,7 @@ class EngineReplica:
         status = self._engine.status
         if status is None:
             return {}
-        return {"precision": self._engine.precision, "load": status.running + status.waiting}
+        return {PRECISION_STAT: self._engine.precision, "load": status.running + status.waiting}
 
     async def control_status(self) -> dict[str, Any]:
         """The state of this replica's control loop and engine, as plain values."""

@@ -55,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
         file = with_overrides(ServeFile.load(args.config), args.model, args.port, args.replicas)
         with running(file, say=_say, temp_dir=args.ray_dir) as app:
             key = f"${file.settings.http.api_keys_variable}"
-            # Ray has put its own handler for SIGTERM in place.
-            _stop_on_signals()
             print(_READY.format(url=app.url, model=app.model, key=key), flush=True)
             threading.Event().wait()
     except _Stopped:

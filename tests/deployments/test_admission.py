@@ -1,0 +1,244 @@
+"""The replica's door: what passes, what is refused, and how."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from nestedfp.deployments.admission import (
+    ROUTES,
+    ApiKeys,
+    BodyLimit,
+    KnownRoutes,
+    PrecisionClass,
+    pin_to_16_bits,
+)
+from nestedfp.deployments.asgi import App, Receive, Scope, Send, send_json
+from nestedfp.vllm.control import PRECISION_ARGUMENT, STRICT_CACHE_SALT
+
+from .asgi_client import Answer, ask
+
+CHAT = "/v1/chat/completions"
+
+
+class Recorder:
+    """The application behind the door: keeps the body it was given and answers 200."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.scopes: list[Scope] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scopes.append(scope)
+        self.bodies.append((await receive()).get("body", b""))
+        await send_json(send, 200, b"{}")
+
+
+def error_of(answer: Answer) -> dict[str, Any]:
+    assert answer.headers["content-type"] == "application/json"
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    error: dict[str, Any] = json.loads(answer.body)["error"]
+    assert error["code"] == answer.status
+    assert error["message"]
+    assert error["type"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/metrics", "/docs", "/invocations", "/v1/load_lora_adapter", "/sleep", "/v1", "//v1/models", "/"],
+)
+async def test_routes_off_the_list_do_not_exist(path: str) -> None:
+    inner = Recorder()
+    answer = await ask(KnownRoutes(inner), "POST", path)
+    assert answer.status == 404
+    error_of(answer)
+    assert inner.scopes == []
+
+
+@pytest.mark.parametrize(("path", "method"), ROUTES.items())
+async def test_listed_routes_take_their_method_only(path: str, method: str) -> None:
+    assert (await ask(KnownRoutes(Recorder()), method, path)).status == 200
+    wrong = await ask(KnownRoutes(Recorder()), "DELETE", path)
+    assert wrong.status == 405
+    assert wrong.headers["allow"] == method
+    error_of(wrong)
+
+
+async def test_a_route_prefix_is_not_part_of_the_route() -> None:
+    inner = Recorder()
+
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        await KnownRoutes(inner)({**scope, "root_path": "/llm"}, receive, send)
+
+    assert (await ask(mounted, "GET", "/llm/v1/models")).status == 200
+    assert (await ask(mounted, "GET", "/llm/metrics")).status == 404
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [
+        (b"Bearer one", 200),
+        (b"bearer two", 200),
+        (b"Bearer  one ", 200),
+        (b"Bearer three", 401),
+        (b"Bearer ", 401),
+        (b"Basic one", 401),
+        (b"one", 401),
+        (None, 401),
+    ],
+)
+async def test_api_keys(value: bytes | None, status: int) -> None:
+    headers = [] if value is None else [(b"authorization", value)]
+    answer = await ask(ApiKeys(Recorder(), ["one", "two"]), "GET", "/v1/models", headers=headers)
+    assert answer.status == status
+    if status == 401:
+        error_of(answer)
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+async def test_without_keys_or_for_health_none_is_asked() -> None:
+    assert (await ask(ApiKeys(Recorder(), []), "GET", "/v1/models")).status == 200
+    assert (await ask(ApiKeys(Recorder(), ["one"]), "GET", "/health")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("chunks", "declared", "status"),
+    [
+        ((b"x" * 10,), None, 200),
+        ((b"x" * 5, b"x" * 5), None, 200),
+        ((b"x" * 11,), None, 413),
+        ((b"x" * 6, b"x" * 6), None, 413),
+        ((b"",), b"11", 413),
+        ((b"x" * 10,), b"10", 200),
+        ((b"x",), b"nonsense", 200),
+    ],
+)
+async def test_body_limit(chunks: tuple[bytes, ...], declared: bytes | None, status: int) -> None:
+    inner = Recorder()
+    headers = [] if declared is None else [(b"content-length", declared)]
+    answer = await ask(BodyLimit(inner, 10), "POST", CHAT, headers=headers, body=chunks)
+    assert answer.status == status
+    if status == 200:
+        assert inner.bodies == [b"".join(chunks)]
+    else:
+        error_of(answer)
+        assert inner.bodies == []
+
+
+async def test_a_client_that_leaves_while_it_sends_gets_nothing_and_starts_nothing() -> None:
+    inner = Recorder()
+    sent: list[object] = []
+    incoming = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> dict[str, Any]:
+        return incoming.pop(0)
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    await BodyLimit(inner, 10)(scope, receive, send)
+    assert (inner.bodies, sent) == ([], [])
+
+
+async def test_the_application_still_sees_the_disconnect_after_the_body() -> None:
+    seen: list[str] = []
+
+    async def inner(_scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([(await receive())["type"] for _ in range(2)])
+        await send_json(send, 200, b"{}")
+
+    await ask(BodyLimit(inner, 10), "POST", CHAT, body=(b"a", b"b"))
+    assert seen == ["http.request", "http.disconnect"]
+
+
+def door(inner: App, limit: int = 1, *, nested: bool = True) -> PrecisionClass:
+    return PrecisionClass(inner, limit=limit, retry_after_s=3, nested=nested)
+
+
+STRICT = [(b"x-nestedfp-precision", b"FP16"), (b"content-length", b"2")]
+
+
+async def test_a_strict_request_carries_the_instruction_to_the_engine() -> None:
+    inner = Recorder()
+    body = b'{"prompt": "a", "vllm_xargs": {"other": 1}}'
+    assert (await ask(door(inner), "POST", CHAT, headers=STRICT, body=(body,))).status == 200
+    sent = json.loads(inner.bodies[0])
+    assert sent == {
+        "prompt": "a",
+        "vllm_xargs": {"other": 1, PRECISION_ARGUMENT: "fp16"},
+        "cache_salt": STRICT_CACHE_SALT,
+    }
+    lengths = [value for key, value in inner.scopes[0]["headers"] if key == b"content-length"]
+    assert lengths == [str(len(inner.bodies[0])).encode()]
+
+
+async def test_other_requests_pass_byte_for_byte() -> None:
+    body = b'{"prompt":   "nestedfp_precision"}'
+    for headers in ([], [(b"x-nestedfp-precision", b"any")]):
+        inner = Recorder()
+        assert (await ask(door(inner), "POST", CHAT, headers=headers, body=(body,))).status == 200
+        assert inner.bodies == [body]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff", b""])
+async def test_a_strict_body_that_is_no_object_is_left_to_vllm(body: bytes) -> None:
+    assert pin_to_16_bits(body) == body
+
+
+async def test_a_clients_own_salt_still_separates() -> None:
+    salts = {json.loads(pin_to_16_bits(json.dumps({"cache_salt": s}).encode()))["cache_salt"] for s in "ab"}
+    assert len(salts) == 2
+    assert STRICT_CACHE_SALT not in salts
+
+
+async def test_unknown_class_and_pins_past_the_header_are_refused() -> None:
+    unknown = await ask(door(Recorder()), "POST", CHAT, headers=[(b"x-nestedfp-precision", b"fp32")])
+    assert unknown.status == 400
+    assert error_of(unknown)["param"] == "x-nestedfp-precision"
+    body = json.dumps({"vllm_xargs": {PRECISION_ARGUMENT: "fp16"}}).encode()
+    past = await ask(door(Recorder()), "POST", CHAT, body=(body,))
+    assert past.status == 400
+    assert error_of(past)["param"] == "vllm_xargs"
+
+
+async def test_strict_places_are_bounded_and_given_back() -> None:
+    release = asyncio.Event()
+
+    async def slow(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await release.wait()
+        await send_json(send, 200, b"{}")
+
+    entry = door(slow)
+    first = asyncio.create_task(ask(entry, "POST", CHAT, headers=STRICT, body=(b"{}",)))
+    await asyncio.sleep(0)
+    while entry.running == 0:
+        await asyncio.sleep(0.001)
+    refused = await ask(entry, "POST", CHAT, headers=STRICT, body=(b"{}",))
+    assert refused.status == 503
+    assert refused.headers["retry-after"] == "3"
+    error_of(refused)
+    release.set()
+    assert (await first).status == 200
+    assert entry.running == 0
+    assert (await ask(entry, "POST", CHAT, headers=STRICT, body=(b"{}",))).status == 200
+
+
+async def test_a_place_is_given_back_after_a_failure() -> None:
+    async def failing(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise RuntimeError("engine")
+
+    entry = door(failing)
+    with pytest.raises(RuntimeError, match="engine"):
+        await ask(entry, "POST", CHAT, headers=STRICT, body=(b"{}",))
+    assert entry.running == 0
+
+
+async def test_plain_vllm_is_always_in_16_bits() -> None:
+    inner = Recorder()
+    answer = await ask(door(inner, 0, nested=False), "POST", CHAT, headers=STRICT, body=(b"{}",))
+    assert (answer.status, inner.bodies) == (200, [b"{}"])

@@ -1,0 +1,160 @@
+"""The replica's control loop and its line to the policy actor, with neither Ray nor vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nestedfp.deployments import policy_actor
+from nestedfp.deployments.control_loop import ControlLoop
+from nestedfp.deployments.metrics import served_by
+from nestedfp.deployments.policy_actor import PolicyLink, actor_name
+from nestedfp.policies.actor import PolicyActor
+from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.replica import ActorUnavailable, Order
+from nestedfp.vllm.status import EngineStatus
+
+CONFIG = PolicyConfig.from_dict(
+    {
+        "controller": "threshold",
+        "thresholds": {"waiting": {"high": 4, "low": 1}},
+        "lease_s": 0.3,
+        "sync_wait_s": 0.02,
+        "decide_interval_s": 0.01,
+        "min_dwell_s": 0.0,
+    }
+)
+
+
+class Engine:
+    """An engine with a queue that the test fills."""
+
+    status: EngineStatus | None = None
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.orders: list[Order] = []
+
+    async def apply(self, order: Order) -> None:
+        self.orders.append(order)
+
+    async def signals(self) -> dict[str, Any]:
+        numbers = dict.fromkeys(("running", "waiting_prompt_tokens", "tokens_fp16", "tokens_fp8", "flips"), 0)
+        times = dict.fromkeys(("oldest_waiting_s", "kv_usage", "arrivals_per_s", "age_s"), 0.0)
+        unknown = dict.fromkeys(("ttft_p90_s", "tpot_p90_s", "step_time_s"))
+        return {**numbers, **times, **unknown, "waiting": self.waiting}
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.lags: list[float] = []
+        self.up = False
+
+    def engine(self, status: EngineStatus) -> None:
+        raise AssertionError("this engine gives no status")
+
+    def order(self, order: Order, lag_s: float) -> None:
+        self.lags.append(lag_s)
+
+    def policy_up(self, up: bool) -> None:
+        self.up = up
+
+    def latencies(self, slo: Any, ttft_s: float | None, tpot_s: float | None) -> None:
+        assert (ttft_s, tpot_s) == (None, None)
+
+
+class Line:
+    """A line to an actor that the test can cut."""
+
+    def __init__(self) -> None:
+        self.actor: PolicyActor | None = PolicyActor(CONFIG)
+
+    async def sync(self, report: dict[str, Any], known_epoch: int, wait_s: float) -> dict[str, Any]:
+        if self.actor is None:
+            raise ActorUnavailable("cut")
+        return await self.actor.sync(report, known_epoch, wait_s)
+
+
+async def eventually(holds: Callable[[], bool], within_s: float = 5.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_queue_flips_the_engine_through_the_actor_and_without_it() -> None:
+    engine, metrics, line = Engine(), Metrics(), Line()
+    loop = ControlLoop("r1", CONFIG, engine, line.sync, metrics)
+    task = asyncio.create_task(loop.run())
+    try:
+        await eventually(lambda: metrics.up)
+        assert engine.orders[-1].mode == "fp16"
+        engine.waiting = 10
+        await eventually(lambda: engine.orders[-1].mode == "fp8")
+        assert engine.orders[-1].source == "actor"
+        assert loop.status()["signals"]["waiting"] == 10
+        line.actor = None
+        await eventually(lambda: not metrics.up)
+        assert engine.orders[-1].mode == "fp8"
+        line.actor = PolicyActor(CONFIG)
+        await eventually(lambda: metrics.up)
+        assert loop.status()["mode"] == "fp8"
+        assert len(metrics.lags) == len(engine.orders)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def test_the_actors_name_changes_with_the_settings_and_the_application() -> None:
+    other = PolicyConfig.from_dict({**CONFIG.to_dict(), "lease_s": 0.4})
+    names = {actor_name("a", CONFIG), actor_name("b", CONFIG), actor_name("a", other)}
+    assert len(names) == 3
+    assert actor_name("a", CONFIG) == actor_name("a", PolicyConfig.from_dict(CONFIG.to_dict()))
+    assert all(name.startswith("nestedfp-policy::") for name in names)
+
+
+def test_the_actors_name_changes_with_the_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    before = actor_name("a", CONFIG)
+    (tmp_path / "changed.py").write_text("")
+    monkeypatch.setattr(policy_actor.policies, "__path__", [str(tmp_path)])
+    assert actor_name("a", CONFIG) != before
+
+
+class RemoteActor:
+    """A stand-in for a Ray handle."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.sync = self
+        self.error = error
+
+    async def remote(self, *_: object) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        return {"mode": "fp16"}
+
+
+async def test_a_lost_actor_is_found_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [RemoteActor(ValueError("gone\nlong trace")), RemoteActor()]
+    monkeypatch.setattr(policy_actor, "find_or_create", lambda *_: found.pop(0))
+    link = PolicyLink("a", CONFIG)
+    with pytest.raises(ActorUnavailable, match=r"^gone$"):
+        await link.sync({}, 0, 0.0)
+    assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
+    assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("status", "tokens", "label"),
+    [
+        (200, {"fp16": 3, "fp8": 0}, "fp16"),
+        (200, {"fp16": 0, "fp8": 2}, "fp8"),
+        (200, {"fp16": 1, "fp8": 2}, "mixed"),
+        (200, None, "200"),
+        (503, None, "503"),
+    ],
+)
+def test_label_of_a_served_request(status: int, tokens: dict[str, int] | None, label: str) -> None:
+    assert served_by(status, tokens) == label
