@@ -62,9 +62,13 @@ class ActivePlan:
         self._kinds: dict[int, str] = {}
 
     def note_layer(self, name: str, state: str, row_exponent: Tensor | None = None) -> None:
-        """Notes a layer's state at load; `row_exponent` identifies a nested one."""
+        """Notes a layer's state at load; `row_exponent` identifies a nested one.
+
+        A reload copies into the storage of the first load, whose address stays the layer's.
+        """
+        known = name in self.layers
         self.layers[name] = state
-        if row_exponent is not None:
+        if row_exponent is not None and not known:
             self._kinds[row_exponent.data_ptr()] = layer_kind(name)
 
     def start_recording(self, device: torch.device) -> None:

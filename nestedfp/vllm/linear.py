@@ -38,16 +38,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         self._plain.create_weights(layer, *args, **kwargs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if self._is_plain is None:
-            self._is_plain = layer.weight.dtype not in DTYPES
-            if self._is_plain:
-                ACTIVE.note_layer(self._name, f"dtype {layer.weight.dtype}")
         nested = None if self._is_plain else self._nest(layer.weight.data)
+        self._is_plain = nested is None
         if nested is None:
-            self._is_plain = True
             self._plain.process_weights_after_loading(layer)
             return
-        self._is_plain = False
         self._order = nested.order.value
         del layer.weight
         for name in ("upper", "lower", "row_exponent"):
@@ -72,11 +67,16 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
 
     def _nest(self, weight: Tensor) -> NestedWeight | None:
         """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity."""
-        N, K = weight.shape
-        settled = self._is_plain is False
+        if weight.dtype not in DTYPES:
+            ACTIVE.note_layer(self._name, f"dtype {weight.dtype}")
+            return None
+        first_load = self._is_plain is None
         try:
-            order = preferred_order(weight.device, N, K)
-            return nest(weight, order=order, require_exact=not settled and self._inexact is Inexact.PLAIN)
+            return nest(
+                weight,
+                order=preferred_order(weight.device, *weight.shape),
+                require_exact=first_load and self._inexact is Inexact.PLAIN,
+            )
         except InexactRowsError as error:
             ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
             logger.warning("layer %s stays plain 16-bit: %s", self._name, error)

@@ -1,0 +1,161 @@
+"""The linear method on a layer, without an engine."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nestedfp.precision import Precision
+from nestedfp.vllm import op
+from nestedfp.vllm.active import ACTIVE, LayerRecord
+from nestedfp.vllm.linear import NestedLinearMethod
+from nestedfp.vllm.plan import FP8, FP16, Plan
+from nestedfp.vllm.settings import Inexact
+from nestedfp.weight import NonFiniteWeightError
+
+N, K = 48, 96
+
+
+@pytest.fixture(autouse=True)
+def fresh_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ACTIVE, "plan", FP16)
+    monkeypatch.setattr(ACTIVE, "record", None)
+    monkeypatch.setattr(ACTIVE, "layers", {})
+    monkeypatch.setattr(ACTIVE, "_kinds", {})
+
+
+def loaded(
+    weight: torch.Tensor, name: str = "model.layers.0.mlp.down_proj", inexact: Inexact = Inexact.PLAIN
+) -> tuple[nn.Module, Any]:
+    layer = nn.Module()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    method = NestedLinearMethod(name, inexact)
+    method.process_weights_after_loading(layer)
+    return layer, method
+
+
+def weights(dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return (torch.randn(N, K, generator=generator) * 0.05).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_both_precisions_are_the_product(dtype: torch.dtype, biased: bool) -> None:
+    w = weights(dtype)
+    x = torch.randn(2, 3, K).to(dtype)
+    bias = torch.randn(N).to(dtype) if biased else None
+    layer, method = loaded(w, inexact=Inexact.NEAREST)
+    exact = x.double() @ w.double().T + (bias.double() if biased else 0)
+    assert not hasattr(layer, "weight")
+    torch.testing.assert_close(method.apply(layer, x, bias).double(), exact, rtol=1e-2, atol=1e-2)
+    ACTIVE.plan = FP8
+    fp8 = method.apply(layer, x, bias)
+    assert fp8.shape == (2, 3, N)
+    relative = (fp8.double() - exact).norm() / exact.norm()
+    assert 1e-3 < relative < 0.06
+
+
+def test_a_plan_decides_by_the_kind_of_the_layer() -> None:
+    x = torch.randn(4, K).half()
+    mlp, mlp_method = loaded(weights(), "model.layers.0.mlp.down_proj")
+    attention, attention_method = loaded(weights(), "model.layers.0.self_attn.o_proj")
+    exact = mlp_method.apply(mlp, x)
+    ACTIVE.plan = Plan("mlp", frozenset({"down_proj"}))
+    assert not torch.equal(mlp_method.apply(mlp, x), exact)
+    assert torch.equal(attention_method.apply(attention, x), exact)
+
+
+def test_reloading_keeps_the_layout_whatever_the_new_weights_are() -> None:
+    layer, method = loaded(weights())
+    upper = layer.weight_upper
+    replaced = weights()
+    replaced[0, 0], replaced[0, 1] = 1000.0, 6e-8
+    layer.weight = nn.Parameter(replaced, requires_grad=False)
+    method.process_weights_after_loading(layer)
+    assert layer.weight_upper.shape == upper.shape
+    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+
+
+def test_a_layer_that_would_lose_bits_stays_plain_and_is_counted() -> None:
+    w = weights()
+    w[0, 0], w[0, 1] = 1000.0, 6e-8
+    layer, method = loaded(w)
+    x = torch.randn(4, K).half()
+    torch.testing.assert_close(method.apply(layer, x), x @ w.T)
+    assert ACTIVE.layer_counts() == (
+        {"nested": 0, "plain": 1},
+        {"rows that would not rebuild bit for bit": 1},
+    )
+    loaded(w, inexact=Inexact.NEAREST)
+    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+
+
+def test_a_float32_layer_stays_plain_and_is_counted() -> None:
+    w = weights().float()
+    layer, method = loaded(w)
+    x = torch.randn(4, K)
+    torch.testing.assert_close(method.apply(layer, x), x @ w.T)
+    assert ACTIVE.layer_counts()[1] == {"dtype torch.float32": 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_checkpoint_names_the_layer(value: float) -> None:
+    w = weights()
+    w[3, 5] = value
+    with pytest.raises(
+        NonFiniteWeightError, match=rf"layer model\.layers\.0\.mlp\.down_proj: .*w\[3, 5\] is {value}"
+    ):
+        loaded(w)
+
+
+def test_the_record_tells_what_ran_and_a_wrong_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, K).half()
+    layers = [loaded(weights(), f"model.layers.{i}.mlp.down_proj") for i in range(3)]
+    ACTIVE.start_recording(torch.device("cpu"))
+    record = ACTIVE.record
+    assert isinstance(record, LayerRecord)
+
+    def run() -> None:
+        for layer, method in layers:
+            method.apply(layer, x)
+
+    run()
+    assert record.take_mismatches(FP16) == 0
+    assert record.take_mismatches(FP16) == 3, "a layer that did not run at all is a mismatch"
+    ACTIVE.plan = FP8
+    run()
+    assert record.take_mismatches(FP8) == 0
+    run()
+    ACTIVE.plan = FP16
+    layers[1][1].apply(layers[1][0], x)
+    assert record.take_mismatches(FP8) == 1
+
+
+def test_the_operator_stays_one_call_in_a_compiled_graph() -> None:
+    layer, method = loaded(weights())
+    x = torch.randn(4, K).half()
+    compiled = torch.compile(lambda y: method.apply(layer, y) * 2, backend="aot_eager", fullgraph=True)
+    exact = compiled(x)
+    ACTIVE.plan = FP8
+    assert not torch.equal(compiled(x), exact), "the flip must reach compiled code"
+    ACTIVE.plan = FP16
+    assert torch.equal(compiled(x), exact)
+
+
+def test_the_shape_rule_matches_the_operator() -> None:
+    layer, _ = loaded(weights())
+    arguments = (
+        layer.weight_upper,
+        layer.weight_lower,
+        layer.weight_row_exponent,
+        None,
+        "down_proj",
+        "natural",
+    )
+    for shape in [(1, K), (2, 5, K)]:
+        x = torch.randn(shape).half()
+        y, fake = op.planned_linear(x, *arguments), op._linear_shape(x, *arguments)
+        assert (y.shape, y.dtype) == (fake.shape, fake.dtype)
+    assert Precision.FP16 is FP16.precision("down_proj")
