@@ -54,8 +54,9 @@ def define_tile(module: ir.Module, tokens: int, pitch: int) -> ir.Function:
             rows = b.address(a.panel, b.ir.mul(first, i64(pitch)), F32)
             grid = _Grid(b, tokens, TILE_ROWS)
             with b.loop(i64(0), a.k, LANES) as i:
-                values = [b.load(b.address(rows, r * pitch, F32), i, F32, LANES) for r in range(TILE_ROWS)]
-                grid.add_products([b.load(column, i, F32, LANES) for column in columns], values)
+                loaded = [b.load(column, i, F32, LANES) for column in columns]
+                for r in range(TILE_ROWS):
+                    grid.add_products(r, b.load(b.address(rows, r * pitch, F32), i, F32, LANES), loaded)
             for token, total in enumerate(grid.sums()):
                 offset = b.ir.add(first, i64(token * BLOCK_ROWS))
                 b.store(b.ir.fadd(b.load(a.sums, offset, F32, TILE_ROWS), total), a.sums, offset, F32)
@@ -78,11 +79,14 @@ def define_stream(module: ir.Module, fp8: bool, tokens: int) -> ir.Function:
             rows = [weight.row(b.ir.add(first, i64(r))) for r in range(rows_at_once)]
             grid = _Grid(b, tokens, rows_at_once)
             with weight.chunks(i64(0), a.K, rows) as k:
-                chunks = [weight.values(row, k) for row in rows]
-                for part in range(0, CHUNK, LANES):
-                    values = [b.shuffle(chunk, chunk, list(range(part, part + LANES))) for chunk in chunks]
-                    offset = b.ir.add(k, i64(part))
-                    grid.add_products([b.load(column, offset, F32, LANES) for column in columns], values)
+                for r, row in enumerate(rows):
+                    chunk = weight.values(row, k)
+                    for part in range(0, CHUNK, LANES):
+                        value = b.shuffle(chunk, chunk, list(range(part, part + LANES)))
+                        offset = b.ir.add(k, i64(part))
+                        grid.add_products(
+                            r, value, [b.load(column, offset, F32, LANES) for column in columns]
+                        )
             for token, total in enumerate(grid.sums()):
                 b.store(total, a.sums, b.ir.add(first, i64(token * BLOCK_ROWS)), F32)
 
@@ -152,11 +156,12 @@ class _Grid:
         self._b = b
         self._slots = [[b.local(_SUMS, splat(_SUMS, 0.0)) for _ in range(rows)] for _ in range(tokens)]
 
-    def add_products(self, columns: list[ir.Value], values: list[ir.Value]) -> None:
+    def add_products(self, row: int, value: ir.Value, columns: list[ir.Value]) -> None:
+        """One row at a time, so that no more than one value of a weight needs a register."""
         b = self._b
         for slots, column in zip(self._slots, columns, strict=True):
-            for slot, value in zip(slots, values, strict=True):
-                b.ir.store(b.intrinsic("fma", value, column, b.ir.load(slot, typ=_SUMS)), slot)
+            total = b.ir.load(slots[row], typ=_SUMS)
+            b.ir.store(b.intrinsic("fma", value, column, total), slots[row])
 
     def sums(self) -> list[ir.Value]:
         """For each token the vector of its sums with the rows."""
