@@ -59,6 +59,8 @@ class ActivePlan:
         self.record: LayerRecord | None = None
         self.layers: dict[str, str] = {}
         """By layer name: `nested`, or the reason it stayed plain."""
+        self.inexact_rows: dict[str, int] = {}
+        """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self._kinds: dict[int, str] = {}
 
     def note_layer(self, name: str, state: str, row_exponent: Tensor | None = None) -> None:

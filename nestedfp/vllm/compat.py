@@ -118,3 +118,28 @@ def current_config() -> Any:
     from vllm.config import get_current_vllm_config
 
     return get_current_vllm_config()
+
+
+def graph_holders(runner: Any) -> list[tuple[Any, str]]:
+    """All (object, attribute) pairs under which vLLM keeps CUDA graphs of the model that `runner` runs.
+
+    The wrappers serve the first-generation runner, and piecewise graphs in both; the second-generation
+    runner keeps full graphs in its own manager.
+    """
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    holders = [(wrapper, "concrete_cudagraph_entries") for wrapper in list(CUDAGraphWrapper._all_instances)]
+    holders += [(wrapper, "entries") for wrapper in list(BreakableCUDAGraphWrapper._all_instances)]
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is not None:
+        holders.append((manager, "graphs"))
+    return holders
+
+
+def allow_graph_capture(allowed: bool) -> None:
+    """The second-generation runner leaves capture allowed for good: a missing graph would be captured in
+    the middle of service rather than reported."""
+    from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+
+    set_cudagraph_capturing_enabled(allowed)

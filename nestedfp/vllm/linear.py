@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nestedfp.kernels import preferred_order
@@ -70,12 +71,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         if weight.dtype not in DTYPES:
             ACTIVE.note_layer(self._name, f"dtype {weight.dtype}")
             return None
-        first_load = self._is_plain is None
         try:
-            return nest(
+            nested = nest(
                 weight,
                 order=preferred_order(weight.device, *weight.shape),
-                require_exact=first_load and self._inexact is Inexact.PLAIN,
+                require_exact=self._is_plain is None and self._must_be_exact(weight.dtype),
             )
         except InexactRowsError as error:
             ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
@@ -83,6 +83,12 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             return None
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(f"layer {self._name}: {error}") from error
+        if rows := nested.exactness.inexact_rows:
+            ACTIVE.inexact_rows[self._name] = rows
+        return nested
+
+    def _must_be_exact(self, dtype: torch.dtype) -> bool:
+        return self._inexact is Inexact.PLAIN or (self._inexact is Inexact.AUTO and dtype is torch.float16)
 
 
 class PlainLinearMethod(_UnquantizedLinearMethod):  # type: ignore[misc]

@@ -12,8 +12,13 @@ METHOD = "nestedfp"
 
 
 class Inexact(StrEnum):
-    """What becomes of a layer with rows that would not rebuild bit for bit."""
+    """What becomes of a layer with rows that would not rebuild bit for bit.
 
+    `AUTO` is `PLAIN` for float16 checkpoints and `NEAREST` for bfloat16 ones, whose smallest weights lie
+    below the stored grid in almost every layer; what is rounded is counted and shown.
+    """
+
+    AUTO = "auto"
     PLAIN = "plain"
     NEAREST = "nearest"
 
@@ -22,7 +27,7 @@ class Inexact(StrEnum):
 class Settings:
     """Parsed settings; the defaults hold for `--quantization nestedfp` without more."""
 
-    inexact: Inexact = Inexact.PLAIN
+    inexact: Inexact = Inexact.AUTO
     plans: Mapping[str, Plan] = field(default_factory=lambda: configured_plans({}))
     target: str = "fp16"
     """The target at start."""
@@ -30,11 +35,13 @@ class Settings:
     """Thresholds of `auto`."""
     check_steps: bool = False
     """Record on the device what every layer ran and compare after each step (always on for a CPU)."""
+    graph_reserve_gib: float = 0.7
+    """GPU memory kept out of the KV cache for each plan's CUDA graphs that vLLM does not estimate."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Settings from the keys of `quantization_config`; raises ValueError naming a bad key or value."""
-        known = {"quant_method", "inexact", "plans", "target", "limits", "check_steps"}
+        known = {"quant_method", "inexact", "plans", "target", "limits", "check_steps", "graph_reserve_gib"}
         if unknown := data.keys() - known:
             raise ValueError(f"quantization_config: unknown keys {sorted(unknown)}, expected {sorted(known)}")
         if data.get("quant_method", METHOD) != METHOD:
@@ -42,11 +49,12 @@ class Settings:
                 f"quantization_config: quant_method is {data['quant_method']!r}, expected {METHOD!r}"
             )
         settings = cls(
-            inexact=_inexact(data.get("inexact", Inexact.PLAIN)),
+            inexact=_inexact(data.get("inexact", Inexact.AUTO)),
             plans=configured_plans(data.get("plans", {})),
             target=data.get("target", "fp16"),
             limits=Limits.from_dict(data.get("limits", {})),
             check_steps=bool(data.get("check_steps", False)),
+            graph_reserve_gib=_gib(data.get("graph_reserve_gib", 0.7)),
         )
         settings.check_mode(settings.target)
         return settings
@@ -64,3 +72,9 @@ def _inexact(value: str) -> Inexact:
         raise ValueError(
             f"quantization_config: inexact is {value!r}, expected one of {[known.value for known in Inexact]}"
         ) from error
+
+
+def _gib(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"quantization_config: graph_reserve_gib is {value!r}, expected a number of GiB")
+    return float(value)

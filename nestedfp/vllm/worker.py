@@ -41,6 +41,8 @@ class PrecisionMixin:
         logger.info("nestedfp: %(nested)d linear layers nested, %(plain)d plain", counts)
         for reason, count in reasons.items():
             logger.info("nestedfp: %d layers plain: %s", count, reason)
+        if ACTIVE.inexact_rows:
+            logger.info("nestedfp: %d layers nested to nearest", len(ACTIVE.inexact_rows))
 
     def execute_model(self, scheduler_output: Any) -> Any:
         tag: StepTag | None = getattr(scheduler_output, TAG, None)
@@ -65,7 +67,7 @@ class PrecisionMixin:
     def precision_facts(self) -> dict[str, Any]:
         """What only the worker knows, for the engine's status."""
         layers, reasons = ACTIVE.layer_counts()
-        return {"layers": layers, "plain_reasons": reasons}
+        return {"layers": layers, "plain_reasons": reasons, "inexact_rows": sum(ACTIVE.inexact_rows.values())}
 
     def _with_report(self, output: Any) -> Any:
         """`output` with the step's report; None, which means that sampling is still to come, stays."""

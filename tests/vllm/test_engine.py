@@ -4,7 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ async def test_every_layer_of_the_model_is_nested(client: Client) -> None:
 
 
 async def test_fp16_tokens_equal_plain_vllm(
-    before_flips: list[Greedy], plain: Any, record_property: pytest.RecordProperty
+    before_flips: list[Greedy], plain: Any, record_property: Callable[[str, object], None]
 ) -> None:
     near_ties = 0
     for prompt, ours, theirs in zip(PROMPTS, before_flips, plain(), strict=True):

@@ -22,11 +22,12 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ACTIVE, "plan", FP16)
     monkeypatch.setattr(ACTIVE, "record", None)
     monkeypatch.setattr(ACTIVE, "layers", {})
+    monkeypatch.setattr(ACTIVE, "inexact_rows", {})
     monkeypatch.setattr(ACTIVE, "_kinds", {})
 
 
 def loaded(
-    weight: torch.Tensor, name: str = "model.layers.0.mlp.down_proj", inexact: Inexact = Inexact.PLAIN
+    weight: torch.Tensor, name: str = "model.layers.0.mlp.down_proj", inexact: Inexact = Inexact.AUTO
 ) -> tuple[nn.Module, Any]:
     layer = nn.Module()
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -46,7 +47,7 @@ def test_both_precisions_are_the_product(dtype: torch.dtype, biased: bool) -> No
     w = weights(dtype)
     x = torch.randn(2, 3, K).to(dtype)
     bias = torch.randn(N).to(dtype) if biased else None
-    layer, method = loaded(w, inexact=Inexact.NEAREST)
+    layer, method = loaded(w)
     exact = x.double() @ w.double().T + (bias.double() if biased else 0)
     assert not hasattr(layer, "weight")
     torch.testing.assert_close(method.apply(layer, x, bias).double(), exact, rtol=1e-2, atol=1e-2)
@@ -90,6 +91,16 @@ def test_a_layer_that_would_lose_bits_stays_plain_and_is_counted() -> None:
     )
     loaded(w, inexact=Inexact.NEAREST)
     assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+
+
+def test_bfloat16_rows_below_the_grid_are_rounded_and_counted() -> None:
+    w = weights(torch.bfloat16)
+    w[3, 0], w[3, 1] = 1.5, 2.0**-30
+    loaded(w)
+    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+    assert ACTIVE.inexact_rows == {"model.layers.0.mlp.down_proj": 1}
+    loaded(w, "model.layers.1.mlp.down_proj", Inexact.PLAIN)
+    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 1}
 
 
 def test_a_float32_layer_stays_plain_and_is_counted() -> None:

@@ -8,7 +8,7 @@ def test_defaults_serve_fp16_and_fp8() -> None:
     settings = Settings.from_dict({})
     assert settings == Settings()
     assert list(settings.plans) == ["fp16", "fp8"]
-    assert settings.inexact is Inexact.PLAIN
+    assert settings.inexact is Inexact.AUTO
 
 
 def test_a_named_plan_gives_its_kinds_fp8_and_all_others_fp16() -> None:
@@ -22,7 +22,8 @@ def test_a_named_plan_gives_its_kinds_fp8_and_all_others_fp16() -> None:
     [
         ({"precision": "fp8"}, r"unknown keys \['precision'\]"),
         ({"quant_method": "fp8"}, "quant_method is 'fp8', expected 'nestedfp'"),
-        ({"inexact": "drop"}, r"inexact is 'drop', expected one of \['plain', 'nearest'\]"),
+        ({"inexact": "drop"}, r"inexact is 'drop', expected one of \['auto', 'plain', 'nearest'\]"),
+        ({"graph_reserve_gib": -1}, "graph_reserve_gib is -1, expected a number of GiB"),
         ({"target": "mlp"}, "mode is 'mlp', expected one of"),
         ({"plans": {"fp8": ["down_proj"]}}, "'fp8' is already a mode"),
         ({"plans": {"mlp": "down_proj"}}, "expected a list of layer kinds"),

@@ -1,0 +1,108 @@
+"""The worker for GPU engines: a family of CUDA graphs for each plan, swapped at a flip."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nestedfp.vllm import compat
+from nestedfp.vllm.active import ACTIVE
+from nestedfp.vllm.graphs import GraphBank, Holder
+from nestedfp.vllm.plan import FP8, FP16, Plan
+from nestedfp.vllm.worker import PrecisionMixin
+
+logger = logging.getLogger("vllm.nestedfp")
+
+_Worker = compat.gpu_worker()
+
+
+class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
+    """vLLM's GPU worker with one captured graph family per plan."""
+
+    model_runner: Any
+    model_config: Any
+    cache_config: Any
+    scheduler_config: Any
+    compilation_config: Any
+
+    def init_device(self) -> None:
+        super().init_device()
+        runner = self.model_runner
+        self._graphs = GraphBank(lambda: [Holder(*found) for found in compat.graph_holders(runner)])
+        self._capture_one = runner.capture_model
+        runner.capture_model = self._capture_model
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: vLLM's figure, measured in FP8, whose activations take more room, less
+        the graphs of the plans that vLLM knows nothing of."""
+        with _in_force(FP8):
+            available: int = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes or self.model_config.enforce_eager:
+            return available
+        return available - self._unestimated_graph_bytes()
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self._warm_up_uncaptured_sizes()
+        return times
+
+    def flip(self, plan: Plan) -> None:
+        super().flip(plan)
+        self._graphs.install(plan)
+
+    def precision_facts(self) -> dict[str, Any]:
+        return {**super().precision_facts(), "graphs": self._graphs.facts()}
+
+    def _capture_model(self, **options: Any) -> int:
+        """In place of the runner's own `capture_model`: once for each plan, FP16 last and left in force."""
+        if options.get("profile_only"):
+            taken: int = self._capture_one(**options)
+            return taken
+        named = [plan for plan in self.precision_settings.plans.values() if plan is not FP16]
+
+        def capture_under(plan: Plan) -> int:
+            # vLLM locks its workspaces after the first capture. One that wanted to grow in a later pass
+            # would leave the earlier graphs pointing at freed memory; it raises instead.
+            compat.allow_graph_capture(True)
+            with _in_force(plan):
+                return int(self._capture_one(**options))
+
+        try:
+            return self._graphs.capture([*named, FP16], capture_under)
+        finally:
+            compat.allow_graph_capture(False)
+
+    def _unestimated_graph_bytes(self) -> int:
+        plans = len(self.precision_settings.plans)
+        estimate: int = getattr(self, "cudagraph_memory_estimate", 0)
+        if estimate:
+            return estimate * (plans - 1)
+        reserve = plans * self.precision_settings.graph_reserve_gib
+        logger.info("nestedfp: %.2f GiB kept free for the CUDA graphs of %d plans", reserve, plans)
+        return int(reserve * 2**30)
+
+    def _warm_up_uncaptured_sizes(self) -> None:
+        """Runs every plan at the step sizes beyond the graphs, so that no kernel is compiled in service."""
+        largest = self.scheduler_config.max_num_batched_tokens
+        captured = self.compilation_config.cudagraph_capture_sizes or [0]
+        size, sizes = largest, []
+        while size > max(captured):
+            sizes.append(size)
+            size //= 2
+        for plan in self.precision_settings.plans.values():
+            with _in_force(plan):
+                for tokens in sizes:
+                    self.model_runner._dummy_run(tokens, skip_eplb=True)
+        torch.accelerator.synchronize()
+
+
+@contextmanager
+def _in_force(plan: Plan) -> Iterator[None]:
+    """A plan in force while the engine starts, and FP16 after it."""
+    ACTIVE.plan = plan
+    try:
+        yield
+    finally:
+        ACTIVE.plan = FP16

@@ -1,0 +1,123 @@
+"""One family of CUDA graphs for each plan, and the swap between them.
+
+A graph freezes the kernels it was captured with, so every plan needs graphs of its own. vLLM keeps graphs
+in a handful of dictionaries ("holders": its graph wrappers, and the second-generation runner's manager).
+A family is what all holders hold after vLLM has captured the model under one plan; putting a plan in
+force installs its family's dictionaries. That is a few dozen attribute writes on the host: nothing is
+launched, nothing waits, and steps already under way keep the graphs they were launched from.
+
+All families draw on vLLM's one graph memory pool, which is sound because only one graph runs at a time.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nestedfp.vllm.plan import Plan
+
+logger = logging.getLogger("vllm.nestedfp")
+
+GraphDict = dict[Any, Any]
+
+
+class GraphFamilyError(RuntimeError):
+    """The families do not hold graphs for the same batch shapes."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """An attribute of one of vLLM's objects that holds a dictionary from batch shape to graph."""
+
+    owner: Any
+    attribute: str
+
+    def take(self) -> GraphDict:
+        graphs: GraphDict = getattr(self.owner, self.attribute)
+        return graphs
+
+    def install(self, graphs: GraphDict) -> None:
+        setattr(self.owner, self.attribute, graphs)
+
+    @property
+    def key(self) -> int:
+        return id(self.owner)
+
+    def __str__(self) -> str:
+        return f"{type(self.owner).__name__}.{self.attribute}"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The graphs of one plan: what each holder holds, the GPU memory they took, the time of capture."""
+
+    dictionaries: tuple[tuple[Holder, GraphDict], ...]
+    taken_bytes: int
+    seconds: float
+
+    @property
+    def graphs(self) -> int:
+        return sum(len(graphs) for _, graphs in self.dictionaries)
+
+    def install(self) -> None:
+        for holder, graphs in self.dictionaries:
+            holder.install(graphs)
+
+
+class GraphBank:
+    """The families of all plans."""
+
+    def __init__(self, find_holders: Callable[[], Iterable[Holder]]) -> None:
+        """`find_holders` lists vLLM's holders; wrappers may come into being during a capture."""
+        self._find_holders = find_holders
+        self.families: dict[str, Family] = {}
+
+    def capture(self, plans: Sequence[Plan], capture_under: Callable[[Plan], int]) -> int:
+        """Captures a family for each plan, in this order, and leaves the last one installed.
+
+        `capture_under(plan)` runs vLLM's capture with the plan in force and returns the bytes it took.
+        Returns the bytes of all families. Raises GraphFamilyError unless all hold the same keys.
+        """
+        for plan in plans:
+            for holder in self._find_holders():
+                holder.install({})
+            start = time.perf_counter()
+            taken = capture_under(plan)
+            seconds = time.perf_counter() - start
+            held = tuple((holder, holder.take()) for holder in self._find_holders())
+            family = self.families[plan.name] = Family(held, taken, seconds)
+            logger.info(
+                "nestedfp: plan %s: %d CUDA graphs in %d holders, %.2f GiB, %.1f s",
+                plan.name, family.graphs, len(held), taken / 2**30, seconds,
+            )  # fmt: skip
+        self._compare()
+        return sum(family.taken_bytes for family in self.families.values())
+
+    def install(self, plan: Plan) -> None:
+        """Puts the plan's graphs in place; does nothing in an engine that captured none."""
+        if self.families:
+            self.families[plan.name].install()
+
+    def facts(self) -> dict[str, dict[str, float]]:
+        """By plan: graphs, bytes taken, seconds to capture."""
+        return {
+            name: {"graphs": family.graphs, "bytes": family.taken_bytes, "seconds": family.seconds}
+            for name, family in self.families.items()
+        }
+
+    def _compare(self) -> None:
+        """A graph that one family lacks would be captured, or run eagerly, in the middle of service."""
+        (first_name, first), *others = self.families.items()
+        expected = {holder.key: (holder, set(graphs)) for holder, graphs in first.dictionaries if graphs}
+        for name, family in others:
+            found = {holder.key: (holder, set(graphs)) for holder, graphs in family.dictionaries if graphs}
+            for key in expected.keys() | found.keys():
+                holder, wanted = expected.get(key, (None, set()))
+                other_holder, present = found.get(key, (holder, set()))
+                if difference := wanted ^ present:
+                    raise GraphFamilyError(
+                        f"plans {first_name} and {name} differ in {len(difference)} CUDA graphs of "
+                        f"{other_holder}, the first for {next(iter(difference))}; this vLLM captures "
+                        "in a way that is not known here: start with enforce_eager=True and report it"
+                    )

@@ -1,0 +1,197 @@
+"""The graph bank, against vLLM's real holder classes with fake graphs in them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nestedfp.vllm import compat
+from nestedfp.vllm.active import ACTIVE
+from nestedfp.vllm.gpu_worker import PrecisionGPUWorker
+from nestedfp.vllm.graphs import GraphBank, GraphFamilyError, Holder
+from nestedfp.vllm.plan import FP8, FP16, Plan
+from nestedfp.vllm.settings import Settings
+
+MLP = Plan("mlp", frozenset({"down_proj"}))
+SHAPES = (1, 2, 4)
+
+
+class FakeGraph:
+    """Tells under which plan it was captured when it is replayed."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+        self._plan = ACTIVE.plan.name
+
+    def replay(self) -> None:
+        self._log.append(self._plan)
+
+
+class Runner:
+    """A second-generation runner's parts that hold graphs: piecewise wrappers and the manager."""
+
+    def __init__(self) -> None:
+        from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
+        from vllm.compilation.cuda_graph import CUDAGraphWrapper
+        from vllm.config import CUDAGraphMode
+        from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+        self.replayed: list[str] = []
+        # Their constructors need a GPU platform; what is tested is how they look graphs up.
+        self.wrapper = object.__new__(CUDAGraphWrapper)
+        self.wrapper.__dict__.update(
+            runnable=lambda: "eager",
+            runtime_mode=CUDAGraphMode.PIECEWISE,
+            is_debugging_mode=False,
+            concrete_cudagraph_entries={},
+        )
+        CUDAGraphWrapper._all_instances.add(self.wrapper)
+        self.breakable = object.__new__(BreakableCUDAGraphWrapper)
+        self.breakable.__dict__.update(runnable=lambda: "eager", entries={})
+        BreakableCUDAGraphWrapper._all_instances.add(self.breakable)
+        self.cudagraph_manager = object.__new__(CudaGraphManager)
+        self.cudagraph_manager.graphs = {}
+        self.missing: dict[str, int] = {}
+        self.captures: list[str] = []
+
+    def capture_model(self, **options: Any) -> int:
+        from vllm.compilation.cuda_graph import CUDAGraphEntry
+        from vllm.forward_context import BatchDescriptor
+
+        plan = ACTIVE.plan.name
+        self.captures.append(plan)
+        for tokens in SHAPES:
+            shape = BatchDescriptor(num_tokens=tokens)
+            if self.missing.get(plan) == tokens:
+                continue
+            entry = CUDAGraphEntry(shape, cudagraph=FakeGraph(self.replayed), output=plan)
+            self.wrapper.concrete_cudagraph_entries[shape] = entry
+            assert full_shape(tokens) not in self.cudagraph_manager.graphs
+            self.cudagraph_manager.graphs[full_shape(tokens)] = FakeGraph(self.replayed)
+        return 1 << 20
+
+    def replay(self, tokens: int) -> list[str]:
+        """What a step of `tokens` tokens replays: piecewise by the wrapper, full by the manager."""
+        from vllm.config import CUDAGraphMode
+        from vllm.forward_context import BatchDescriptor, ForwardContext, override_forward_context
+
+        context = object.__new__(ForwardContext)
+        context.__dict__.update(
+            batch_descriptor=BatchDescriptor(num_tokens=tokens),
+            cudagraph_runtime_mode=CUDAGraphMode.PIECEWISE,
+        )
+        self.replayed.clear()
+        with override_forward_context(context):
+            self.wrapper()
+        self.cudagraph_manager.run_fullgraph(full_shape(tokens))
+        return list(self.replayed)
+
+
+def full_shape(tokens: int) -> Any:
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+    return BatchExecutionDescriptor(cg_mode=CUDAGraphMode.FULL, num_tokens=tokens, num_reqs=tokens)
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphWrapper
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    runner = Runner()
+    yield runner
+    ACTIVE.plan = FP16
+    CUDAGraphWrapper._all_instances.discard(runner.wrapper)
+    BreakableCUDAGraphWrapper._all_instances.discard(runner.breakable)
+
+
+def worker_for(runner: Runner, **settings: Any) -> PrecisionGPUWorker:
+    """The GPU worker without a GPU: only what captures and flips."""
+    worker = object.__new__(PrecisionGPUWorker)
+    worker.precision_settings = Settings.from_dict(settings)
+    worker.model_runner = runner
+    worker._graphs = GraphBank(lambda: [Holder(*found) for found in compat.graph_holders(runner)])
+    worker._capture_one = runner.capture_model
+    return worker
+
+
+def test_each_plan_replays_the_graphs_that_were_captured_under_it(runner: Runner) -> None:
+    worker = worker_for(runner, plans={"mlp": ["down_proj"]})
+    assert worker._capture_model() == 3 << 20
+    assert runner.captures == ["fp8", "mlp", "fp16"]
+    assert runner.replay(2) == ["fp16", "fp16"], "the engine starts in FP16"
+    for plan in ["fp8", "mlp", "fp16", "fp8"] * 3:
+        worker.flip(worker.precision_settings.plans[plan])
+        assert ACTIVE.plan.name == plan
+        for tokens in SHAPES:
+            assert runner.replay(tokens) == [plan, plan]
+
+
+def test_the_memory_and_number_of_graphs_of_each_family_are_reported(runner: Runner) -> None:
+    worker = worker_for(runner)
+    worker._capture_model()
+    facts = worker._graphs.facts()
+    assert list(facts) == ["fp8", "fp16"]
+    assert facts["fp8"]["graphs"] == 2 * len(SHAPES)
+    assert facts["fp8"]["bytes"] == 1 << 20
+
+
+@pytest.mark.parametrize("plan", ["fp8", "fp16"])
+def test_a_graph_that_one_family_lacks_stops_the_start(runner: Runner, plan: str) -> None:
+    runner.missing[plan] = 4
+    with pytest.raises(GraphFamilyError, match=r"plans fp8 and fp16 differ in 1 CUDA graphs of"):
+        worker_for(runner)._capture_model()
+
+
+def test_no_graph_can_be_captured_in_service(runner: Runner) -> None:
+    from vllm.compilation.monitor import validate_cudagraph_capturing_enabled
+
+    worker_for(runner)._capture_model()
+    with pytest.raises(RuntimeError, match="capturing detected"):
+        validate_cudagraph_capturing_enabled()
+
+
+def test_profiling_captures_once_and_keeps_nothing(runner: Runner) -> None:
+    worker = worker_for(runner)
+    assert worker._capture_model(profile_only=True) == 1 << 20
+    assert runner.captures == ["fp16"]
+    assert worker._graphs.families == {}
+
+
+def test_without_graphs_a_flip_only_sets_the_plan(runner: Runner) -> None:
+    worker = worker_for(runner)
+    worker.flip(FP8)
+    assert ACTIVE.plan is FP8
+
+
+def test_a_wrapper_born_during_capture_belongs_to_all_families() -> None:
+    class Owner:
+        graphs: dict[int, str]
+
+    owners: list[Owner] = []
+
+    def capture_under(plan: Plan) -> int:
+        if not owners:
+            owners.append(Owner())
+            owners[0].graphs = {}
+        owners[0].graphs[1] = plan.name
+        return 1
+
+    bank = GraphBank(lambda: [Holder(owner, "graphs") for owner in owners])
+    bank.capture([FP8, FP16], capture_under)
+    bank.install(FP8)
+    assert owners[0].graphs == {1: "fp8"}
+    bank.install(FP16)
+    assert owners[0].graphs == {1: "fp16"}
+
+
+def test_a_wrong_graph_in_a_family_is_what_the_holder_then_holds(runner: Runner) -> None:
+    """The bank cannot see into graphs: only the record of what ran finds a wrong one."""
+    worker = worker_for(runner)
+    worker._capture_model()
+    fp8 = dict(worker._graphs.families["fp8"].dictionaries[-1][1])
+    worker.flip(FP16)
+    runner.cudagraph_manager.graphs[full_shape(2)] = fp8[full_shape(2)]
+    assert runner.replay(2) == ["fp16", "fp8"]
+    assert runner.replay(4) == ["fp16", "fp16"]

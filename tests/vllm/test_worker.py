@@ -1,0 +1,146 @@
+"""The worker mixin over a stand-in for vLLM's worker."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nestedfp.vllm import worker as worker_module
+from nestedfp.vllm.active import ACTIVE, LayerRecord
+from nestedfp.vllm.config import NestedFPConfig
+from nestedfp.vllm.plan import FP8, FP16, Plan
+from nestedfp.vllm.settings import Settings
+from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
+from nestedfp.vllm.worker import PrecisionMixin, refuse_unsupported
+
+PARALLEL = {"pipeline_parallel_size": 1, "data_parallel_size": 1}
+
+
+def vllm_config(**changes: Any) -> SimpleNamespace:
+    config = {
+        "quant_config": NestedFPConfig(Settings()),
+        "model_config": SimpleNamespace(quantization="nestedfp"),
+        "parallel_config": SimpleNamespace(**PARALLEL),
+        "lora_config": None,
+        "speculative_config": None,
+        "additional_config": {},
+    }
+    return SimpleNamespace(**{**config, **changes})
+
+
+class BaseWorker:
+    """Runs nothing; notes the plan that was in force, and answers as vLLM's two kinds of runner do."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
+        self.device = torch.device("cpu")
+        self.ran: list[str] = []
+        self.answer: Any = SimpleNamespace(tokens=[1])
+        self.sampled: Any = None
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self.ran.append(ACTIVE.plan.name)
+        return self.answer
+
+    def sample_tokens(self, grammar: Any) -> Any:
+        return self.sampled
+
+
+class Worker(PrecisionMixin, BaseWorker):
+    def __init__(self) -> None:
+        super().__init__(vllm_config())
+        self.flips: list[str] = []
+
+    def flip(self, plan: Plan) -> None:
+        self.flips.append(plan.name)
+        super().flip(plan)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    monkeypatch.setattr(ACTIVE, "plan", FP16)
+    monkeypatch.setattr(ACTIVE, "record", None)
+    return Worker()
+
+
+def step(plan: str | None) -> SimpleNamespace:
+    output = SimpleNamespace()
+    if plan:
+        setattr(output, TAG, StepTag(plan, "test", 0.0))
+    return output
+
+
+def test_every_step_runs_under_the_plan_of_its_tag(worker: Worker) -> None:
+    reports = [getattr(worker.execute_model(step(plan)), REPORT) for plan in ["fp16", "fp8", "fp8", "fp16"]]
+    assert worker.ran == ["fp16", "fp8", "fp8", "fp16"]
+    assert worker.flips == ["fp8", "fp16"]
+    assert [report.plan for report in reports] == worker.ran
+    assert [report.flip_seconds is not None for report in reports] == [False, True, False, True]
+
+
+def test_a_step_without_tokens_has_no_tag_and_changes_nothing(worker: Worker) -> None:
+    worker.execute_model(step("fp8"))
+    answer = worker.execute_model(step(None))
+    assert ACTIVE.plan is FP8
+    assert not hasattr(answer, REPORT)
+
+
+def test_the_report_waits_for_sampling(worker: Worker) -> None:
+    worker.answer, worker.sampled = None, SimpleNamespace(tokens=[2])
+    assert worker.execute_model(step("fp8")) is None
+    assert getattr(worker.sample_tokens(None), REPORT) == StepReport("fp8", pytest.approx(0, abs=1), None)
+    assert not hasattr(worker.sample_tokens(None), REPORT), "one report a step"
+
+
+def test_vllms_shared_empty_output_is_not_written_to(worker: Worker) -> None:
+    shared = worker.answer
+    before = copy.copy(shared)
+    assert hasattr(worker.execute_model(step("fp8")), REPORT)
+    assert shared == before
+
+
+def test_an_output_still_on_the_device_gets_its_report_when_it_arrives(worker: Worker) -> None:
+    class Pending(worker_module._AsyncModelRunnerOutput):  # type: ignore[misc]
+        def get_output(self) -> Any:
+            return SimpleNamespace(tokens=[3])
+
+    worker.answer = Pending()
+    pending = worker.execute_model(step("fp8"))
+    worker.answer = Pending()
+    worker.execute_model(step("fp16"))
+    arrived = pending.get_output()
+    assert arrived.tokens == [3]
+    assert getattr(arrived, REPORT).plan == "fp8"
+
+
+def test_a_layer_that_ran_something_else_is_reported(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    exponents = torch.zeros(4, dtype=torch.int8)
+    record = LayerRecord({exponents.data_ptr(): "down_proj"}, torch.device("cpu"))
+    monkeypatch.setattr(ACTIVE, "record", record)
+    record.write(exponents, FP16.precision("down_proj"))
+    assert getattr(worker.execute_model(step("fp8")), REPORT).mismatches == 1
+    record.write(exponents, FP8.precision("down_proj"))
+    assert getattr(worker.execute_model(step("fp8")), REPORT).mismatches == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_config": object()}, "LoRA yet; merge the adapter"),
+        ({"speculative_config": object()}, "speculative decoding yet; drop"),
+        ({"parallel_config": SimpleNamespace(**{**PARALLEL, "pipeline_parallel_size": 2})}, "pipeline"),
+        ({"parallel_config": SimpleNamespace(**{**PARALLEL, "data_parallel_size": 2})}, "data parallelism"),
+    ],
+)
+def test_what_is_not_supported_is_refused_at_start(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        refuse_unsupported(vllm_config(**changes))
+
+
+def test_a_worker_without_the_quantization_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match=r"need quantization='nestedfp', but the engine has None"):
+        worker_module.settings_of(
+            SimpleNamespace(quant_config=None, model_config=SimpleNamespace(quantization=None))
+        )
