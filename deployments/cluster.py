@@ -26,6 +26,7 @@ from nestedfp import models
 from nestedfp.deployments import front_door, policy_actor
 from nestedfp.deployments.app import build_app
 from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.processes import none_left_behind
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _POLL_S: Final = 0.5
@@ -68,7 +69,7 @@ class RunningApp:
         policy_actor.end(self.file.app_name, self.file.settings.policy)
 
     def replica_status(self) -> dict[str, Any]:
-        """One replica's own view: its control loop and its engine. With several replicas, any of them."""
+        """One replica's own view: process, control loop, engine. With several replicas, any of them."""
         handle = serve.get_deployment_handle(DEPLOYMENT, self.file.app_name)
         status: dict[str, Any] = handle.control_status.remote().result(timeout_s=_CALL_TIMEOUT_S)
         return status
@@ -91,33 +92,34 @@ def running(
     _prepare_environment()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     say("starting Ray")
-    try:
-        with _own_signal_handlers():
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=None if temp_dir is None else str(temp_dir),
+    with none_left_behind():
+        try:
+            with _own_signal_handlers():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=None if temp_dir is None else str(temp_dir),
+                )
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={
+                    "host": file.host,
+                    "port": file.port,
+                    "request_timeout_s": file.request_timeout_s,
+                },
             )
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={
-                "host": file.host,
-                "port": file.port,
-                "request_timeout_s": file.request_timeout_s,
-            },
-        )
-        _deploy(file, say)
-        yield RunningApp(file)
-    finally:
-        say("stopping")
-        if ray.is_initialized():
-            policy_actor.end(file.app_name, file.settings.policy)
-            serve.shutdown()
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            _deploy(file, say)
+            yield RunningApp(file)
+        finally:
+            say("stopping")
+            if ray.is_initialized():
+                policy_actor.end(file.app_name, file.settings.policy)
+                serve.shutdown()
+                ray.shutdown()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
