@@ -28,6 +28,8 @@ CPU_ENVIRONMENT: Final = {
     # Ray places replicas; vLLM must not bind each of them to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    # The CPU worker does not end by itself at shutdown: do not wait long before it is told to.
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
 }
 
 

@@ -77,6 +77,7 @@ class EngineReplica:
         status = self._engine.status
         return {
             "replica": self._replica,
+            "pid": os.getpid(),
             "control": None if self._loop is None else self._loop.status(),
             "engine": None if status is None else status.to_dict(),
         }

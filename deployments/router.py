@@ -1,8 +1,8 @@
 """Chooses a replica for each request by its precision class, among two by their load.
 
 Strict requests (`x-nestedfp-precision: fp16`) go to replicas in 16 bits while there are any that accept; all
-others go anywhere. What a router knows of a replica's precision is up to a second old, so this only spares FP8
-replicas from being held in 16 bits: the replica enforces the class (`nestedfp.deployments.admission`).
+others go anywhere. What a router knows of a replica's precision is up to a second old, so this only spares
+FP8 replicas from being held in 16 bits: the replica enforces the class (`nestedfp.deployments.admission`).
 
 Serve's own power-of-two router hands a replica that it found to whichever request waits longest. Here the
 replica belongs to the request it was chosen for, which is the base router's rule.
@@ -48,8 +48,8 @@ def two_of(replicas: Sequence[RunningReplica]) -> list[RunningReplica]:
 def demands_16_bits(request_args: Sequence[Any]) -> bool:
     """Whether a request from the HTTP proxy demands 16 bits.
 
-    The proxy pickles the request before it reaches the router; unpickling every one would double that cost, and
-    the header's name shows in the bytes.
+    The proxy pickles the request before it reaches the router; unpickling every one would double that cost,
+    and the header's name shows in the bytes.
     """
     request = request_args[0] if request_args else None
     if isinstance(request, bytes):

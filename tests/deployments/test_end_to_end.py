@@ -1,0 +1,308 @@
+"""The real application through its front door: Ray Serve and one replica of vLLM, nested, on the CPU.
+
+All tests share one application. They run in the order of the file: the last one kills the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from nestedfp.deployments.cluster import RunningApp, running
+from nestedfp.deployments.config import ServeFile
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+
+ANSWER_S = 60.0
+"""Nothing may take longer than this, on a machine with other work too."""
+
+PROMPT = "Once upon a time there was a"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def settings(model: str) -> dict[str, Any]:
+    return {
+        "engine": {
+            "model": model,
+            "served_model_name": "smol",
+            "device": "cpu",
+            "arguments": {
+                "dtype": "float16",
+                "max_model_len": 512,
+                "max_num_seqs": 4,
+                "enforce_eager": True,
+            },
+        },
+        "replicas": {
+            "num_cpus": 0.5,
+            "max_ongoing_requests": 6,
+            "max_queued_requests": 4,
+            "graceful_shutdown_timeout_s": 5.0,
+        },
+        "http": {"max_body_bytes": 16384, "max_strict_requests": 1},
+        # Nothing that these tests do reaches the thresholds: every flip is one that a test asked for.
+        "policy": {
+            "thresholds": {"waiting": {"high": 1000, "low": 999}},
+            "min_dwell_s": 0.0,
+            "calm_s": 0.2,
+            "return_gap_s": 0.0,
+            "max_flips_per_minute": 60,
+            "lease_s": 3.0,
+            "sync_wait_s": 0.2,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def app(model_path: str) -> Iterator[RunningApp]:
+    file = ServeFile.from_dict(
+        {
+            "http_options": {"host": "127.0.0.1", "port": free_port(), "request_timeout_s": ANSWER_S},
+            "applications": [
+                {"import_path": "nestedfp.deployments.app:build_app", "args": settings(model_path)}
+            ],
+        }
+    )
+    # Ray's sockets lie under this folder, and the path of a socket is short.
+    folder = Path(tempfile.mkdtemp(prefix="nfp-", dir="/tmp"))
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        with running(file, temp_dir=folder) as started:
+            yield started
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    left = set(psutil.Process().children(recursive=True)) - before
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def http(app: RunningApp) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=app.url, timeout=ANSWER_S) as client:
+        yield client
+
+
+def complete(http: httpx.Client, *, strict: bool = False, **more: Any) -> httpx.Response:
+    body = {"model": "smol", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True, **more}
+    headers = {"x-nestedfp-precision": "fp16"} if strict else {}
+    return http.post("/completions", json=body, headers=headers)
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def start_of(http: httpx.Client) -> str:
+    return complete(http, max_tokens=1).headers["x-nestedfp-precision-at-start"]
+
+
+def engine(app: RunningApp) -> dict[str, Any]:
+    status: dict[str, Any] = app.replica_status()["engine"]
+    return status
+
+
+def pin(app: RunningApp, http: httpx.Client, mode: str) -> None:
+    app.pin(mode, 120.0)
+    eventually(lambda: start_of(http) == mode)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.headers["content-type"].startswith("application/json")
+    error: dict[str, Any] = response.json()["error"]
+    assert error["message"]
+    assert error["code"] == response.status_code
+    return error
+
+
+def test_it_serves_the_model_with_nested_layers(app: RunningApp, http: httpx.Client) -> None:
+    assert [model["id"] for model in http.get("/models").json()["data"]] == ["smol"]
+    assert httpx.get(app.url.removesuffix("/v1") + "/health", timeout=ANSWER_S).status_code == 200
+    status = engine(app)
+    assert status["layers"] == {"nested": 120, "plain": 0}
+
+
+def test_a_json_answer_says_what_served_it(app: RunningApp, http: httpx.Client) -> None:
+    response = complete(http)
+    assert response.status_code == 200
+    assert response.headers["x-nestedfp-precision-at-start"] == "fp16"
+    assert response.headers["x-nestedfp-replica"] == app.replica_status()["replica"]
+    usage = response.json()["usage"]
+    assert usage["completion_tokens"] == 8
+    # The last token leaves without being scheduled again.
+    assert usage["nestedfp"] == {"fp16": usage["total_tokens"] - 1, "fp8": 0}
+
+
+def test_the_openai_client_streams_and_gets_the_same_usage(app: RunningApp) -> None:
+    client = openai.OpenAI(base_url=app.url, api_key="none", timeout=ANSWER_S, max_retries=0)
+    stream = client.chat.completions.create(
+        model="smol",
+        messages=[{"role": "user", "content": "Count to ten."}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    chunks = list(stream)
+    assert len([chunk for chunk in chunks if chunk.choices]) >= 10
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.completion_tokens == 12
+    tokens = usage.model_dump()["nestedfp"]
+    assert tokens["fp16"] > 12
+    assert tokens["fp8"] == 0
+
+
+def test_a_flip_under_a_running_stream_and_the_classes_after_it(app: RunningApp, http: httpx.Client) -> None:
+    body = {
+        "model": "smol",
+        "prompt": PROMPT,
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with http.stream("POST", "/completions", json=body) as response:
+        assert response.headers["x-nestedfp-precision-at-start"] == "fp16"
+        events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        next(events)
+        app.pin("fp8", 120.0)
+        *_, last, done = events
+    assert done == "[DONE]"
+    tokens = json.loads(last)["usage"]["nestedfp"]
+    assert tokens["fp16"] > 0
+    assert tokens["fp8"] > 0
+
+    eventually(lambda: start_of(http) == "fp8")
+    served = complete(http).json()["usage"]["nestedfp"]
+    assert served["fp8"] > 0
+    assert served["fp16"] == 0
+    strict = complete(http, strict=True)
+    assert strict.headers["x-nestedfp-precision-at-start"] == "fp16"
+    assert strict.json()["usage"]["nestedfp"]["fp8"] == 0
+
+    app.unpin()
+    eventually(lambda: start_of(http) == "fp16")
+    status = engine(app)
+    assert status["mixed_steps"] == 0
+    assert status["flips"] >= 2
+    modes = [(change["from"], change["to"]) for change in app.policy_status()["log"]]
+    assert ("fp16", "fp8") in modes
+    assert ("fp8", "fp16") in modes
+
+
+def test_16_bits_are_the_same_after_flips(app: RunningApp, http: httpx.Client) -> None:
+    def text() -> str:
+        answer: str = complete(http, max_tokens=24).json()["choices"][0]["text"]
+        return answer
+
+    before = text()
+    pin(app, http, "fp8")
+    pin(app, http, "fp16")
+    assert text() == before
+    app.unpin()
+
+
+def test_a_killed_policy_actor_is_replaced_and_flips_nothing(app: RunningApp, http: httpx.Client) -> None:
+    owner = app.policy_status()["owner"]
+    flips = engine(app)["flips"]
+    app.kill_policy()
+    assert complete(http).status_code == 200
+    eventually(lambda: len(app.policy_status()["replicas"]) == 1)
+    assert app.policy_status()["owner"] != owner
+    eventually(lambda: app.replica_status()["control"]["source"] == "actor")
+    assert engine(app)["flips"] == flips
+
+
+def test_an_aborted_stream_leaves_the_engine_idle(app: RunningApp, http: httpx.Client) -> None:
+    body = {"model": "smol", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/completions", json=body) as response:
+        next(response.iter_lines())
+        eventually(lambda: engine(app)["running"] == 1)
+    eventually(lambda: engine(app)["running"] == 0, within_s=8.0)
+
+
+@pytest.mark.parametrize(
+    ("request_of", "status"),
+    [
+        (lambda http: http.post("/completions", content=b"{not json"), 400),
+        (lambda http: complete(http, model="other"), 404),
+        (lambda http: complete(http, prompt="word " * 2000), 400),
+        (lambda http: complete(http, prompt="word " * 20000), 413),
+        (lambda http: complete(http, max_tokens=-1), 400),
+        (lambda http: http.post("/completions", json={"model": "smol"}), 400),
+        (lambda http: http.post("/completions", json=[1, 2]), 400),
+        (lambda http: http.post("/completions", headers={"x-nestedfp-precision": "int4"}), 400),
+        (lambda http: http.post("/load_lora_adapter", json={}), 404),
+        (lambda http: http.get("/completions"), 405),
+    ],
+    ids=[
+        "bad JSON",
+        "unknown model",
+        "oversized prompt",
+        "oversized body",
+        "bad parameter",
+        "missing parameter",
+        "no object",
+        "unknown class",
+        "no such route",
+        "wrong method",
+    ],
+)
+def test_errors_have_openais_shape(
+    http: httpx.Client, request_of: Callable[[httpx.Client], httpx.Response], status: int
+) -> None:
+    response = request_of(http)
+    assert response.status_code == status
+    error_of(response)
+
+
+def test_a_client_cannot_set_serves_time_limit(http: httpx.Client) -> None:
+    body = {"model": "smol", "prompt": PROMPT, "max_tokens": 4}
+    response = http.post("/completions", json=body, headers={"x-request-timeout-seconds": "0.001"})
+    assert response.status_code == 200
+
+
+async def test_a_full_replica_refuses_with_retry_after(app: RunningApp) -> None:
+    body = {"model": "smol", "prompt": PROMPT, "max_tokens": 16, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=app.url, timeout=ANSWER_S) as http:
+        answers = await asyncio.gather(*(http.post("/completions", json=body) for _ in range(24)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < len(answers)
+    for answer in refused:
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        error_of(answer)
+    eventually(lambda: engine(app)["running"] == 0)
+
+
+def test_the_replica_ends_with_its_engine(app: RunningApp) -> None:
+    replica = psutil.Process(app.replica_status()["pid"])
+    family = replica.children(recursive=True)
+    core = next(process for process in family if "EngineCore" in process.name())
+    core.kill()
+    killed_s = time.monotonic()
+    replica.wait(timeout=10)
+    assert time.monotonic() - killed_s < 5.0
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
