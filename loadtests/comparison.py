@@ -13,10 +13,7 @@ from typing import Any
 
 from nestedfp.loadtests.metrics import Slo, summarize_records
 from nestedfp.loadtests.records import RecordError, RequestRecord, read_requests
-from nestedfp.loadtests.table import Metric, ratio_of, run_table
-
-MARGIN = 0.05
-"""Differences of a single run on each side that are not told apart."""
+from nestedfp.loadtests.table import MARGIN, Metric, ratio_of, run_table
 
 JUDGED = (
     Metric(("ttft_ms", "p90"), "TTFT p90", "ms", "lower"),

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from nestedfp.loadtests.metrics import PERCENTILES
 
 Better = Literal["lower", "higher"]
+MARGIN = 0.05
+"""Differences that a single run on each side cannot tell apart."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line: label, each run's value as text, last run over first where better and worse mean something."""
+    """One line: label, each run's value as text, and last over first where one way is better."""
 
     label: str
     values: tuple[str, ...]
@@ -82,7 +84,8 @@ def rows(runs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         if all(value is None for value in values):
             continue
         ratio = ratio_of(values[-1], values[0]) if metric.better and len(values) > 1 else None
-        improved = None if ratio is None or ratio == 1 else (ratio < 1) == (metric.better == "lower")
+        told = ratio is not None and abs(ratio - 1) > MARGIN
+        improved = (ratio < 1) == (metric.better == "lower") if told and ratio is not None else None
         made.append(Row(metric.label, tuple(metric.text(value) for value in values), ratio, improved))
     return made
 
@@ -93,7 +96,7 @@ def ratio_of(value: float | None, base: float | None) -> float | None:
 
 
 def run_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Summaries by name as aligned plain text for a terminal; the ratio is the last run's over the first's."""
+    """Summaries by name as aligned plain text for a terminal; the ratio is the last over the first."""
     lines = [("", *runs, "ratio" if len(runs) > 1 else "")]
     for row in rows(runs):
         lines.append((row.label, *row.values, "" if row.ratio is None else f"{row.ratio:.2f}"))
