@@ -18,7 +18,7 @@ from typing import Any
 from nestedfp.loadtests.charts import element
 from nestedfp.loadtests.comparison import compare
 from nestedfp.loadtests.metrics import Slo, summarize_records, summarize_timeline
-from nestedfp.loadtests.picture import picture
+from nestedfp.loadtests.picture import crossed, picture, short_name
 from nestedfp.loadtests.records import RecordError, RequestRecord, Timeline, read_requests, read_timeline
 from nestedfp.loadtests.table import Metric, rows
 
