@@ -150,10 +150,12 @@ def _latency(
     height: float,
 ) -> Panel:
     def points(of: Sequence[RequestRecord]) -> list[tuple[RequestRecord, float]]:
-        measured = [(r, 1e3 * getattr(r, field)) for r in of if r.ok and getattr(r, field) is not None]
-        return measured[:: math.ceil(len(measured) / _MOST_DOTS) or 1]
+        return [(r, 1e3 * getattr(r, field)) for r in of if r.ok and getattr(r, field) is not None]
 
-    shown, behind = points(records), points(baseline)
+    measured, behind = points(records), points(baseline)
+    # A dot is 150 bytes and a node of the page: a long run shows every n-th request, and says so.
+    every = math.ceil(max(len(measured), len(behind)) / _MOST_DOTS) or 1
+    shown, behind = measured[::every], behind[::every]
     limit_ms = [] if limit_s is None else [1e3 * limit_s]
     failed = [record for record in records if not record.ok] if field == "ttft_s" else []
 
@@ -192,7 +194,8 @@ def _latency(
         return "".join(parts) + _key(key, top - 11)
 
     scale = ", log scale" if _is_log([*(ms for _, ms in (*shown, *behind)), *limit_ms]) else ""
-    title = f"{name} of each request over its arrival, ms{scale} (n = {len(shown)})"
+    thinned = f", one in {every} drawn" if every > 1 else ""
+    title = f"{name} of each request over its arrival, ms{scale} (n = {len(measured):,}{thinned})"
     return Panel(title, height, draw)
 
 
