@@ -1,7 +1,7 @@
 """`nestedfp demo`: one bursty trace, twice, on one application: pinned to FP16, then under the policy.
 
-Everything is real: vLLM engines with nested weights, Ray Serve, the policy actor, Locust. The settings, SLO and
-thresholds included, stand in the configuration file before the run; nothing is tuned while it goes.
+Everything is real: vLLM engines with nested weights, Ray Serve, the policy actor, Locust. The settings, SLO
+and thresholds included, stand in the configuration file before the run; nothing is tuned while it goes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nestedfp import models
 from nestedfp.deployments import timeline
 from nestedfp.deployments.cluster import RunningApp, StartFailed, running
 from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.serve import DEFAULT_CONFIG, with_overrides
 from nestedfp.loadtests.comparison import compare
 from nestedfp.loadtests.metrics import summarize, summarize_timeline
 from nestedfp.loadtests.outcome import Outcome
@@ -35,6 +36,7 @@ from nestedfp.loadtests.traces import Trace
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.protocol import FP16
 
+STATIC: Final = "static-fp16"
 _PIN_S: Final = 3600.0
 _QUIET_WITHIN_S: Final = 30.0
 _POLL_S: Final = 0.25
@@ -43,8 +45,9 @@ _PACKAGES: Final = ("torch", "ray", "locust", "nestedfp")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--config", type=Path, required=True, help="Serve file of the application")
-    parser.add_argument("--model", help="Hugging Face id or local folder instead of the configuration's")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="Serve file of the application")
+    parser.add_argument("--model", help="Hugging Face id or local folder instead of the file's engine.model")
+    parser.add_argument("--port", type=int, help="HTTP port, instead of the file's")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the results")
     parser.add_argument("--calm", action="store_true", help="the same length without the burst")
     parser.add_argument("--calm-rps", type=float, default=0.6, help="arrivals/s outside the burst")
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """The command. 0: both replays ran and no request failed; 1 otherwise; 130 where interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        file = _configured(args)
+        file = with_overrides(ServeFile.load(args.config), args.model, args.port)
         summary = _demonstrate(file, args)
     except (StartFailed, ReplayError, InvalidField, models.ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,16 +76,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _configured(args: argparse.Namespace) -> ServeFile:
-    file = ServeFile.load(args.config)
-    if args.model is None:
-        return file
-    engine = dataclasses.replace(
-        file.settings.engine, model=args.model, served_model_name=Path(args.model).name
-    )
-    return dataclasses.replace(file, settings=dataclasses.replace(file.settings, engine=engine))
 
 
 def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
@@ -99,7 +92,7 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
     with running(file, say=_say) as app:
         _say(f"serving at {app.url}; first replay: pinned to FP16")
         app.pin(FP16, _PIN_S)
-        static = _replay(app, trace, out / "static-fp16", args.seed, slo)
+        static = _replay(app, trace, out / STATIC, args.seed, slo)
         app.unpin()
         _say("second replay: the policy decides")
         policy = _replay(app, trace, out, args.seed, slo)
@@ -120,7 +113,13 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_report(out / "requests.jsonl", out / "timeline.jsonl", summary, out / "report.html")
+    write_report(
+        out / "requests.jsonl",
+        out / "timeline.jsonl",
+        summary,
+        out / "report.html",
+        baseline_requests=out / STATIC / "requests.jsonl",
+    )
     print(run_table({"static FP16": static, "policy": policy}))
     for sentence in comparison["sentences"]:
         print(sentence)

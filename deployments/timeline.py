@@ -1,7 +1,7 @@
 """Follows the policy actor during a replay and writes what it sees as `timeline.jsonl`.
 
-A line is a replica's state (`sample`) or a mode change with the signal that crossed (`flip`); times are seconds
-since the replay's start. `nestedfp.loadtests.records` reads the file.
+A line is a replica's state (`sample`) or a mode change with the signal that crossed (`flip`); times are
+seconds since the replay's start. `nestedfp.loadtests.records` reads the file.
 """
 
 from __future__ import annotations
@@ -96,7 +96,12 @@ class Recorder:
                 self._last_flip_at = entry["at"]
                 facts = {name: value for name, value in entry.items() if name not in ("at", "replica_id")}
                 lines.append(
-                    {"t": entry["at"] - self._origin_unix, "kind": "flip", "replica": entry["replica_id"], **facts}
+                    {
+                        "t": entry["at"] - self._origin_unix,
+                        "kind": "flip",
+                        "replica": entry["replica_id"],
+                        **facts,
+                    }
                 )
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
