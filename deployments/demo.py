@@ -11,17 +11,16 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 from nestedfp import models
 from nestedfp.deployments import timeline
 from nestedfp.deployments.cluster import RunningApp, StartFailed, running
 from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
 from nestedfp.deployments.serve import DEFAULT_CONFIG, with_overrides
 from nestedfp.loadtests.comparison import compare
 from nestedfp.loadtests.metrics import summarize, summarize_timeline
@@ -61,21 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command. 0: both replays ran and no request failed; 1 otherwise; 130 where interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    raise_on_signals()
     try:
         file = with_overrides(ServeFile.load(args.config), args.model, args.port)
         summary = _demonstrate(file, args)
     except (StartFailed, ReplayError, InvalidField, models.ModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except Interrupted:
         print("interrupted; everything was stopped", file=sys.stderr)
         return 130
     return 1 if summary["requests"]["failed"] or summary["static_fp16"]["requests"]["failed"] else 0
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
 import sys
 import threading
 from importlib.resources import files
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
 from nestedfp.policies.checks import InvalidField
 
 DEFAULT_CONFIG: Final = Path(str(files("nestedfp.deployments"))) / "configs" / "cpu-demo.yaml"
-
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 _READY: Final = """
 The OpenAI API is at {url} (Ctrl-C stops it). Try:
@@ -50,14 +47,14 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; 0 after an orderly end, 1 with a message where it could not serve."""
     from nestedfp.deployments.cluster import StartFailed, running
 
-    _stop_on_signals()
+    raise_on_signals()
     try:
         file = with_overrides(ServeFile.load(args.config), args.model, args.port, args.replicas)
         with running(file, say=_say, temp_dir=args.ray_dir) as app:
             key = f"${file.settings.http.api_keys_variable}"
             print(_READY.format(url=app.url, model=app.model, key=key), flush=True)
             threading.Event().wait()
-    except _Stopped:
+    except Interrupted:
         pass
     except (InvalidField, StartFailed, OSError) as error:
         print(f"nestedfp serve: {error}", file=sys.stderr)
@@ -77,22 +74,6 @@ def with_overrides(
         settings["replicas"]["count"] = replicas
     changed = type(file.settings).from_dict(settings)
     return dataclasses.replace(file, settings=changed, port=file.port if port is None else port)
-
-
-class _Stopped(BaseException):
-    """The first SIGINT or SIGTERM."""
-
-
-def _stop_on_signals() -> None:
-    """Let the first SIGINT or SIGTERM raise :class:`_Stopped`; later ones do not disturb the shutdown."""
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        for name in _SIGNALS:
-            signal.signal(name, signal.SIG_IGN)
-        raise _Stopped
-
-    for name in _SIGNALS:
-        signal.signal(name, stop)
 
 
 def _say(message: str) -> None:
