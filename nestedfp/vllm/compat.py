@@ -9,6 +9,7 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 OLDEST = Version("0.26")
@@ -143,3 +144,16 @@ def allow_graph_capture(allowed: bool) -> None:
     from vllm.compilation.monitor import set_cudagraph_capturing_enabled
 
     set_cudagraph_capturing_enabled(allowed)
+
+
+def fill_dummy_weights(fill: Any) -> None:
+    """Makes `load_format="dummy"` fill each floating-point parameter by `fill(parameter)`; for benchmarks."""
+    from vllm.model_executor.model_loader import dummy_loader, weight_utils
+
+    def initialize(parameter: Any, *limits: Any) -> None:
+        if parameter.device.type != "meta" and parameter.is_floating_point():
+            with torch.no_grad():
+                fill(parameter)
+
+    for module in (dummy_loader, weight_utils):
+        module.initialize_single_dummy_weight = initialize

@@ -120,3 +120,11 @@ class PrecisionScheduler(PrecisionMixin, _Scheduler):  # type: ignore[misc]
 
 class AsyncPrecisionScheduler(PrecisionMixin, _AsyncScheduler):  # type: ignore[misc]
     """For a GPU."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not vllm_config.scheduler_config.async_scheduling:
+            raise ValueError(
+                "AsyncPrecisionScheduler needs asynchronous scheduling; without it, set "
+                "scheduler_cls=nestedfp.vllm.scheduler.PrecisionScheduler"
+            )
+        super().__init__(vllm_config, *args, **kwargs)
