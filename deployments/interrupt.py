@@ -14,7 +14,7 @@ class Interrupted(BaseException):
 
 
 def raise_on_signals() -> None:
-    """Let the first SIGINT or SIGTERM raise :class:`Interrupted` in the main thread; later ones do nothing."""
+    """Let the first SIGINT or SIGTERM raise :class:`Interrupted`; later ones do nothing."""
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         for name in _SIGNALS:
