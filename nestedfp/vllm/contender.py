@@ -29,7 +29,8 @@ FLIPPED_BATCH = 32
 class Engine:
     """An offline vLLM engine with random weights, and what is measured on it."""
 
-    def __init__(self, task: dict[str, Any]) -> None:
+    def __init__(self, task: dict[str, Any], **plugin_settings: Any) -> None:
+        """`task` as `nestedfp.vllm.bench` writes it; `plugin_settings` as `engine_arguments` takes them."""
         from vllm import LLM
 
         self._task = task
@@ -52,10 +53,11 @@ class Engine:
             disable_log_stats=False,
             seed=0,
             **self.settings,
-            **_engine_arguments(task["engine"], task["device"]),
+            **_engine_arguments(task["engine"], task["device"], plugin_settings),
         )
         self.start_s = time.monotonic() - start
         self.core = self.llm.llm_engine.engine_core.engine_core
+        self.worker = self.core.model_executor.driver_worker.worker
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         self._random = random.Random(0)
         self._tokens = range(10, vocabulary)
@@ -98,9 +100,8 @@ class Engine:
         return answer["result"]
 
     def memory(self) -> dict[str, Any]:
-        worker = self.core.model_executor.driver_worker.worker
         return {
-            "weights_bytes": int(getattr(worker.model_runner, "model_memory_usage", 0)),
+            "weights_bytes": int(getattr(self.worker.model_runner, "model_memory_usage", 0)),
             "kv_blocks": self.core.vllm_config.cache_config.num_gpu_blocks,
             "reserved_bytes": torch.cuda.memory_reserved() if self._cuda else 0,
             "peak_bytes": torch.cuda.max_memory_allocated() if self._cuda else 0,
@@ -159,12 +160,12 @@ class Engine:
         return median(times), costs
 
 
-def _engine_arguments(engine: str, device: str) -> dict[str, Any]:
+def _engine_arguments(engine: str, device: Any, settings: dict[str, Any]) -> dict[str, Any]:
     if engine == "nestedfp":
         import nestedfp.vllm
 
         nestedfp.vllm.register()
-        return nestedfp.vllm.engine_arguments("cpu" if device == "cpu" else "cuda")
+        return nestedfp.vllm.engine_arguments(device, **settings)
     return {"quantization": "fp8"} if engine == "vllm-fp8" else {}
 
 
