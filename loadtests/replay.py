@@ -234,5 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _command() -> int:
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted before the start; nothing was sent", file=sys.stderr)
+        return EXIT_CUT_SHORT
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command())

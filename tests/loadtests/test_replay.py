@@ -111,23 +111,32 @@ def test_ctrl_c_ends_the_replay_cleanly(dummy: Callable[..., Any], tmp_path: Pat
     assert {record.error for record in records if not record.ok} == {outcome.cut_short}
 
 
+def replays_into(folder: Path) -> list[int]:
+    """Processes of the replay command that write into ``folder``."""
+    needles = (b"nestedfp.loadtests.replay", str(folder).encode())
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:  # it ended meanwhile
+            continue
+        if all(needle in command for needle in needles):
+            found.append(int(path.parent.name))
+    return found
+
+
 def test_an_exception_in_the_caller_ends_the_process(dummy: Callable[..., Any], tmp_path: Path) -> None:
     server = dummy()
     pids: list[int] = []
 
     def fail(outcome: Outcome) -> None:
-        children = subprocess.run(
-            ["pgrep", "-P", str(os.getpid()), "-f", str(tmp_path)], capture_output=True, text=True, check=True
-        )
-        pids.extend(int(pid) for pid in children.stdout.split())
+        pids.extend(replays_into(tmp_path))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         replay(even_trace(600, 0.1), settings(server.url), tmp_path / "requests.jsonl", on_start=fail)
-    assert pids
-    replays = [pid for pid in pids if pid != server.process.pid]
-    assert replays
-    assert not any(Path(f"/proc/{pid}").exists() for pid in replays)
+    assert len(pids) == 1
+    assert not replays_into(tmp_path)
     assert Outcome.read(tmp_path / "requests.jsonl").cut_short == "the replay was ended by SIGTERM"
 
 
