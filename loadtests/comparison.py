@@ -39,7 +39,9 @@ def compare(baseline: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, An
         value, base = metric.of(run), metric.of(baseline)
         ratio = ratios[metric.label] = ratio_of(value, base)
         said = f"{metric.label} {metric.text(value)} against {metric.text(base)}"
-        if ratio is None:
+        if ratio is None and value and metric.better == "higher":
+            better.append(said)
+        elif ratio is None:
             same.append(f"{said} (no ratio)")
         elif abs(ratio - 1) <= MARGIN:
             same.append(said)

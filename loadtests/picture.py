@@ -98,7 +98,8 @@ def short_name(replica: str) -> str:
 def _arrivals(view: View, records: Sequence[RequestRecord]) -> Panel:
     height = 62.0
     # Bins of a round width, at most 120 of them.
-    width = next(w for w in (0.5, 1, 2, 5, 10, 30, 60, 300, 600, 3600, math.inf) if view.end_s / w <= 120)
+    round_widths = (0.5, 1, 2, 5, 10, 30, 60, 300, 600, 3600)
+    width = next((w for w in round_widths if view.end_s / w <= 120), view.end_s / 120)
     counts: dict[int, int] = {}
     for record in records:
         counts[int(record.scheduled_s / width)] = counts.get(int(record.scheduled_s / width), 0) + 1

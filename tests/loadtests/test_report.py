@@ -231,6 +231,14 @@ def test_a_run_without_fp8_shows_nothing_about_it() -> None:
     assert compare(static, static)["sentences"][0].startswith("No token was computed in FP8")
 
 
+def test_some_goodput_where_there_was_none_is_better() -> None:
+    static = summarize_records([record(n, 2.0, tpot_s=0.05) for n in range(6)], SLO)
+    said = compare(static, fp8_run(0.45, 0.05))
+    assert said["ratios"]["goodput"] is None
+    assert "goodput 1.00 req/s against 0.00 req/s" in said["sentences"][0]
+    assert said["sentences"][0].startswith("Better than static FP16")
+
+
 def test_runs_of_different_length_are_not_compared() -> None:
     static = summarize_records([record(n) for n in range(5)], SLO)
     assert compare(static, fp8_run(0.2, 0.1)) == {
