@@ -173,6 +173,14 @@ async def test_fp16_is_identical_after_many_flips_under_load(
     assert [await client.greedy(prompt) for prompt in PROMPTS] == before_flips
 
 
+async def test_reloading_the_checkpoint_changes_no_token(client: Client, before_flips: list[Greedy]) -> None:
+    await client.target("fp16")
+    await client.engine.collective_rpc("reload_weights")
+    await client.engine.reset_prefix_cache()
+    assert [await client.greedy(prompt) for prompt in PROMPTS[:2]] == before_flips[:2]
+    assert (await client.control.status()).mixed_steps == 0
+
+
 async def test_a_strict_request_runs_in_16_bits_whatever_the_target(client: Client) -> None:
     await client.target("fp8")
     before = await client.control.status()
