@@ -35,18 +35,18 @@ def settings(url: str, **changes: Any) -> ReplaySettings:
 def test_an_open_load_is_timed_within_5_ms_of_the_servers_clock(
     dummy: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server = dummy(ttft_s=1.5, itl_s=0.03, fp8_from=15)
+    server = dummy(ttft_s=1.5, itl_s=0.05, fp8_from=10)
     out = tmp_path / "requests.jsonl"
     seen: list[Outcome] = []
-    trace = even_trace(30, 0.03)
+    trace = even_trace(20, 0.05)
     outcome = replay(trace, settings(server.url), out, on_start=seen.append)
 
-    assert (outcome.sent, outcome.ok, outcome.failed, outcome.unsent) == (30, 30, 0, 0)
+    assert (outcome.sent, outcome.ok, outcome.failed, outcome.unsent) == (20, 20, 0, 0)
     assert outcome.finished
     assert outcome.cut_short is None
     assert seen[0].started_monotonic == outcome.started_monotonic
     assert seen[0].started_unix == pytest.approx(outcome.started_unix, abs=0.1)
-    assert "sent 30/30  ok 30  failed 0" in capfd.readouterr().out
+    assert "sent 20/20  ok 20  failed 0" in capfd.readouterr().out
 
     answered = server.answered()
     ttft_errors, itl_errors = [], []
@@ -63,15 +63,15 @@ def test_an_open_load_is_timed_within_5_ms_of_the_servers_clock(
         assert record.tpot_s == pytest.approx(sum(record.itl_s) / 7)
         assert record.e2el_s == pytest.approx(record.ttft_s + sum(record.itl_s))
         assert (record.prompt_tokens, record.output_tokens, record.status) == (7, 8, 200)
-        assert record.precision_at_start == ("fp8" if number >= 15 else "fp16")
+        assert record.precision_at_start == ("fp8" if number >= 10 else "fp16")
         assert record.replica == f"r{number % 2}"
-        assert record.tokens_by_precision == {"fp16": 7 * (number < 15), "fp8": 7 * (number >= 15)}
+        assert record.tokens_by_precision == {"fp16": 7 * (number < 10), "fp8": 7 * (number >= 10)}
         assert entry["headers"]["x-nestedfp-precision"] == request.precision_class
     # Open: all were sent before the first was answered.
     assert max(r.sent_s for r in records) < min(r.scheduled_s + (r.ttft_s or 0) for r in records)
-    # A loaded machine wakes the client late, which it measures; one that buffers is late by far more.
+    # A loaded machine wakes the client late, which it measures; a client that buffers is late by far more.
     assert outcome.client_delay_ms is not None
-    allowed = 0.005 + outcome.client_delay_ms["p50"] / 1e3
+    allowed = max(0.005, outcome.client_delay_ms["p99"] / 1e3)
     assert np.median(np.abs(ttft_errors)) < allowed
     assert np.median(np.abs(itl_errors)) < allowed
 
@@ -81,12 +81,12 @@ def test_slow_answers_are_ended_at_their_limit_and_stragglers_at_the_end(
 ) -> None:
     server = dummy(ttft_s=0.01, itl_s=0.01, faults={"0": "500", "1": "hang", "18": "hang"})
     out = tmp_path / "requests.jsonl"
-    outcome = replay(even_trace(20, 0.1), settings(server.url, request_timeout_s=1.5, straggler_s=0.8), out)
+    outcome = replay(even_trace(20, 0.1), settings(server.url, request_timeout_s=2.0, straggler_s=1.5), out)
     failed = {record.index: record.error for record in read_requests(out) if not record.ok}
     assert failed == {
         0: "the engine is dead",
-        1: "unfinished 1.5 s after it was sent",
-        18: "unfinished 0.8 s after the last arrival",
+        1: "unfinished 2 s after it was sent",
+        18: "unfinished 1.5 s after the last arrival",
     }
     assert outcome.cut_short == failed[18]
     assert (outcome.ok, outcome.failed, outcome.unsent) == (17, 3, 0)
