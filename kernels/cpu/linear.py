@@ -5,19 +5,24 @@ once, and is compiled once a process, at the first call or by `warm_up`.
 """
 
 import ctypes
+import threading
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nestedfp.kernels.cpu import emit, region
-from nestedfp.kernels.cpu.tokens import BLOCK_ROWS, CHUNK, Variant
+from nestedfp.kernels.cpu.operands import BLOCK_ROWS, CHUNK, STREAM_TOKENS, Field, Variant
 from nestedfp.kernels.layout import KOrder, to_order
 
+if TYPE_CHECKING:
+    from nestedfp.kernels.cpu import emit
+
 _Entry = Callable[[ctypes.Array[ctypes.c_int64]], None]
-_Fields = ctypes.c_int64 * len(region.Field)
+_compiling = threading.Lock()
+_Fields = ctypes.c_int64 * len(Field)
 
 
 def linear_16bit(
@@ -80,7 +85,7 @@ def _linear(
         x = x.contiguous()
     pitch = -(-K // CHUNK) * CHUNK
     threads = torch.get_num_threads()
-    sums = max(M, region.STREAM_TOKENS) * BLOCK_ROWS
+    sums = max(M, STREAM_TOKENS) * BLOCK_ROWS
     scratch = torch.empty(M * (pitch + 1) + threads * sums, dtype=torch.float32)
     staged = scratch.data_ptr()
     scale = staged + 4 * M * pitch
@@ -113,6 +118,13 @@ def _entry(fp8: bool, dtype: torch.dtype) -> _Entry:
     return prototype(_program().address(f"linear_{variant.name}"))
 
 
+def _program() -> "emit.Program":
+    with _compiling:
+        return _compiled()
+
+
 @cache
-def _program() -> emit.Program:
+def _compiled() -> "emit.Program":
+    from nestedfp.kernels.cpu import emit, region  # loads llvmlite, see operands.py
+
     return emit.Program(region.build_module())

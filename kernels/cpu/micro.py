@@ -15,12 +15,13 @@ from types import SimpleNamespace
 from llvmlite import ir
 
 from nestedfp.kernels.cpu.emit import F16, F32, I8, I16, I64, PTR, Body, define, i64, splat, vector
-from nestedfp.kernels.cpu.tokens import BLOCK_ROWS, CHUNK, chunk_start
+from nestedfp.kernels.cpu.operands import BLOCK_ROWS, CHUNK, STREAM_TOKENS
+from nestedfp.kernels.cpu.tokens import chunk_start
 
 LANES = 8
 TILE_ROWS = 4
 TILE_TOKENS = (3, 2)
-STREAM_ROWS = {1: 4, 2: 4, 4: 2}
+STREAM_ROWS = {1: 4, 2: 4, STREAM_TOKENS: 2}
 """Rows at a time when streaming for so many tokens: enough sums in flight to hide an addition's latency."""
 
 CACHE_LINE = 64

@@ -9,7 +9,6 @@ bandwidth up to a handful of tokens (two bytes a weight, in FP8 one), the float3
 """
 
 from dataclasses import dataclass
-from enum import IntEnum
 from types import SimpleNamespace
 
 from llvmlite import ir
@@ -17,34 +16,12 @@ from llvmlite import ir
 from nestedfp.kernels.cpu import micro, tokens
 from nestedfp.kernels.cpu.emit import F32, I8, I16, I32, I64, NULL, PTR, VOID, Body, define, i64
 from nestedfp.kernels.cpu.micro import STREAM_ROWS, TILE_TOKENS
-from nestedfp.kernels.cpu.tokens import BLOCK_ROWS, CHUNK, Variant
+from nestedfp.kernels.cpu.operands import BLOCK_ROWS, CHUNK, STREAM_TOKENS, Field, Variant
 
 PANEL_PITCH = 640
 """Columns of the panel: 16 rows of 640 floats are 40 KiB, at home in an L2 and mostly in an L1."""
 
-STREAM_TOKENS = max(STREAM_ROWS)
-
 VARIANTS = tuple(Variant(fp8, bfloat16) for fp8 in (False, True) for bfloat16 in (False, True))
-
-
-class Field(IntEnum):
-    """The operands of a product: positions in an array of 64-bit integers, addresses among them."""
-
-    X = 0
-    X_STRIDE = 1
-    UPPER = 2
-    LOWER = 3
-    EXPONENTS = 4
-    BIAS = 5
-    Y = 6
-    M = 7
-    N = 8
-    K = 9
-    STAGED = 10
-    SCALE = 11
-    SUMS = 12
-    SUMS_PITCH = 13
-    THREADS = 14
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ before, and the staged tokens hold zeros where it does: no kernel reads past a r
 tail. K is at least 16.
 """
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 from llvmlite import ir
@@ -26,27 +25,12 @@ from nestedfp.kernels.cpu.emit import (
     splat,
     vector,
 )
-
-CHUNK = 16
-BLOCK_ROWS = 16
-"""Rows of the weight whose sums are finished together."""
+from nestedfp.kernels.cpu.operands import BLOCK_ROWS, CHUNK, Variant
 
 _E4M3_MAX = 448.0
 _SMALLEST_AMAX = 2.0**-100
 _FLOATS = vector(F32, CHUNK)
 _INTEGERS = vector(I32, CHUNK)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One product: whether it is the FP8 one, and whether tokens are bfloat16 rather than float16."""
-
-    fp8: bool
-    bfloat16: bool
-
-    @property
-    def name(self) -> str:
-        return f"{'fp8' if self.fp8 else '16bit'}_{'bfloat16' if self.bfloat16 else 'float16'}"
 
 
 def chunk_start(b: Body, k: ir.Value, K: ir.Value) -> ir.Value:
