@@ -23,7 +23,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
     """Loads a layer's 16-bit weight with vLLM's own loaders, then keeps it as bytes and exponents.
 
     After the load the layer has the parameters `weight_upper`, `weight_lower` (uint8 [N, K]) and
-    `weight_row_exponent` (uint8 [N]) in place of `weight`; whether it has them is settled by the first
+    `weight_row_exponent` (int8 [N]) in place of `weight`; whether it has them is settled by the first
     load, so that weights can be reloaded into the same storage and compiled code stays valid.
     """
 
