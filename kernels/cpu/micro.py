@@ -51,23 +51,24 @@ def define_tile(module: ir.Module, tokens: int, pitch: int) -> ir.Function:
 
     def emit(b: Body, a: SimpleNamespace) -> None:
         columns = [b.address(a.x, b.ir.mul(i64(token), a.x_pitch), F32) for token in range(tokens)]
-        with b.loop(i64(0), i64(BLOCK_ROWS), TILE_ROWS) as first:
-            rows = b.address(a.panel, b.ir.mul(first, i64(pitch)), F32)
+        with b.loop(i64(0), i64(BLOCK_ROWS), TILE_ROWS) as top:
+            rows = b.address(a.panel, b.ir.mul(top, i64(pitch)), F32)
             grid = _Grid(b, tokens, TILE_ROWS)
             with b.loop(i64(0), a.k, LANES) as i:
                 loaded = [b.load(column, i, F32, LANES) for column in columns]
                 for r in range(TILE_ROWS):
                     grid.add_products(r, b.load(b.address(rows, r * pitch, F32), i, F32, LANES), loaded)
-            for token, total in enumerate(grid.sums()):
-                offset = b.ir.add(first, i64(token * BLOCK_ROWS))
-                b.store(b.ir.fadd(b.load(a.sums, offset, F32, TILE_ROWS), total), a.sums, offset, F32)
+            grid.add_to(a.sums, top)
 
     parameters = {"x": PTR, "x_pitch": I64, "panel": PTR, "k": I64, "sums": PTR}
     return define(module, f"tile_{tokens}", parameters, emit)
 
 
 def define_stream(module: ir.Module, fp8: bool, tokens: int) -> ir.Function:
-    """Sums [tokens, 16] of 16 rows with M tokens; of fewer than `tokens` the last is repeated."""
+    """Adds the products of K in [first, last) of 16 rows with M tokens to sums [tokens, 16].
+
+    Of fewer than `tokens` the last is repeated.
+    """
     rows_at_once = STREAM_ROWS[tokens]
 
     def emit(b: Body, a: SimpleNamespace) -> None:
@@ -76,10 +77,10 @@ def define_stream(module: ir.Module, fp8: bool, tokens: int) -> ir.Function:
         columns = [
             b.address(a.x, b.ir.mul(b.minimum(i64(token), last), a.x_pitch), F32) for token in range(tokens)
         ]
-        with b.loop(i64(0), i64(BLOCK_ROWS), rows_at_once) as first:
-            rows = [weight.row(b.ir.add(first, i64(r))) for r in range(rows_at_once)]
+        with b.loop(i64(0), i64(BLOCK_ROWS), rows_at_once) as top:
+            rows = [weight.row(b.ir.add(top, i64(r))) for r in range(rows_at_once)]
             grid = _Grid(b, tokens, rows_at_once)
-            with weight.chunks(i64(0), a.K, rows) as k:
+            with weight.chunks(a.first, a.last, rows) as k:
                 for r, row in enumerate(rows):
                     chunk = weight.values(row, k)
                     for part in range(0, CHUNK, LANES):
@@ -88,10 +89,16 @@ def define_stream(module: ir.Module, fp8: bool, tokens: int) -> ir.Function:
                         grid.add_products(
                             r, value, [b.load(column, offset, F32, LANES) for column in columns]
                         )
-            for token, total in enumerate(grid.sums()):
-                b.store(total, a.sums, b.ir.add(first, i64(token * BLOCK_ROWS)), F32)
+            grid.add_to(a.sums, top)
 
-    parameters = _Weight.PARAMETERS | {"x": PTR, "x_pitch": I64, "M": I64, "sums": PTR}
+    parameters = _Weight.PARAMETERS | {
+        "first": I64,
+        "last": I64,
+        "x": PTR,
+        "x_pitch": I64,
+        "M": I64,
+        "sums": PTR,
+    }
     return define(module, f"stream_{_reading(fp8)}_{tokens}", parameters, emit)
 
 
@@ -164,27 +171,21 @@ class _Grid:
             total = b.ir.load(slots[row], typ=_SUMS)
             b.ir.store(b.intrinsic("fma", value, column, total), slots[row])
 
-    def sums(self) -> list[ir.Value]:
-        """For each token the vector of its sums with the rows."""
-        return [
-            _lane_sums(self._b, [self._b.ir.load(slot, typ=_SUMS) for slot in slots]) for slots in self._slots
-        ]
+    def add_to(self, sums: ir.Value, top: ir.Value) -> None:
+        """Adds the lane sums to sums [tokens, 16] of a block, from row `top`."""
+        b = self._b
+        for token, slots in enumerate(self._slots):
+            total = _lane_sums(b, [b.ir.load(slot, typ=_SUMS) for slot in slots])
+            offset = b.ir.add(top, i64(token * BLOCK_ROWS))
+            b.store(b.ir.fadd(b.load(sums, offset, F32, len(slots)), total), sums, offset, F32)
 
 
 def _lane_sums(b: Body, vectors: list[ir.Value]) -> ir.Value:
-    """The lane sums of two or four vectors, as one vector: neighbours are added until one is left."""
-    count = len(vectors)
-    while len(vectors) > 1:
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [_neighbour_sums(b, left, right) for left, right in pairs]
-    low, high = (
-        b.shuffle(vectors[0], vectors[0], list(range(half, half + LANES // 2))) for half in (0, LANES // 2)
-    )
-    total = b.ir.fadd(low, high)
-    if count == TILE_ROWS:
-        return total
-    even, odd = (b.shuffle(total, total, [lane, lane + 2]) for lane in (0, 1))
-    return b.ir.fadd(even, odd)
+    """The lane sums of two or four vectors, as one vector. Either way each is added up in the same order."""
+    left, *right = [_neighbour_sums(b, *pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+    quads = _neighbour_sums(b, left, right[0] if right else left)
+    low, high = (b.shuffle(quads, quads, list(range(half, half + len(vectors)))) for half in (0, LANES // 2))
+    return b.ir.fadd(low, high)
 
 
 def _neighbour_sums(b: Body, left: ir.Value, right: ir.Value) -> ir.Value:

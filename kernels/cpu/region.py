@@ -10,6 +10,7 @@ bandwidth up to a handful of tokens (two bytes a weight, in FP8 one), the float3
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from llvmlite import ir
 
@@ -31,6 +32,13 @@ class _Kernels:
     finish: ir.Function
     streams: dict[int, ir.Function]
     tiles: dict[int, ir.Function]
+
+
+class _Slice(NamedTuple):
+    """The columns [first, last) of K."""
+
+    first: ir.Value
+    last: ir.Value
 
 
 def build_module() -> ir.Module:
@@ -92,42 +100,44 @@ def _emit_region(b: Body, o: SimpleNamespace, kernels: _Kernels) -> None:
         rows = b.minimum(b.ir.sub(o.n, first), i64(BLOCK_ROWS))
         upper, lower = (b.address(byte, b.ir.mul(first, o.k), I8) for byte in (o.upper, o.lower))
         weight = [upper, lower, o.k, rows]
-        with b.ir.if_else(b.ir.icmp_signed("<=", o.m, i64(STREAM_TOKENS))) as (few, many):
-            with few:
-                _emit_stream(b, o, kernels, weight, sums)
-            with many:
-                _emit_panels(b, o, kernels, weight, sums)
+        b.clear(sums, b.ir.mul(o.sums_pitch, i64(4)))
+        # Few tokens and many walk the same slices, so that a token's sums do not depend on its company.
+        with b.loop(i64(0), o.pitch, PANEL_PITCH) as k:
+            part = _Slice(k, b.minimum(o.pitch, b.ir.add(k, i64(PANEL_PITCH))))
+            with b.ir.if_else(b.ir.icmp_signed("<=", o.m, i64(STREAM_TOKENS))) as (few, many):
+                with few:
+                    _emit_stream(b, o, kernels, weight, part, sums)
+                with many:
+                    _emit_panel(b, o, kernels, weight, part, sums)
         bias = b.ir.select(b.ir.icmp_unsigned("==", o.bias, NULL), o.bias, b.address(o.bias, first, I16))
         exponents, y = b.address(o.exponents, first, I8), b.address(o.y, first, I16)
         b.ir.call(kernels.finish, [sums, o.scale, exponents, bias, y, o.m, o.n, rows])
 
 
 def _emit_stream(
-    b: Body, o: SimpleNamespace, kernels: _Kernels, weight: list[ir.Value], sums: ir.Value
+    b: Body, o: SimpleNamespace, kernels: _Kernels, weight: list[ir.Value], part: _Slice, sums: ir.Value
 ) -> None:
-    """Sums of a block by the smallest streaming kernel that holds all tokens."""
+    """By the smallest streaming kernel that holds all tokens."""
     least = 1
     for count, stream in kernels.streams.items():
         enough = b.ir.icmp_signed("<=", o.m, i64(count))
         with b.ir.if_then(b.ir.and_(b.ir.icmp_signed(">=", o.m, i64(least)), enough)):
-            b.ir.call(stream, [*weight, o.staged, o.pitch, o.m, sums])
+            b.ir.call(stream, [*weight, part.first, part.last, o.staged, o.pitch, o.m, sums])
         least = count + 1
 
 
-def _emit_panels(
-    b: Body, o: SimpleNamespace, kernels: _Kernels, weight: list[ir.Value], sums: ir.Value
+def _emit_panel(
+    b: Body, o: SimpleNamespace, kernels: _Kernels, weight: list[ir.Value], part: _Slice, sums: ir.Value
 ) -> None:
-    """Sums of a block: each slice of K is rebuilt once and meets all tokens."""
+    """The slice is rebuilt once and meets all tokens."""
     panel = b.local(ir.ArrayType(F32, BLOCK_ROWS * PANEL_PITCH))
-    b.clear(sums, b.ir.mul(o.m, i64(4 * BLOCK_ROWS)))
-    with b.loop(i64(0), o.pitch, PANEL_PITCH) as k:
-        end = b.minimum(o.pitch, b.ir.add(k, i64(PANEL_PITCH)))
-        b.ir.call(kernels.rebuild, [*weight, k, end, panel])
-        for count, first, last in _token_tiles(b, o.m):
-            with b.loop(first, last, count) as m:
-                x = b.address(b.address(o.staged, b.ir.mul(m, o.pitch), F32), k, F32)
-                target = b.address(sums, b.ir.mul(m, i64(BLOCK_ROWS)), F32)
-                b.ir.call(kernels.tiles[count], [x, o.pitch, panel, b.ir.sub(end, k), target])
+    b.ir.call(kernels.rebuild, [*weight, part.first, part.last, panel])
+    width = b.ir.sub(part.last, part.first)
+    for count, first, last in _token_tiles(b, o.m):
+        with b.loop(first, last, count) as m:
+            x = b.address(b.address(o.staged, b.ir.mul(m, o.pitch), F32), part.first, F32)
+            target = b.address(sums, b.ir.mul(m, i64(BLOCK_ROWS)), F32)
+            b.ir.call(kernels.tiles[count], [x, o.pitch, panel, width, target])
 
 
 def _token_tiles(b: Body, M: ir.Value) -> list[tuple[int, ir.Value, ir.Value]]:
