@@ -9,7 +9,7 @@ BIN := .venv/bin
 MODEL_OPTION := $(if $(MODEL),--model $(MODEL))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint types clean
+.PHONY: help install demo serve test lint types tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ types:
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p nestedfp.policies -m nestedfp.format -m nestedfp.weight -m nestedfp.linear -m nestedfp.precision \
 	    -m nestedfp.models -m nestedfp.cli
+
+tables: install  ## write the README's tables from bench/data
+	@$(BIN)/python bench/tables.py
 
 clean:  ## remove what the targets made, except .venv and the model cache
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

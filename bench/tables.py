@@ -1,0 +1,149 @@
+"""Writes the tables of measurements into README.md from the JSON in bench/data.
+
+    python bench/tables.py [--check]
+
+Nothing in the tables is typed: each is a function of one data file. `--check` fails where README.md is stale.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "bench" / "data"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- tables: begin (make tables) -->", "<!-- tables: end -->"
+
+M_GROUPS = {
+    "M = 1 … 64": (1, 2, 4, 8, 16, 32, 64),
+    "128 … 512": (128, 256, 512),
+    "1024 … 8192": (1024, 2048, 4096, 8192),
+}
+"""The columns of the kernel table: decode, mixed batches, prefill."""
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def kernels(data: Mapping[str, Any]) -> str:
+    """Times over each baseline, geometric mean and worst of a column of M, from `nestedfp bench kernels`."""
+    contests = {
+        ("16-bit", "float16", "cublas-16bit"): "16-bit mode, FP16: time over cuBLAS FP16",
+        ("16-bit", "bfloat16", "cublas-16bit"): "16-bit mode, BF16: time over cuBLAS BF16",
+        ("fp8", "float16", "cublas-16bit"): "FP8 mode: time over cuBLAS FP16",
+        ("fp8", "float16", "torch-scaled-mm"): "FP8 mode: time over row-wise `torch._scaled_mm`",
+        ("fp8", "float16", "vllm-cutlass"): "FP8 mode: time over vLLM's `cutlass_scaled_mm`",
+    }
+    rows = []
+    for key, title in contests.items():
+        cells = [_ratios(data["rows"], key, group) for group in M_GROUPS.values()]
+        if any(cells):
+            rows.append([title, *(cell or "not measured" for cell in cells)])
+    header = data["header"]
+    machine = f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['date']}"
+    return (
+        f"**GEMM kernels** ({machine}). Geometric mean (worst) over the 16 layer shapes of four models; the FP8 "
+        "times include quantising the activations; CUDA graphs, inputs rotated past the L2.\n\n"
+        + markdown(["", *M_GROUPS], rows)
+    )
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], key: tuple[str, str, str], group: Sequence[int]) -> str:
+    ratios = [
+        row["us"] / row["baseline_us"]
+        for row in rows
+        if (row["mode"], row["dtype"], row["baseline"]) == key and row["M"] in group
+    ]
+    return f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f})" if ratios else ""
+
+
+def engine(data: Mapping[str, Any]) -> str:
+    """Throughput of the contenders by batch, from `nestedfp bench engine`."""
+    names = ["vllm-16bit", "nestedfp-16bit", "vllm-fp8", "nestedfp-fp8"]
+    cells: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in data["rows"]:
+        key = (row["dtype"], row["input_len"], row["output_len"], row["batch"])
+        cells.setdefault(key, {})[row["contender"]] = row["tokens_per_s"]
+    rows = [
+        [f"{dtype}, {into}/{out}, batch {batch}", *(_rate(found.get(name)) for name in names)]
+        for (dtype, into, out, batch), found in sorted(cells.items())
+    ]
+    header = data["header"]
+    return (
+        f"**Engine** ({data['rows'][0]['model']} on {header['device']}, vLLM {header['vllm']}, {header['date']}). "
+        "Output tokens/s, input/output length.\n\n" + markdown(["", *names], rows)
+    )
+
+
+def _rate(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:,.0f}"
+
+
+def cpu_decode(data: Mapping[str, Any]) -> str:
+    """vLLM's speed on a CPU, from `bench/cpu_decode.py`."""
+    rows = []
+    for case in data["cases"]:
+        what = "decode" if case["metric"].startswith("decode") else f"prefill of {case['prompt']} tokens"
+        rates = [f"{case['tokens_per_s'][name]['median']:.0f}" for name in ("plain", "fp16", "fp8")]
+        ratios = [_with_spread(case[name]) for name in ("fp16_over_plain", "fp8_over_fp16")]
+        rows.append([f"{what}, batch {case['batch']}", *rates, *ratios])
+    machine = data["machine"]
+    return (
+        f"**vLLM on a CPU** ({data['model']}, one thread, {', '.join(f'{k} {v}' for k, v in machine.items())}). "
+        f"Tokens/s, medians of {data['rounds']} rounds; ratios within a round, with their spread.\n\n"
+        + markdown(["", "plain vLLM", "NestedFP FP16", "NestedFP FP8", "FP16 / plain", "FP8 / FP16"], rows)
+    )
+
+
+def _with_spread(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "kernels-*.json": kernels,
+    "engine-*.json": engine,
+    "cpu-decode-*.json": cpu_decode,
+}
+
+
+def tables(folder: Path) -> str:
+    """All tables that the data in `folder` allows, as Markdown."""
+    made = [
+        table(json.loads(path.read_text()))
+        for pattern, table in TABLES.items()
+        for path in sorted(folder.glob(pattern))
+    ]
+    return "\n\n".join(made)
+
+
+def with_tables(page: str, text: str) -> str:
+    """`page` with `text` between its markers; ValueError where it has none."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the page needs the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where README.md is stale")
+    check = parser.parse_args().check
+    page = README.read_text()
+    wanted = with_tables(page, tables(DATA))
+    if check and wanted != page:
+        print("README.md does not show the data in bench/data: run `make tables`", file=sys.stderr)
+        return 1
+    if not check:
+        README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
