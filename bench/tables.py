@@ -48,7 +48,7 @@ def kernels(data: Mapping[str, Any]) -> str:
     header = data["header"]
     machine = f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['date']}"
     return (
-        f"**GEMM kernels** ({machine}). Geometric mean (worst) over the 16 layer shapes of four models; the FP8 "
+        f"**GEMM kernels** ({machine}). Geometric mean (worst) over the layers of four models; FP8 "
         "times include quantising the activations; CUDA graphs, inputs rotated past the L2.\n\n"
         + markdown(["", *M_GROUPS], rows)
     )
@@ -76,8 +76,8 @@ def engine(data: Mapping[str, Any]) -> str:
     ]
     header = data["header"]
     return (
-        f"**Engine** ({data['rows'][0]['model']} on {header['device']}, vLLM {header['vllm']}, {header['date']}). "
-        "Output tokens/s, input/output length.\n\n" + markdown(["", *names], rows)
+        f"**Engine** ({data['rows'][0]['model']}, {header['device']}, vLLM {header['vllm']}, "
+        f"{header['date']}). Output tokens/s, input/output length.\n\n" + markdown(["", *names], rows)
     )
 
 
@@ -93,9 +93,9 @@ def cpu_decode(data: Mapping[str, Any]) -> str:
         rates = [f"{case['tokens_per_s'][name]['median']:.0f}" for name in ("plain", "fp16", "fp8")]
         ratios = [_with_spread(case[name]) for name in ("fp16_over_plain", "fp8_over_fp16")]
         rows.append([f"{what}, batch {case['batch']}", *rates, *ratios])
-    machine = data["machine"]
+    machine = ", ".join(f"{name} {value}" for name, value in data["machine"].items())
     return (
-        f"**vLLM on a CPU** ({data['model']}, one thread, {', '.join(f'{k} {v}' for k, v in machine.items())}). "
+        f"**vLLM on a CPU** ({data['model']}, one thread, {machine}). "
         f"Tokens/s, medians of {data['rounds']} rounds; ratios within a round, with their spread.\n\n"
         + markdown(["", "plain vLLM", "NestedFP FP16", "NestedFP FP8", "FP16 / plain", "FP8 / FP16"], rows)
     )
