@@ -76,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passes", type=int, default=3, help="counted passes a cell")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--blocks", type=int, help="the same number of KV-cache blocks for every engine")
+    parser.add_argument(
+        "--capture-sizes", type=_sizes, help="batch sizes to capture graphs for (default: vLLM's own list)"
+    )
     parser.add_argument("--seconds", type=float, help="start no engine after this many seconds")
     parser.add_argument("--out", type=Path, help="default: bench/data/engine-<device>.json")
 
@@ -141,6 +144,7 @@ def _measure(engine: str, model: Path, args: argparse.Namespace, out: Path) -> d
         "cells": args.cells,
         "passes": args.passes,
         "blocks": args.blocks,
+        "capture_sizes": args.capture_sizes,
         "out": str(out),
     }
     command = [sys.executable, "-m", "nestedfp.vllm.contender", json.dumps(task)]
@@ -205,6 +209,13 @@ def _cells(text: str) -> list[tuple[int, int, int]]:
         return [(i, o, b) for i, o, b in cells]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}, expected in/out/batch such as 128/128/32") from error
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected sizes such as 1,8,32") from error
 
 
 def _model_folder(model: str, scratch: Path) -> Path:

@@ -36,7 +36,7 @@ class Engine:
         self._task = task
         self._cuda = task["device"] == "cuda"
         compat.fill_dummy_weights(_fill)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "max_model_len": 2048,
             "max_num_seqs": 512,
             "max_num_batched_tokens": 8192,
@@ -44,6 +44,8 @@ class Engine:
             "enable_prefix_caching": False,
             "num_gpu_blocks_override": task["blocks"],
         }
+        if task.get("capture_sizes"):
+            self.settings["compilation_config"] = {"cudagraph_capture_sizes": task["capture_sizes"]}
         start = time.monotonic()
         self.llm = LLM(
             model=task["model"],
