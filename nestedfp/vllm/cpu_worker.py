@@ -6,7 +6,7 @@ from nestedfp.kernels import cpu
 from nestedfp.vllm import compat
 from nestedfp.vllm.worker import PrecisionMixin
 
-_CPUWorker = compat.cpu_worker()
+_CPUWorker: Any = compat.cpu_worker()
 
 
 class PrecisionCPUWorker(PrecisionMixin, _CPUWorker):  # type: ignore[misc]

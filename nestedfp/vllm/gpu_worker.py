@@ -15,7 +15,7 @@ from nestedfp.vllm.worker import PrecisionMixin
 
 logger = logging.getLogger("vllm.nestedfp")
 
-_Worker = compat.gpu_worker()
+_Worker: Any = compat.gpu_worker()
 
 
 class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]

@@ -16,6 +16,8 @@ from nestedfp.weight import DTYPES, InexactRowsError, NestedWeight, NonFiniteWei
 # Under vLLM's own logger, which is the only one that its processes configure.
 logger = logging.getLogger("vllm.nestedfp")
 
+_LinearMethodBase: Any
+_UnquantizedLinearMethod: Any
 _, _LinearMethodBase, _UnquantizedLinearMethod = compat.linear_classes()
 
 
@@ -38,7 +40,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
     def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
         self._plain.create_weights(layer, *args, **kwargs)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         nested = None if self._is_plain else self._nest(layer.weight.data)
         self._is_plain = nested is None
         if nested is None:
@@ -51,7 +53,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             layer.register_parameter(f"weight_{name}", parameter)
         ACTIVE.note_layer(self._name, NESTED, layer.weight_row_exponent)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._is_plain:
             y: Tensor = self._plain.apply(layer, x, bias)
             return y

@@ -4,6 +4,8 @@ It is opaque to torch.compile: the graph holds one call, and the plan is read in
 at CUDA-graph capture. A branch in `apply` would be compiled in, and a flip silently ignored.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from nestedfp.kernels.layout import KOrder
 from nestedfp.precision import Precision
 from nestedfp.vllm.active import ACTIVE
 
-_LIBRARY = torch.library.Library("nestedfp", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("nestedfp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "linear(Tensor x, Tensor upper, Tensor lower, Tensor row_exponent, Tensor? bias, str kind, str order)"
     " -> Tensor"

@@ -21,6 +21,8 @@ from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 # Under vLLM's own logger, which is the only one that its processes configure.
 logger = logging.getLogger("vllm.nestedfp")
 
+_Scheduler: Any
+_AsyncScheduler: Any
 _Scheduler, _AsyncScheduler = compat.schedulers()
 
 

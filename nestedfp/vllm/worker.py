@@ -27,7 +27,7 @@ class PrecisionMixin:
         self.precision_settings = settings_of(vllm_config)
         refuse_unsupported(vllm_config)
         self._report: StepReport | None = None
-        super().__init__(vllm_config, *args, **kwargs)
+        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
