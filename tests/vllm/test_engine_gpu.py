@@ -15,6 +15,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("llama-tiny")
     (folder / "config.json").write_text(json.dumps(CONFIGURATIONS["llama-tiny"]))
     task = {"engine": "nestedfp", "model": str(folder), "dtype": "float16", "device": "cuda", "blocks": 4096}
+    task["capture_sizes"] = [1, 2, 4, 8, 32]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from nestedfp.vllm.contender import Engine
