@@ -52,10 +52,26 @@ class NestedFPConfig(_QuantizationConfig):  # type: ignore[misc]
             if "experts" in type(layer).__name__.lower() or "moe" in type(layer).__name__.lower():
                 ACTIVE.note_layer(prefix, "mixture-of-experts weights")
             return None
+        _require_plugin_classes(compat.current_config())
         reason = _PLAIN_KINDS.get(prefix.rpartition(".")[2])
         if reason is not None:
             return PlainLinearMethod(prefix, reason)
         return NestedLinearMethod(prefix, self.settings.inexact)
+
+
+def _require_plugin_classes(vllm_config: Any) -> None:
+    """Raises ValueError where vLLM's own scheduler or worker would keep the engine in 16 bits for good."""
+    chosen = {
+        "scheduler_cls": vllm_config.scheduler_config.scheduler_cls,
+        "worker_cls": vllm_config.parallel_config.worker_cls,
+    }
+    for name, value in chosen.items():
+        if value is None or (isinstance(value, str) and (value == "auto" or value.startswith("vllm."))):
+            raise ValueError(
+                f"quantization={METHOD!r} changes precision through a scheduler and a worker of its own, but "
+                f"{name} is {value!r}; take all settings from nestedfp.vllm.engine_arguments(), or pass "
+                "--scheduler-cls and --worker-cls as documented"
+            )
 
 
 def settings_of(vllm_config: Any) -> Settings:
