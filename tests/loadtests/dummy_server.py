@@ -95,10 +95,7 @@ class Server:
         }
         if fault != "no usage":
             self.event(writer, {"choices": [], "usage": usage})
-        if fault != "no done":
-            writer.write(b"e\r\ndata: [DONE]\n\n\r\n")
-        writer.write(b"0\r\n\r\n")
-        await writer.drain()
+        # Before the end of the answer, so that whoever read the answer can read the log.
         entry = {
             "number": number,
             "came": came,
@@ -109,6 +106,10 @@ class Server:
         }
         with self.log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+        if fault != "no done":
+            writer.write(b"e\r\ndata: [DONE]\n\n\r\n")
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
         return None
 
     @staticmethod

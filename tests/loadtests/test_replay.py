@@ -79,16 +79,16 @@ def test_an_open_load_is_timed_within_5_ms_of_the_servers_clock(
 def test_slow_answers_are_ended_at_their_limit_and_stragglers_at_the_end(
     dummy: Callable[..., Any], tmp_path: Path
 ) -> None:
-    server = dummy(ttft_s=0.01, itl_s=0.01, faults={"0": "500", "1": "hang", "18": "hang"})
+    server = dummy(ttft_s=0.01, itl_s=0.01, faults={"0": "500", "4": "hang", "18": "hang"})
     out = tmp_path / "requests.jsonl"
     outcome = replay(even_trace(20, 0.1), settings(server.url, request_timeout_s=2.0, straggler_s=1.5), out)
-    failed = {record.index: record.error for record in read_requests(out) if not record.ok}
-    assert failed == {
-        0: "the engine is dead",
-        1: "unfinished 2 s after it was sent",
-        18: "unfinished 1.5 s after the last arrival",
-    }
-    assert outcome.cut_short == failed[18]
+    # In order of index; which of two neighbours a loaded machine sends first does not matter.
+    assert [record.error for record in read_requests(out) if not record.ok] == [
+        "the engine is dead",
+        "unfinished 2 s after it was sent",
+        "unfinished 1.5 s after the last arrival",
+    ]
+    assert outcome.cut_short == "unfinished 1.5 s after the last arrival"
     assert (outcome.ok, outcome.failed, outcome.unsent) == (17, 3, 0)
 
 
