@@ -41,7 +41,7 @@ def to_order(columns: Tensor, order: KOrder) -> Tensor:
     if order is KOrder.NATURAL:
         return columns
     index = torch.tensor(positions_to_k(), device=columns.device)
-    return columns.unflatten(-1, (-1, GROUP)).index_select(-1, index).flatten(-2)
+    return _groups(columns).index_select(-1, index).reshape(columns.shape)
 
 
 def to_natural(columns: Tensor, order: KOrder) -> Tensor:
@@ -50,4 +50,8 @@ def to_natural(columns: Tensor, order: KOrder) -> Tensor:
     if order is KOrder.NATURAL:
         return columns
     index = torch.tensor(positions_to_k(), device=columns.device).argsort()
-    return columns.unflatten(-1, (-1, GROUP)).index_select(-1, index).flatten(-2)
+    return _groups(columns).index_select(-1, index).reshape(columns.shape)
+
+
+def _groups(columns: Tensor) -> Tensor:
+    return columns.reshape(*columns.shape[:-1], -1, GROUP)

@@ -97,7 +97,8 @@ def convert(gguf: Path, folder: Path) -> None:
     # The weights are plain now; left in place, these would make vLLM look for a GGUF file.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 

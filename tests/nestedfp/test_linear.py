@@ -30,7 +30,8 @@ def test_fp8_multiplies_the_quantised_operands() -> None:
     codes, row_scale = weight.fp8()
     token_scale = x.float().abs().amax(dim=1, keepdim=True) / 448
     quantised = (x.float() / token_scale).to(torch.float8_e4m3fn)
-    reference = (quantised.double() * token_scale.double()) @ (codes.double() * row_scale.double()[:, None]).t()
+    tokens = quantised.double() * token_scale.double()
+    reference = tokens @ (codes.double() * row_scale.double()[:, None]).t()
     y = nested_linear(x, weight, bias, Precision.FP8)
     exact = x.double() @ w.double().t()
     quantisation = (reference - exact).norm() / exact.norm()
