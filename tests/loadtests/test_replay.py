@@ -82,11 +82,11 @@ def test_slow_answers_are_ended_at_their_limit_and_stragglers_at_the_end(
     server = dummy(ttft_s=0.01, itl_s=0.01, faults={"0": "500", "4": "hang", "18": "hang"})
     out = tmp_path / "requests.jsonl"
     outcome = replay(even_trace(20, 0.1), settings(server.url, request_timeout_s=2.0, straggler_s=1.5), out)
-    # In order of index; which of two neighbours a loaded machine sends first does not matter.
-    assert [record.error for record in read_requests(out) if not record.ok] == [
+    # Not by index: a loaded machine may send neighbours together, and the server counts arrivals.
+    assert sorted(record.error or "" for record in read_requests(out) if not record.ok) == [
         "the engine is dead",
-        "unfinished 2 s after it was sent",
         "unfinished 1.5 s after the last arrival",
+        "unfinished 2 s after it was sent",
     ]
     assert outcome.cut_short == "unfinished 1.5 s after the last arrival"
     assert (outcome.ok, outcome.failed, outcome.unsent) == (17, 3, 0)
