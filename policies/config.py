@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.latency import LatencyModel
 from nestedfp.policies.protocol import AUTO, FP8, FP16
 
-CONTROLLERS: Final = ("static-fp16", "static-fp8", "threshold")
+CONTROLLERS: Final = ("static-fp16", "static-fp8", "threshold", "predictive")
 WATCHED_SIGNALS: Final = ("waiting", "oldest_waiting_s", "ttft_p90_s", "tpot_p90_s", "kv_usage")
 
 
@@ -38,6 +39,28 @@ class Water:
 
     high: float
     low: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Settings of the predictive controller. Pressure is a predicted time over its SLO limit."""
+
+    high: float = 0.8
+    """Predicted 16-bit pressure that asks for FP8."""
+    low: float = 0.6
+    """Predicted 16-bit pressure at which 16 bits may return."""
+    horizon_s: float = 0.5
+    """How far ahead a burst in progress is projected."""
+    shed: bool = False
+    """Refuse what FP8 cannot serve within the SLO either."""
+
+    def __post_init__(self) -> None:
+        checks.number("prediction.high", self.high, above=0.0)
+        checks.number("prediction.low", self.low, above=0.0)
+        if self.low >= self.high:
+            raise InvalidField("prediction.low", self.low, f"give less than high, {self.high:g}")
+        checks.number("prediction.horizon_s", self.horizon_s)
+        checks.flag("prediction.shed", self.shed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +91,9 @@ class PolicyConfig:
     """Older signals make no decision."""
     dry_run: bool = False
     """Decide and log, but leave every replica in the mode it has."""
+    prediction: Prediction = Prediction()
+    latency: LatencyModel | None = None
+    """Step costs for the predictive controller; None: those of an H100 serving Llama-3.1-8B."""
     plans: tuple[str, ...] = ()
     """Named plans the engines know besides ``fp16``, ``fp8`` and ``auto``."""
 
@@ -101,6 +127,8 @@ class PolicyConfig:
         """The settings as plain values; ``from_dict`` reads them back."""
         values = dataclasses.asdict(self)
         values["plans"] = list(self.plans)
+        if self.latency is not None:
+            del values["latency"]["correction"]
         return values
 
     @classmethod
@@ -114,6 +142,11 @@ class PolicyConfig:
         if "thresholds" in values:
             signals = checks.mapping("thresholds", values["thresholds"], WATCHED_SIGNALS)
             values["thresholds"] = {signal: _water(signal, given) for signal, given in signals.items()}
+        if "prediction" in values:
+            known = [field.name for field in dataclasses.fields(Prediction)]
+            values["prediction"] = Prediction(**checks.mapping("prediction", values["prediction"], known))
+        if values.get("latency") is not None:
+            values["latency"] = LatencyModel.from_dict(values["latency"])
         if "plans" in values:
             if not isinstance(values["plans"], (list, tuple)):
                 raise InvalidField("plans", values["plans"], "give a list of plan names")

@@ -16,15 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.protocol import FP8, FP16
 
-_CORRECTION_RANGE: Final = (0.25, 4.0)
+Quantity = float | NDArray[np.float64]
+"""One number, or one a replica."""
+
+_CORRECTION_RANGE: Final = (1e-3, 1e3)
 _CORRECTION_WEIGHT: Final = 0.05
 
 
@@ -43,13 +47,15 @@ class StepCosts:
         for cost in fields(self):
             checks.number(cost.name, getattr(self, cost.name))
 
-    def step_s(self, tokens: float, sequences: float, context: float, pairs: float = 0.0) -> float:
+    def step_s(
+        self, tokens: Quantity, sequences: Quantity, context: Quantity, pairs: Quantity = 0.0
+    ) -> Quantity:
         """Duration of a step of ``tokens`` batch tokens, ``sequences`` requests, ``context`` KV tokens."""
-        linear = max(self.weights_s, tokens * self.token_s)
+        linear = np.maximum(self.weights_s, tokens * self.token_s)
         rest = sequences * self.sequence_s + context * self.context_token_s + pairs * self.pair_s
         return self.overhead_s + linear + rest
 
-    def steady_step_s(self, load: TokenLoad) -> float:
+    def steady_step_s(self, load: TokenLoad) -> Quantity:
         """Step time once a constant load has settled; infinite where the load exceeds the engine.
 
         In a step of t seconds the engine must serve the tokens that arrive in t, and by Little's law it holds
@@ -59,9 +65,12 @@ class StepCosts:
         per_request = self.sequence_s + load.context * self.context_token_s
         shared = load.decode_per_s * per_request + load.prompt_per_s * load.prompt_context * self.pair_s
         compute = shared + (load.decode_per_s + load.prompt_per_s) * self.token_s
-        if compute >= 1.0:
-            return math.inf
-        return max((self.overhead_s + self.weights_s) / (1.0 - shared), self.overhead_s / (1.0 - compute))
+        left = np.maximum(1.0 - np.asarray(compute), 0.0)
+        with np.errstate(divide="ignore"):
+            settled = np.maximum(
+                (self.overhead_s + self.weights_s) / np.maximum(1.0 - shared, left), self.overhead_s / left
+            )
+        return np.where(left > 0.0, settled, np.inf)[()]
 
     def scaled(self, factor: float) -> StepCosts:
         """These costs with every term multiplied by ``factor``."""
@@ -70,15 +79,15 @@ class StepCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLoad:
-    """A constant load on one replica."""
+    """A constant load on one replica, or on each of several (arrays)."""
 
-    prompt_per_s: float
+    prompt_per_s: Quantity
     """Prompt tokens arriving per second."""
-    decode_per_s: float
+    decode_per_s: Quantity
     """Output tokens demanded per second."""
-    context: float = 0.0
+    context: Quantity = 0.0
     """Mean KV tokens of a running request."""
-    prompt_context: float = 0.0
+    prompt_context: Quantity = 0.0
     """Mean number of earlier tokens that a prompt token attends to."""
 
 
@@ -110,6 +119,23 @@ class LatencyModel:
                 raise InvalidField(f"costs.{mode}", None, "give the step costs of fp16 and fp8")
         checks.integer("chunk_tokens", self.chunk_tokens, minimum=1)
 
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> LatencyModel:
+        """Read ``{"chunk_tokens": n, "costs": {"fp16": {"overhead_s": ..., ...}, "fp8": {...}}}``."""
+        values = checks.mapping("latency", settings, ("chunk_tokens", "costs"))
+        names = [cost.name for cost in fields(StepCosts)]
+        given = values.get("costs")
+        if not isinstance(given, Mapping):
+            raise InvalidField("latency.costs", given, "give the step costs of fp16 and fp8")
+        costs: dict[str, StepCosts] = {}
+        for mode, terms in given.items():
+            known = checks.mapping(f"latency.costs.{mode}", terms, names)
+            missing = [name for name in names[:3] if name not in known]
+            if missing:
+                raise InvalidField(f"latency.costs.{mode}.{missing[0]}", None, "give this cost in seconds")
+            costs[checks.name("latency.costs", mode)] = StepCosts(**known)
+        return cls(costs=costs, chunk_tokens=values.get("chunk_tokens", 2048))
+
     def of(self, mode: str) -> StepCosts:
         """The corrected costs of ``mode``; a mode without costs counts as 16 bits, the slower."""
         known = mode if mode in self.costs else FP16
@@ -126,11 +152,11 @@ class LatencyModel:
         full_steps, rest = divmod(backlog, room)
         full = costs.step_s(queue.running + room, queue.running + 1, queue.context)
         last = costs.step_s(queue.running + rest, queue.running + 1, queue.context)
-        return full_steps * full + last
+        return float(full_steps * full + last)
 
     def tpot_s(self, mode: str, load: TokenLoad) -> float:
         """Mean TPOT under a constant load: the steady step time."""
-        return self.of(mode).steady_step_s(load)
+        return float(self.of(mode).steady_step_s(load))
 
     def corrected(self, mode: str, predicted_s: float, measured_s: float) -> LatencyModel:
         """This model after one more step was seen in ``mode``; unusable measurements change nothing.
@@ -198,18 +224,15 @@ def fit(samples: Sequence[StepSample], rounds: int = 20) -> StepCosts:
     return best[1]
 
 
-def _column(values: Iterable[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _column(values: Iterable[float]) -> NDArray[np.float64]:
     return np.fromiter(values, dtype=np.float64)
 
 
-Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
-
-
 def _fit_sides(
-    tokens: Vector,
-    others: np.ndarray[tuple[int, int], np.dtype[np.float64]],
-    measured: Vector,
-    compute_bound: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    tokens: NDArray[np.float64],
+    others: NDArray[np.float64],
+    measured: NDArray[np.float64],
+    compute_bound: NDArray[np.bool_],
 ) -> StepCosts:
     """Costs for a given assignment of samples to the two sides of the maximum."""
     columns = [np.ones_like(tokens), np.where(compute_bound, 0.0, 1.0), np.where(compute_bound, tokens, 0.0)]
@@ -227,8 +250,8 @@ def _fit_sides(
 
 
 def _nonnegative_least_squares(
-    design: np.ndarray[tuple[int, int], np.dtype[np.float64]], wanted: Vector
-) -> Vector:
+    design: NDArray[np.float64], wanted: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Least squares with non-negative coefficients (the active-set method of Lawson and Hanson)."""
     scale = np.maximum(np.linalg.norm(design, axis=0), 1e-300)
     scaled = design / scale
@@ -251,14 +274,15 @@ def _nonnegative_least_squares(
             step = np.min(solution[negative] / np.maximum(solution[negative] - trial[negative], 1e-300))
             solution = solution + step * (trial - solution)
             passive &= solution > 1e-12
-    result: Vector = solution / scale
+    result: NDArray[np.float64] = solution / scale
     return result
 
 
 def _relative_error(costs: StepCosts, samples: Sequence[StepSample]) -> float:
     """Root mean square of the relative errors of ``costs`` on ``samples``."""
     errors = [
-        costs.step_s(sample.tokens, sample.sequences, sample.context, sample.pairs) / sample.step_s - 1.0
+        float(costs.step_s(sample.tokens, sample.sequences, sample.context, sample.pairs)) / sample.step_s
+        - 1.0
         for sample in samples
     ]
     return math.sqrt(sum(error * error for error in errors) / len(errors))

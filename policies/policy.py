@@ -13,10 +13,11 @@ from typing import Final, NamedTuple
 
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.base import Controller, Memory, Wish, by_load
+from nestedfp.policies.controllers.predictive import PredictiveController
 from nestedfp.policies.controllers.static import StaticController
 from nestedfp.policies.controllers.threshold import ThresholdController
 from nestedfp.policies.protocol import FP8, FP16
-from nestedfp.policies.snapshot import Override, ReplicaView, Snapshot
+from nestedfp.policies.snapshot import Override, Snapshot
 
 FLIP_WINDOW_S: Final = 60.0
 
@@ -98,41 +99,40 @@ class Policy:
         left the snapshot are forgotten. A replica with unusable signals keeps its mode, manual pins
         excepted.
         """
-        known = {view.replica_id: _known(view, state) for view in snapshot.replicas}
-        limit = self.config.max_signal_age_s
-        faults = {view.replica_id: view.fault(limit) for view in snapshot.replicas}
-        usable = tuple(view for view in snapshot.replicas if faults[view.replica_id] is None)
+        limit_s = self.config.max_signal_age_s
+        views = {view.report.replica_id: view for view in by_load(snapshot.replicas)}
+        known = {
+            key: state.replicas.get(key) or ReplicaState(view.report.mode) for key, view in views.items()
+        }
+        faults = {key: view.fault(limit_s) for key, view in views.items()}
         wishes, memory = self._controller.wishes(
-            replace(snapshot, replicas=usable),
-            {replica_id: replica.mode for replica_id, replica in known.items()},
+            replace(snapshot, replicas=tuple(view for key, view in views.items() if faults[key] is None)),
+            {key: replica.mode for key, replica in known.items()},
             state.memory,
             now,
         )
+        pin = snapshot.override if snapshot.override is not None and snapshot.override.active(now) else None
         last_return_s = state.last_return_s
         targets: dict[str, Assignment] = {}
         after: dict[str, ReplicaState] = {}
-        for view in by_load(snapshot.replicas):
-            replica_id = view.replica_id
-            before = known[replica_id]
-            pinned = snapshot.override is not None and snapshot.override.active(now)
-            if pinned and snapshot.override is not None:
-                wish, refusal = _pin(snapshot.override, now), None
-            else:
-                wish = wishes.get(replica_id) or Wish(before.mode, before.reason)
-                refusal = faults[replica_id] or self._refusal(wish, before, last_return_s, now)
-            if wish.mode == before.mode or refusal is not None:
-                targets[replica_id] = _stay(before, wish, refusal)
-                after[replica_id] = before
+        for key, before in known.items():
+            wish = _pin(pin, now) if pin else wishes.get(key)
+            refusal = None if pin else faults[key] or self._refusal(wish, before, last_return_s, now)
+            if wish is None or wish.mode == before.mode or refusal is not None:
+                targets[key] = _stay(before, wish, refusal)
+                after[key] = before
                 continue
             if _returns(wish.mode, before.mode):
                 last_return_s = now
-            targets[replica_id] = _move(before, wish)
-            after[replica_id] = ReplicaState(wish.mode, now, (*_recent(before.flips, now), now), wish.reason)
+            targets[key] = _move(before, wish)
+            after[key] = ReplicaState(wish.mode, now, (*_recent(before.flips, now), now), wish.reason)
         return targets, PolicyState(after, last_return_s, memory)
 
-    def _refusal(self, wish: Wish, before: ReplicaState, last_return_s: float, now: float) -> str | None:
+    def _refusal(
+        self, wish: Wish | None, before: ReplicaState, last_return_s: float, now: float
+    ) -> str | None:
         """Why a wish must wait; None if it may be granted now."""
-        if wish.mode == before.mode:
+        if wish is None or wish.mode == before.mode:
             return None
         dwell_left = before.since_s + self.config.min_dwell_s - now
         if dwell_left > 0 and not wish.urgent:
@@ -154,12 +154,9 @@ def make_controller(config: PolicyConfig) -> Controller:
         return StaticController(FP16)
     if config.controller == "static-fp8":
         return StaticController(FP8)
+    if config.controller == "predictive":
+        return PredictiveController(config)
     return ThresholdController(config)
-
-
-def _known(view: ReplicaView, state: PolicyState) -> ReplicaState:
-    known = state.replicas.get(view.replica_id)
-    return known if known is not None else ReplicaState(mode=view.report.mode)
 
 
 def _recent(flips: tuple[float, ...], now: float) -> tuple[float, ...]:
@@ -189,14 +186,11 @@ def _move(before: ReplicaState, wish: Wish) -> Assignment:
     )
 
 
-def _stay(before: ReplicaState, wish: Wish, refusal: str | None) -> Assignment:
+def _stay(before: ReplicaState, wish: Wish | None, refusal: str | None) -> Assignment:
+    mode = before.mode
+    same = wish is None or wish.mode == mode
+    limits = wish.limits if wish is not None and same else None
     held = None
     if refusal is not None:
-        held = refusal if wish.mode == before.mode else f"{wish.mode} ({wish.reason}): {refusal}"
-    return Assignment(
-        mode=before.mode,
-        previous=before.mode,
-        reason=before.reason,
-        limits=wish.limits if wish.mode == before.mode else None,
-        held=held,
-    )
+        held = refusal if wish is None or same else f"{wish.mode} ({wish.reason}): {refusal}"
+    return Assignment(mode, mode, before.reason, None, None, None, limits, held)

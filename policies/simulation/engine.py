@@ -302,5 +302,7 @@ def _set_step_end(i: int, step_end_s: float, cluster: Engines) -> None:
     node = (tree.shape[0] // 2 + i) // 2
     while node >= 1:
         left, right = tree[2 * node], tree[2 * node + 1]
-        tree[node] = right if cluster.replicas[right].step_end_s < cluster.replicas[left].step_end_s else left
+        tree[node] = left
+        if right >= 0 and cluster.replicas[right].step_end_s < cluster.replicas[left].step_end_s:
+            tree[node] = right
         node //= 2

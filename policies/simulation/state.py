@@ -132,7 +132,7 @@ class Engines(NamedTuple):
     tree: Ints
     """Tournament tree over ``step_end_s``: the root, index 1, is the replica whose step ends first.
 
-    Its leaves are the second half; those beyond the last replica repeat replica 0.
+    Its leaves are the second half; -1 stands beyond the last replica.
     """
 
 
@@ -174,8 +174,10 @@ def engines_of(count: int, max_sequences: int) -> Engines:
     for column in ("head", "tail"):
         replicas[column] = -1
     leaves = 1 << max(0, count - 1).bit_length()
-    tree = np.zeros(2 * leaves, dtype=np.int64)
+    tree = np.full(2 * leaves, -1, dtype=np.int64)
     tree[leaves : leaves + count] = np.arange(count)
+    for node in range(leaves - 1, 0, -1):
+        tree[node] = tree[2 * node]
     recent = np.full((count, 4, WINDOW), -np.inf)
     slots = np.zeros((count, max_sequences), dtype=np.int64)
     return Engines(replicas, slots, np.zeros_like(slots), recent, tree)

@@ -8,6 +8,7 @@ import numpy as np
 
 from nestedfp.policies.config import Slo
 from nestedfp.policies.simulation.cluster import Outcome
+from nestedfp.policies.simulation.engine import SHED
 from nestedfp.policies.simulation.state import Bools, Floats, Requests
 
 
@@ -18,7 +19,7 @@ def ttft_s(requests: Requests) -> Floats:
 
 
 def tpot_s(requests: Requests) -> Floats:
-    """Mean TPOT of every request, (E2EL - TTFT) / (output - 1), in seconds; 0 for one token, NaN unfinished."""
+    """Mean TPOT of every request, (E2EL - TTFT) / (output - 1) s; 0 for one token, NaN if unfinished."""
     spans = requests["finish_s"] - requests["first_s"]
     return np.where(requests["output"] > 1, spans / np.maximum(requests["output"] - 1, 1), spans)
 
@@ -42,8 +43,8 @@ def summarize(outcome: Outcome, slo: Slo, label: str) -> dict[str, Any]:
         "requests": {
             "sent": len(met),
             "ok": int(finished.sum()),
-            "shed": int((requests["replica"] == -2).sum()),
-            "failed": int((~finished & (requests["replica"] != -2)).sum()),
+            "shed": int((requests["replica"] == SHED).sum()),
+            "failed": int((~finished & (requests["replica"] != SHED)).sum()),
         },
         "duration_s": outcome.duration_s,
         "replicas": replicas,

@@ -214,7 +214,7 @@ def test_a_thousand_replicas_are_decided_within_the_bound(view: MakeView) -> Non
     views = [view(f"r{index}", waiting=index % 12, running=index % 7) for index in range(1000)]
     durations = []
     for step in range(20):
-        started = time.perf_counter()
+        started = time.process_time()
         run.all_at(step * 0.1, views)
-        durations.append(time.perf_counter() - started)
+        durations.append(time.process_time() - started)
     assert min(durations) < 0.010

@@ -1,0 +1,280 @@
+"""SLO-predictive control: what would TTFT and TPOT be in 16 bits, and is there still room?
+
+For every replica and mode the latency model predicts, from the queue and the recent load, the TTFT of the
+request that waits longest from now on and the TPOT of the requests being served. The larger of the two over
+its SLO limit is the *pressure* of that mode. Pressure in 16 bits at ``high`` asks for FP8; pressure in 16
+bits that stayed at ``low`` or below for ``calm_s`` asks for 16 bits again, whichever mode is in force:
+returning does not need to be tried out.
+
+A burst shows in the queue within one report. Its inflow over the last second, where it exceeds what 16 bits
+can prefill, is projected ``horizon_s`` ahead, so that the flip comes before the queue is too long to
+recover.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.base import Controller, Memory, Wish, by_load
+from nestedfp.policies.latency import LatencyModel, StepCosts, TokenLoad
+from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.roofline import latency_model
+from nestedfp.policies.snapshot import ReplicaView, Snapshot
+
+Floats = NDArray[np.float64]
+
+INFLOW_WINDOW_S: Final = 1.0
+LOAD_WINDOW_S: Final = 2.0
+SHORTEST_OUTPUT: Final = 4.0
+_MAX_REASON_PRESSURE: Final = 99.0
+
+
+class _Seen(NamedTuple):
+    """What is remembered of one replica."""
+
+    at_s: float
+    waiting_prompt_tokens: int
+    executed_tokens: int
+    inflow_per_s: float
+    """Prompt tokens arriving per second, averaged over about a second."""
+    running: float
+    """Running requests, averaged over about two seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    seen: Mapping[str, _Seen]
+    calm_since: Mapping[str, float]
+    shedding: frozenset[str]
+    model: LatencyModel
+    turn: int
+    """Counts decisions; chooses whose step corrects the model."""
+
+
+class _Facts(NamedTuple):
+    """The reports as columns, one row a replica."""
+
+    running: Floats
+    waiting: Floats
+    oldest_s: Floats
+    context: Floats
+    arrivals: Floats
+    prompt_per_s: Floats
+    inflow: Floats
+    decode_per_s: Floats
+
+
+class _Forecast(NamedTuple):
+    """Predicted times of one mode, one row a replica, in seconds."""
+
+    ttft_s: Floats
+    tpot_s: Floats
+
+
+class PredictiveController(Controller):
+    """Predictive control with a burst projection and a latency model corrected online."""
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self._slo = config.slo
+        self._settings = config.prediction
+        self._calm_s = config.calm_s
+        self._model = config.latency or latency_model()
+
+    def start(self) -> Memory:
+        return _Memory({}, {}, frozenset(), self._model, 0)
+
+    def wishes(
+        self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
+    ) -> tuple[dict[str, Wish], Memory]:
+        before = cast(_Memory, memory)
+        views = snapshot.replicas
+        if not views:
+            return {}, before
+        model = _learn(before.model, views, modes, before.turn)
+        seen = {view.replica_id: _see(view, before.seen.get(view.replica_id), now) for view in views}
+        facts = _facts(views, modes, seen, model)
+        slow = self._forecast(model.of(FP16), facts)
+        fast = self._forecast(model.of(FP8), facts)
+        slow_pressure, fast_pressure = self._pressure(slow), self._pressure(fast)
+        kept = _kept_for_strict(views, modes)
+        wishes: dict[str, Wish] = {}
+        calm_since: dict[str, float] = {}
+        shedding: set[str] = set()
+        for row, view in enumerate(views):
+            replica_id = view.report.replica_id
+            mode = modes[replica_id]
+            pressure = float(slow_pressure[row])
+            if pressure >= self._settings.high and replica_id not in kept:
+                if mode != FP8:
+                    wishes[replica_id] = self._relief(slow, row, pressure)
+                elif self._sheds(float(fast_pressure[row]), replica_id in before.shedding):
+                    shedding.add(replica_id)
+                    wishes[replica_id] = self._shed(model, facts, row, float(fast_pressure[row]))
+            elif pressure <= self._settings.low or replica_id in kept:
+                since = calm_since[replica_id] = before.calm_since.get(replica_id, now)
+                if mode != FP16 and now - since >= self._calm_s:
+                    wishes[replica_id] = self._return(slow, row, pressure, now - since)
+        return wishes, _Memory(seen, calm_since, frozenset(shedding), model, before.turn + 1)
+
+    def _forecast(self, costs: StepCosts, facts: _Facts) -> _Forecast:
+        """TTFT behind the queue, and TPOT over the life of a request, if every replica ran at ``costs``."""
+        prompt_context = 0.5 * facts.prompt_per_s / np.maximum(facts.arrivals, 1e-9)
+        room = np.maximum(1.0, self._model.chunk_tokens - facts.running)
+        full = costs.step_s(
+            facts.running + room, facts.running + 1.0, facts.context, room * np.minimum(prompt_context, room)
+        )
+        burst = np.maximum(0.0, facts.inflow - room / full) * self._settings.horizon_s
+        steps = (facts.waiting + burst) / room
+        load = TokenLoad(
+            prompt_per_s=facts.prompt_per_s,
+            decode_per_s=facts.decode_per_s,
+            context=facts.context / np.maximum(facts.running, 1.0),
+            prompt_context=prompt_context,
+        )
+        steady = np.minimum(costs.steady_step_s(load), full)
+        ttft_s = np.maximum(steps * full, facts.oldest_s) + np.where(facts.waiting > 0, full, steady)
+        output = np.maximum(SHORTEST_OUTPUT, facts.decode_per_s / np.maximum(facts.arrivals, 1e-9))
+        slowed = np.minimum(steps, output)
+        tpot_s = (slowed * full + (output - slowed) * steady) / output
+        return _Forecast(ttft_s, tpot_s)
+
+    def _pressure(self, forecast: _Forecast) -> Floats:
+        pressure: Floats = np.maximum(forecast.ttft_s / self._slo.ttft_s, forecast.tpot_s / self._slo.tpot_s)
+        return pressure
+
+    def _sheds(self, fast_pressure: float, sheds_already: bool) -> bool:
+        level = self._settings.high if sheds_already else 1.0
+        return self._settings.shed and fast_pressure >= level
+
+    def _relief(self, slow: _Forecast, row: int, pressure: float) -> Wish:
+        signal, value, limit = self._crossing(slow, row)
+        return Wish(
+            mode=FP8,
+            reason=f"{signal} of {value:.4g} s in 16 bits is {_shown(pressure)} of its limit",
+            signal=signal,
+            value=value,
+            threshold=self._settings.high * limit,
+            urgent=pressure >= 1.0,
+        )
+
+    def _return(self, slow: _Forecast, row: int, pressure: float, calm_s: float) -> Wish:
+        signal, value, limit = self._crossing(slow, row)
+        return Wish(
+            mode=FP16,
+            reason=f"{signal} in 16 bits at {_shown(pressure)} of its limit after {calm_s:.1f} s of calm",
+            signal=signal,
+            value=value,
+            threshold=self._settings.low * limit,
+        )
+
+    def _shed(self, model: LatencyModel, facts: _Facts, row: int, pressure: float) -> Wish:
+        """Bound the queue by what FP8 prefills within the TTFT limit."""
+        running = float(facts.running[row])
+        room = max(1.0, model.chunk_tokens - running)
+        full = float(model.of(FP8).step_s(running + room, running + 1.0, float(facts.context[row])))
+        bound = room * max(1.0, self._settings.high * self._slo.ttft_s / full)
+        return Wish(
+            mode=FP8,
+            reason=f"FP8 is at {_shown(pressure)} of the SLO: the queue is bounded",
+            limits={"waiting_prompt_tokens": float(int(bound))},
+        )
+
+    def _crossing(self, forecast: _Forecast, row: int) -> tuple[str, float, float]:
+        """The predicted time that is nearest to its limit: its name, value and limit."""
+        ttft_s, tpot_s = float(forecast.ttft_s[row]), float(forecast.tpot_s[row])
+        if ttft_s / self._slo.ttft_s >= tpot_s / self._slo.tpot_s:
+            return "predicted_ttft_s", ttft_s, self._slo.ttft_s
+        return "predicted_tpot_s", tpot_s, self._slo.tpot_s
+
+
+def _shown(pressure: float) -> str:
+    return f"{100 * min(pressure, _MAX_REASON_PRESSURE):.0f} %"
+
+
+def _learn(
+    model: LatencyModel, views: tuple[ReplicaView, ...], modes: Mapping[str, str], turn: int
+) -> LatencyModel:
+    """The model corrected by the latest step of one replica; they take turns."""
+    report = views[turn % len(views)].report
+    if not report.step_time_s or not report.batch_tokens or report.context_tokens is None:
+        return model
+    mode = modes[report.replica_id]
+    predicted = model.of(mode).step_s(report.batch_tokens, report.running, report.context_tokens)
+    return model.corrected(mode, float(predicted), report.step_time_s)
+
+
+def _see(view: ReplicaView, before: _Seen | None, now: float) -> _Seen:
+    """The running averages of one replica after this report."""
+    report = view.report
+    executed = report.tokens_fp16 + report.tokens_fp8
+    if before is None or now <= before.at_s:
+        inflow = report.arriving_prompt_tokens_per_s or 0.0
+        return _Seen(now, report.waiting_prompt_tokens, executed, inflow, float(report.running))
+    elapsed_s = now - before.at_s
+    # What arrived is what was executed and what the queue grew by; decode tokens are few beside a burst's
+    # prompts.
+    grown = report.waiting_prompt_tokens - before.waiting_prompt_tokens
+    inflow = max(0.0, (executed - before.executed_tokens + grown) / elapsed_s)
+    fast, slow = -math.expm1(-elapsed_s / INFLOW_WINDOW_S), -math.expm1(-elapsed_s / LOAD_WINDOW_S)
+    return _Seen(
+        now,
+        report.waiting_prompt_tokens,
+        executed,
+        before.inflow_per_s + fast * (inflow - before.inflow_per_s),
+        before.running + slow * (report.running - before.running),
+    )
+
+
+def _facts(
+    views: tuple[ReplicaView, ...], modes: Mapping[str, str], seen: Mapping[str, _Seen], model: LatencyModel
+) -> _Facts:
+    rows = [
+        (
+            view.report.running,
+            view.report.waiting_prompt_tokens,
+            view.report.oldest_waiting_s,
+            view.report.context_tokens or 0,
+            view.report.arrivals_per_s,
+            view.report.arriving_prompt_tokens_per_s or 0.0,
+            seen[view.report.replica_id].inflow_per_s,
+            seen[view.report.replica_id].running,
+            modes[view.report.replica_id] == FP8,
+        )
+        for view in views
+    ]
+    running, waiting, oldest_s, context, arrivals, prompt, inflow, mean_running, fast = np.array(
+        rows, float
+    ).T
+    per_request = context / np.maximum(running, 1.0)
+    decode = np.zeros_like(running)
+    for mode, chosen in ((FP8, fast > 0), (FP16, fast == 0)):
+        step = _loaded_step(model.of(mode), mean_running, per_request, prompt)
+        decode = np.where(chosen, mean_running / step, decode)
+    return _Facts(running, waiting, oldest_s, context, arrivals, prompt, inflow, decode)
+
+
+def _loaded_step(costs: StepCosts, running: Floats, per_request: Floats, prompt_per_s: Floats) -> Floats:
+    """Mean step time at a known batch: the steady step with the number of requests given, not derived."""
+    shared = running * (costs.sequence_s + per_request * costs.context_token_s)
+    prefill = np.minimum(0.9, prompt_per_s * costs.token_s)
+    compute = (costs.overhead_s + running * costs.token_s + shared) / (1.0 - prefill)
+    step: Floats = np.maximum(costs.overhead_s + costs.weights_s + shared, compute)
+    return step
+
+
+def _kept_for_strict(views: tuple[ReplicaView, ...], modes: Mapping[str, str]) -> frozenset[str]:
+    """Replicas that stay in 16 bits for requests that demand it: their share of all requests, rounded up."""
+    strict = sum(view.report.strict_running + view.report.strict_waiting for view in views)
+    if strict == 0:
+        return frozenset()
+    everything = sum(view.report.running + view.report.waiting for view in views)
+    count = math.ceil(len(views) * min(1.0, strict / max(everything, 1)))
+    ordered = sorted(by_load(views), key=lambda view: modes[view.report.replica_id] != FP16)
+    return frozenset(view.report.replica_id for view in ordered[:count])
