@@ -56,21 +56,21 @@ class StepCosts:
         return self.overhead_s + linear + rest
 
     def steady_step_s(self, load: TokenLoad) -> Quantity:
-        """Step time once a constant load has settled; infinite where the load exceeds the engine.
+        """Mean step time once a constant load has settled; infinite where the load exceeds the engine.
 
-        In a step of t seconds the engine must serve the tokens that arrive in t, and by Little's law it holds
-        ``decode * t`` requests. Put into the step's formula this is linear in t for either side of the
-        maximum.
+        In a step of t seconds the engine serves the tokens that arrive in t, and by Little's law it holds
+        ``decode * t`` requests: linear in t. Prompts come in lumps, so a step without one still reads all
+        weights and one with a prompt takes ``prompt * token - weights`` longer; the result is the larger of
+        this and of the compute-bound step of a saturated engine, where every step is full.
         """
         per_request = self.sequence_s + load.context * self.context_token_s
-        shared = load.decode_per_s * per_request + load.prompt_per_s * load.prompt_context * self.pair_s
+        shared = load.decode_per_s * per_request + load.prompt_per_s * 0.5 * load.prompt_tokens * self.pair_s
+        lump_s = np.maximum(0.0, load.prompt_tokens * self.token_s - self.weights_s)
+        lumps = shared + load.prompt_per_s * lump_s / np.maximum(load.prompt_tokens, 1.0)
         compute = shared + (load.decode_per_s + load.prompt_per_s) * self.token_s
-        left = np.maximum(1.0 - np.asarray(compute), 0.0)
-        with np.errstate(divide="ignore"):
-            settled = np.maximum(
-                (self.overhead_s + self.weights_s) / np.maximum(1.0 - shared, left), self.overhead_s / left
-            )
-        return np.where(left > 0.0, settled, np.inf)[()]
+        return np.maximum(
+            _settled(self.overhead_s + self.weights_s, lumps), _settled(self.overhead_s, compute)
+        )
 
     def scaled(self, factor: float) -> StepCosts:
         """These costs with every term multiplied by ``factor``."""
@@ -87,8 +87,8 @@ class TokenLoad:
     """Output tokens demanded per second."""
     context: Quantity = 0.0
     """Mean KV tokens of a running request."""
-    prompt_context: Quantity = 0.0
-    """Mean number of earlier tokens that a prompt token attends to."""
+    prompt_tokens: Quantity = 0.0
+    """Mean length of a prompt; 0 for prompts that arrive token by token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +222,14 @@ def fit(samples: Sequence[StepSample], rounds: int = 20) -> StepCosts:
             best = (error, costs)
     assert best is not None
     return best[1]
+
+
+def _settled(base_s: float, share: Quantity) -> Quantity:
+    """The t of ``t = base_s + share * t``; infinite from a share of 1 on."""
+    left = np.maximum(1.0 - np.asarray(share), 0.0)
+    with np.errstate(divide="ignore"):
+        settled: Quantity = np.where(left > 0.0, base_s / left, np.inf)[()]
+    return settled
 
 
 def _column(values: Iterable[float]) -> NDArray[np.float64]:

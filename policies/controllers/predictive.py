@@ -125,10 +125,13 @@ class PredictiveController(Controller):
 
     def _forecast(self, costs: StepCosts, facts: _Facts) -> _Forecast:
         """TTFT behind the queue, and TPOT over the life of a request, if every replica ran at ``costs``."""
-        prompt_context = 0.5 * facts.prompt_per_s / np.maximum(facts.arrivals, 1e-9)
+        prompt_tokens = facts.prompt_per_s / np.maximum(facts.arrivals, 1e-9)
         room = np.maximum(1.0, self._model.chunk_tokens - facts.running)
         full = costs.step_s(
-            facts.running + room, facts.running + 1.0, facts.context, room * np.minimum(prompt_context, room)
+            facts.running + room,
+            facts.running + 1.0,
+            facts.context,
+            0.5 * room * np.minimum(prompt_tokens, room),
         )
         burst = np.maximum(0.0, facts.inflow - room / full) * self._settings.horizon_s
         steps = (facts.waiting + burst) / room
@@ -136,7 +139,7 @@ class PredictiveController(Controller):
             prompt_per_s=facts.prompt_per_s,
             decode_per_s=facts.decode_per_s,
             context=facts.context / np.maximum(facts.running, 1.0),
-            prompt_context=prompt_context,
+            prompt_tokens=prompt_tokens,
         )
         steady = np.minimum(costs.steady_step_s(load), full)
         ttft_s = np.maximum(steps * full, facts.oldest_s) + np.where(facts.waiting > 0, full, steady)
@@ -255,17 +258,21 @@ def _facts(
     per_request = context / np.maximum(running, 1.0)
     decode = np.zeros_like(running)
     for mode, chosen in ((FP8, fast > 0), (FP16, fast == 0)):
-        step = _loaded_step(model.of(mode), mean_running, per_request, prompt)
+        step = _loaded_step(
+            model.of(mode), mean_running, per_request, prompt, prompt / np.maximum(arrivals, 1e-9)
+        )
         decode = np.where(chosen, mean_running / step, decode)
     return _Facts(running, waiting, oldest_s, context, arrivals, prompt, inflow, decode)
 
 
-def _loaded_step(costs: StepCosts, running: Floats, per_request: Floats, prompt_per_s: Floats) -> Floats:
+def _loaded_step(
+    costs: StepCosts, running: Floats, per_request: Floats, prompt_per_s: Floats, prompt_tokens: Floats
+) -> Floats:
     """Mean step time at a known batch: the steady step with the number of requests given, not derived."""
-    shared = running * (costs.sequence_s + per_request * costs.context_token_s)
-    prefill = np.minimum(0.9, prompt_per_s * costs.token_s)
-    compute = (costs.overhead_s + running * costs.token_s + shared) / (1.0 - prefill)
-    step: Floats = np.maximum(costs.overhead_s + costs.weights_s + shared, compute)
+    linear = np.maximum(costs.weights_s, running * costs.token_s)
+    base = costs.overhead_s + linear + running * (costs.sequence_s + per_request * costs.context_token_s)
+    lump_s = np.maximum(0.0, (running + prompt_tokens) * costs.token_s - linear)
+    step: Floats = base / (1.0 - np.minimum(0.9, prompt_per_s / np.maximum(prompt_tokens, 1.0) * lump_s))
     return step
 
 

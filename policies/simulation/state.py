@@ -151,6 +151,28 @@ class Costs(NamedTuple):
     flip_s: float
 
 
+def rescaled(workload: Workload, rate: float) -> Columns:
+    """The workload with its arrival times stretched to a mean of ``rate`` requests per second."""
+    checks.number("rate", rate, above=0.0)
+    arrival_s = np.asarray(workload.arrival_s, dtype=np.float64)
+    factor = len(arrival_s) / max(float(arrival_s[-1]), 1e-9) / rate
+    return Columns(arrival_s * factor, workload.prompt_tokens, workload.output_tokens, workload.strict)
+
+
+def poisson(lengths: Workload, rate: float, seconds: float, seed: int) -> Columns:
+    """Poisson arrivals at ``rate`` per second, each with the lengths of a request drawn from ``lengths``."""
+    checks.number("rate", rate, above=0.0)
+    random = np.random.default_rng(seed)
+    count = max(1, int(rate * seconds))
+    drawn = random.integers(0, len(lengths.arrival_s), count)
+    return Columns(
+        np.cumsum(random.exponential(1.0 / rate, count)),
+        np.asarray(lengths.prompt_tokens)[drawn],
+        np.asarray(lengths.output_tokens)[drawn],
+        np.asarray(lengths.strict)[drawn],
+    )
+
+
 def requests_of(workload: Workload) -> Requests:
     """Fresh request rows."""
     requests = np.zeros(len(workload.arrival_s), dtype=REQUEST)

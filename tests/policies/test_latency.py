@@ -43,13 +43,20 @@ def test_the_roofline_meets_the_measured_engine(
 
 def test_steady_step_time_matches_a_simulated_constant_load() -> None:
     """Stepping an engine under a constant flow of tokens settles at the closed form."""
-    load = TokenLoad(prompt_per_s=12_000.0, decode_per_s=1_500.0, context=600.0, prompt_context=300.0)
+    load = TokenLoad(prompt_per_s=12_000.0, decode_per_s=1_500.0, context=600.0)
     step_s = 0.01
     for _ in range(2000):
         running = load.decode_per_s * step_s
         prompt = load.prompt_per_s * step_s
-        step_s = COSTS.step_s(running + prompt, running, running * load.context, prompt * load.prompt_context)
+        step_s = float(COSTS.step_s(running + prompt, running, running * 600.0))
     assert COSTS.steady_step_s(load) == pytest.approx(step_s, rel=1e-6)
+
+
+def test_prompts_in_lumps_make_the_mean_step_longer() -> None:
+    """Steps without a prompt read all weights too: 10 prompts of 1,000 tokens a second at 25 ms each."""
+    costs = StepCosts(overhead_s=1e-3, weights_s=5e-3, token_s=3e-5)
+    lumps = TokenLoad(prompt_per_s=10_000.0, decode_per_s=0.0, prompt_tokens=1000.0)
+    assert costs.steady_step_s(lumps) == pytest.approx(6e-3 / (1 - 10 * 25e-3))
 
 
 def test_an_overload_has_no_steady_state() -> None:

@@ -1,0 +1,188 @@
+"""How many replicas there should be: the slow lever beside precision, decided from the same facts.
+
+Precision bridges the minutes until a replica has started, so replicas are added only when FP8 is not
+enough, or has carried load for so long that it is no burst; while FP8 carries load nothing is removed; and
+one replica leaves only when all are in 16 bits and the rest is predicted to hold the SLO in 16 bits, for a
+while without a break.
+
+The facts of one replica are a flat dictionary of finite numbers (:func:`scaling_stats`), as Ray Serve's
+``record_autoscaling_stats`` wants them: a single None or NaN there would end the metric for good.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from nestedfp.policies import checks
+from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.config import Slo
+from nestedfp.policies.latency import LatencyModel, TokenLoad
+from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
+
+STATS: Final = ("in_fp8", "mode_s", "strain", "prompt_per_s", "prompt_tokens", "decode_per_s", "context")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingConfig:
+    """Settings of the joint rule. Durations are seconds."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    overload_s: float = 5.0
+    """How long FP8 must have been too slow on most replicas before one is added."""
+    fp8_patience_s: float = 120.0
+    """How long most replicas may carry load in FP8 before one is added although FP8 holds."""
+    spare_s: float = 300.0
+    """How long one replica fewer must have been enough before one is removed."""
+    headroom: float = 0.7
+    """Share of the TPOT limit that predictions may use up."""
+
+    def __post_init__(self) -> None:
+        checks.integer("min_replicas", self.min_replicas, minimum=1)
+        checks.integer("max_replicas", self.max_replicas, minimum=1)
+        if self.max_replicas < self.min_replicas:
+            remedy = f"give at least min_replicas, {self.min_replicas}"
+            raise InvalidField("max_replicas", self.max_replicas, remedy)
+        for field in ("overload_s", "fp8_patience_s", "spare_s"):
+            checks.number(field, getattr(self, field))
+        checks.number("headroom", self.headroom, above=0.0, maximum=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingState:
+    """What the rule remembers: since when FP8 has been too slow, and since when a replica has been spare."""
+
+    overloaded_since_s: float | None = None
+    spare_since_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """A decision: the number of replicas wanted, and why."""
+
+    replicas: int
+    reason: str
+
+
+def scaling_stats(report: ReplicaReport, mode_s: float, slo: Slo) -> dict[str, float]:
+    """The numbers a replica contributes; ``mode_s`` is how long it has been in its mode. Always finite.
+
+    ``strain`` is the worst of queueing, TTFT and TPOT over its SLO limit.
+    """
+    strain = max(
+        report.oldest_waiting_s / slo.ttft_s,
+        (report.ttft_p90_s or 0.0) / slo.ttft_s,
+        (report.tpot_p90_s or 0.0) / slo.tpot_s,
+    )
+    decode_per_s = report.running / report.step_time_s if report.step_time_s else 0.0
+    prompt_per_s = report.arriving_prompt_tokens_per_s or 0.0
+    stats = {
+        "in_fp8": 0.0 if report.mode == FP16 else 1.0,
+        "mode_s": mode_s,
+        "strain": strain,
+        "prompt_per_s": prompt_per_s,
+        "prompt_tokens": prompt_per_s / report.arrivals_per_s if report.arrivals_per_s else 0.0,
+        "decode_per_s": decode_per_s,
+        "context": (report.context_tokens or 0) / max(report.running, 1),
+    }
+    return {name: value if math.isfinite(value) and value >= 0 else 0.0 for name, value in stats.items()}
+
+
+def desired_replicas(
+    stats: Sequence[Mapping[str, float]],
+    state: ScalingState,
+    *,
+    current: int,
+    starting: int,
+    config: ScalingConfig,
+    slo: Slo,
+    model: LatencyModel,
+    now: float,
+) -> tuple[Scaling, ScalingState]:
+    """The number of replicas wanted, always an int within the configured bounds, and the state to keep.
+
+    ``stats`` holds :func:`scaling_stats` of the replicas that serve (unusable rows are left out),
+    ``current`` the number ordered, ``starting`` how many of these do not serve yet. Without a usable row
+    nothing changes.
+    """
+    usable = [row for row in stats if _usable(row)]
+    if not usable:
+        return _bounded(current, "no usable reports", config), ScalingState()
+    in_fp8 = [row for row in usable if row["in_fp8"] > 0]
+    mostly_fp8 = 2 * len(in_fp8) > len(usable)
+    strained = [row for row in in_fp8 if row["strain"] >= 1.0]
+    overloaded = 2 * len(strained) > len(usable)
+    state = replace(state, overloaded_since_s=_since(overloaded, state.overloaded_since_s, now))
+    if mostly_fp8 and starting == 0:
+        if state.overloaded_since_s is not None and now - state.overloaded_since_s >= config.overload_s:
+            needed = _smallest(FP8, usable, current, config, slo, model)
+            wanted = max(current + 1, needed)
+            return _bounded(wanted, f"FP8 too slow on {len(strained)} replicas", config), ScalingState()
+        long_in_fp8 = [row for row in in_fp8 if row["mode_s"] >= config.fp8_patience_s]
+        if 2 * len(long_in_fp8) > len(usable):
+            reason = f"{len(long_in_fp8)} replicas in FP8 for {config.fp8_patience_s:g} s"
+            return _bounded(current + 1, reason, config), ScalingState()
+    if in_fp8 or starting > 0:
+        reason = f"{len(in_fp8)} replicas in FP8, {starting} starting: hold"
+        return _bounded(current, reason, config), replace(state, spare_since_s=None)
+    spare = current > config.min_replicas and _holds(FP16, usable, current - 1, config, slo, model)
+    state = replace(state, spare_since_s=_since(spare, state.spare_since_s, now))
+    if state.spare_since_s is not None and now - state.spare_since_s >= config.spare_s:
+        return _bounded(
+            current - 1, f"{current - 1} replicas hold the SLO in 16 bits", config
+        ), ScalingState()
+    return _bounded(current, "16 bits hold", config), state
+
+
+def _usable(row: Mapping[str, float]) -> bool:
+    values = [row.get(name) for name in STATS]
+    return all(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 for value in values)
+
+
+def _since(condition: bool, before: float | None, now: float) -> float | None:
+    """Since when ``condition`` holds; a time in the future (the clock fell) starts again."""
+    if not condition:
+        return None
+    return now if before is None or before > now else before
+
+
+def _holds(
+    mode: str,
+    usable: Sequence[Mapping[str, float]],
+    replicas: int,
+    config: ScalingConfig,
+    slo: Slo,
+    model: LatencyModel,
+) -> bool:
+    """Whether ``replicas`` are predicted to carry the whole load in ``mode`` within the headroom."""
+    count = len(usable)
+    share = count / replicas
+    load = TokenLoad(
+        prompt_per_s=share * sum(row["prompt_per_s"] for row in usable) / count,
+        decode_per_s=share * sum(row["decode_per_s"] for row in usable) / count,
+        context=sum(row["context"] for row in usable) / count,
+        prompt_tokens=sum(row["prompt_tokens"] for row in usable) / count,
+    )
+    return model.tpot_s(mode, load) <= config.headroom * slo.tpot_s
+
+
+def _smallest(
+    mode: str,
+    usable: Sequence[Mapping[str, float]],
+    current: int,
+    config: ScalingConfig,
+    slo: Slo,
+    model: LatencyModel,
+) -> int:
+    """The smallest number from ``current`` up that is predicted to hold; the most allowed if none is."""
+    for replicas in range(current, config.max_replicas):
+        if _holds(mode, usable, replicas, config, slo, model):
+            return replicas
+    return config.max_replicas
+
+
+def _bounded(replicas: int, reason: str, config: ScalingConfig) -> Scaling:
+    return Scaling(min(config.max_replicas, max(config.min_replicas, replicas)), reason)

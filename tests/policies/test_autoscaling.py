@@ -1,0 +1,174 @@
+"""The joint rule: when a replica is added, kept and removed, and that nonsense changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nestedfp.policies.autoscaling import (
+    STATS,
+    Scaling,
+    ScalingConfig,
+    ScalingState,
+    desired_replicas,
+    scaling_stats,
+)
+from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.config import Slo
+from nestedfp.policies.protocol import ReplicaReport
+from nestedfp.policies.roofline import latency_model
+
+CONFIG = ScalingConfig(
+    min_replicas=1, max_replicas=8, overload_s=5.0, fp8_patience_s=60.0, spare_s=100.0, headroom=0.7
+)
+MODEL = latency_model()
+IDLE = {
+    "in_fp8": 0.0,
+    "mode_s": 10.0,
+    "strain": 0.1,
+    "prompt_per_s": 500.0,
+    "decode_per_s": 100.0,
+    "prompt_tokens": 1000.0,
+    "context": 800.0,
+}
+BUSY = {**IDLE, "prompt_per_s": 17_000.0, "decode_per_s": 2_000.0}
+FP8 = {**BUSY, "in_fp8": 1.0, "strain": 0.5}
+OVER = {**FP8, "strain": 2.0, "prompt_per_s": 30_000.0}
+
+
+class Rule:
+    def __init__(self) -> None:
+        self.state = ScalingState()
+
+    def at(
+        self, now: float, rows: list[Mapping[str, float]], current: int | None = None, starting: int = 0
+    ) -> Scaling:
+        wanted, self.state = desired_replicas(
+            rows,
+            self.state,
+            current=len(rows) if current is None else current,
+            starting=starting,
+            config=CONFIG,
+            slo=Slo(),
+            model=MODEL,
+            now=now,
+        )
+        return wanted
+
+
+def test_a_replica_is_added_when_fp8_is_not_enough_for_a_while() -> None:
+    rule = Rule()
+    assert rule.at(0.0, [OVER, OVER]).replicas == 2
+    assert rule.at(4.9, [OVER, OVER]).replicas == 2
+    assert rule.at(5.0, [OVER, OVER]).replicas >= 3
+
+
+def test_a_deep_overload_asks_for_all_it_needs_at_once() -> None:
+    rule = Rule()
+    flood = {**OVER, "prompt_per_s": 150_000.0}
+    rule.at(0.0, [flood, flood])
+    wanted = rule.at(5.0, [flood, flood]).replicas
+    assert 4 <= wanted <= 8
+
+
+def test_a_break_in_the_overload_starts_the_clock_again() -> None:
+    rule = Rule()
+    rule.at(0.0, [OVER])
+    rule.at(4.0, [FP8])
+    assert rule.at(6.0, [OVER]).replicas == 1
+
+
+def test_fp8_that_holds_is_a_reason_to_wait_and_then_to_add() -> None:
+    rule = Rule()
+    assert rule.at(0.0, [{**FP8, "mode_s": 59.0}] * 2).replicas == 2
+    assert rule.at(1.0, [{**FP8, "mode_s": 60.0}] * 2).replicas == 3
+
+
+def test_nothing_is_added_while_a_replica_starts() -> None:
+    rule = Rule()
+    for second in range(100):
+        assert rule.at(float(second), [OVER, OVER], current=3, starting=1).replicas == 3
+
+
+def test_nothing_is_removed_while_any_replica_is_in_fp8() -> None:
+    rule = Rule()
+    for second in range(500):
+        assert rule.at(float(second), [IDLE, IDLE, {**IDLE, "in_fp8": 1.0}]).replicas == 3
+
+
+def test_one_is_removed_when_the_rest_holds_in_16_bits_for_long_enough() -> None:
+    rule = Rule()
+    assert rule.at(0.0, [IDLE] * 3).replicas == 3
+    assert rule.at(99.0, [IDLE] * 3).replicas == 3
+    assert rule.at(100.0, [IDLE] * 3).replicas == 2
+    assert rule.at(101.0, [IDLE] * 2).replicas == 2
+
+
+def test_none_is_removed_when_the_rest_would_not_hold_in_16_bits() -> None:
+    rule = Rule()
+    for second in range(0, 1000, 10):
+        assert rule.at(float(second), [BUSY, BUSY]).replicas == 2
+
+
+def test_without_usable_reports_the_number_stays() -> None:
+    assert Rule().at(0.0, [], current=3).replicas == 3
+    assert Rule().at(0.0, [{**OVER, "strain": math.nan}], current=3).replicas == 3
+    assert Rule().at(0.0, [{}], current=3).replicas == 3
+
+
+def test_a_clock_that_falls_proves_nothing() -> None:
+    rule = Rule()
+    rule.at(1e6, [IDLE, IDLE])
+    assert rule.at(0.0, [IDLE, IDLE]).replicas == 2
+    assert rule.at(99.0, [IDLE, IDLE]).replicas == 2
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(STATS), st.one_of(st.floats(), st.none()), min_size=4), max_size=6
+    ),
+    st.integers(0, 50),
+    st.integers(0, 3),
+    st.floats(0, 1e6),
+)
+@settings(deadline=None)
+def test_the_answer_is_always_an_int_within_bounds(
+    rows: list[dict[str, Any]], current: int, starting: int, now: float
+) -> None:
+    for state in (ScalingState(), ScalingState(0.0, 0.0)):
+        wanted, _ = desired_replicas(
+            rows, state, current=current, starting=starting, config=CONFIG, slo=Slo(), model=MODEL, now=now
+        )
+        assert type(wanted.replicas) is int
+        assert 1 <= wanted.replicas <= 8
+
+
+def test_stats_are_finite_whatever_the_report_lacks(report: Callable[..., ReplicaReport]) -> None:
+    empty = scaling_stats(report(), 0.0, Slo())
+    assert set(empty) == set(STATS)
+    assert all(math.isfinite(value) for value in empty.values())
+    busy = report(
+        mode="fp8", running=20, step_time_s=0.01, oldest_waiting_s=0.5, ttft_p90_s=0.2, context_tokens=4000
+    )
+    stats = scaling_stats(busy, math.inf, Slo())
+    assert stats == {
+        "in_fp8": 1.0,
+        "mode_s": 0.0,
+        "strain": 0.5,
+        "prompt_per_s": 0.0,
+        "prompt_tokens": 0.0,
+        "decode_per_s": pytest.approx(2000.0),
+        "context": 200.0,
+    }
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(InvalidField, match="max_replicas"):
+        ScalingConfig(min_replicas=4, max_replicas=2)
+    with pytest.raises(InvalidField, match="headroom"):
+        ScalingConfig(headroom=1.5)
