@@ -50,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the results")
     parser.add_argument("--calm", action="store_true", help="the same length without the burst")
     parser.add_argument("--calm-rps", type=float, default=0.6, help="arrivals/s outside the burst")
-    parser.add_argument("--burst-rps", type=float, default=6.0, help="arrivals/s in the burst")
+    parser.add_argument("--burst-rps", type=float, default=5.5, help="arrivals/s in the burst")
     parser.add_argument("--calm-s", type=float, default=22.0, help="seconds before the burst, and after")
     parser.add_argument("--burst-s", type=float, default=16.0, help="seconds of the burst")
-    parser.add_argument("--prompt-tokens", type=int, default=96, help="mean prompt length")
-    parser.add_argument("--output-tokens", type=int, default=24, help="mean output length")
+    parser.add_argument("--prompt-tokens", type=int, default=48, help="mean prompt length")
+    parser.add_argument("--output-tokens", type=int, default=12, help="mean output length")
     parser.add_argument("--seed", type=int, default=2, help="of arrivals, lengths and prompts")
 
 
