@@ -20,8 +20,8 @@ from typing import Any
 from nestedfp.kernels.cpu.machine import describe, slug
 
 CONTENDERS = {"plain": ("plain", ""), "fp16": ("nested", "fp16"), "fp8": ("nested", "fp8")}
-BATCHES = (1, 2, 4, 8)
-OUTPUT_TOKENS = 48
+BATCHES = (1, 8)
+OUTPUT_TOKENS = 32
 PROMPT_TOKENS = 256
 DATA = Path(__file__).parent / "data"
 
@@ -132,7 +132,8 @@ def run(model: str, rounds: int) -> dict[str, Any]:
                 for name in names[turn % 3 :] + names[: turn % 3]:
                     kind, mode = CONTENDERS[name]
                     seen[name].append(processes[kind].ask(mode=mode, **case))
-            print(f"round {turn + 1} of {rounds} done", file=sys.stderr, flush=True)
+                latest = {name: round(seen[name][-1][_metric(case)], 1) for name in names}
+                print(f"round {turn + 1} of {rounds}: {case} {latest}", file=sys.stderr, flush=True)
     finally:
         for process in processes.values():
             process.close()
@@ -147,7 +148,7 @@ def run(model: str, rounds: int) -> dict[str, Any]:
 
 def _summary(case: dict[str, int], seen: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians and spread, and the medians of the ratios that were taken within one round."""
-    metric = "prefill_tokens_per_s" if case["prompt"] == PROMPT_TOKENS else "decode_tokens_per_s"
+    metric = _metric(case)
     rates = {name: [sample[metric] for sample in samples] for name, samples in seen.items()}
 
     def ratio(one: str, other: str) -> dict[str, float]:
@@ -161,6 +162,10 @@ def _summary(case: dict[str, int], seen: dict[str, list[dict[str, Any]]]) -> dic
         "fp8_over_plain": ratio("fp8", "plain"),
         "fp8_over_fp16": ratio("fp8", "fp16"),
     }
+
+
+def _metric(case: dict[str, int]) -> str:
+    return "prefill_tokens_per_s" if case["prompt"] == PROMPT_TOKENS else "decode_tokens_per_s"
 
 
 def _spread(values: list[float]) -> dict[str, float]:
