@@ -49,6 +49,8 @@ class Prediction:
     """Predicted 16-bit pressure that asks for FP8."""
     low: float = 0.6
     """Predicted 16-bit pressure at which 16 bits may return."""
+    tolerance: float = 0.01
+    """Share of requests that 16 bits may cost the SLO beyond what FP8 misses; the margin adapts to it."""
     horizon_s: float = 0.5
     """How far ahead a burst in progress is projected."""
     shed: bool = False
@@ -60,6 +62,7 @@ class Prediction:
         if self.low >= self.high:
             raise InvalidField("prediction.low", self.low, f"give less than high, {self.high:g}")
         checks.number("prediction.horizon_s", self.horizon_s)
+        checks.number("prediction.tolerance", self.tolerance, above=0.0, maximum=1.0)
         checks.flag("prediction.shed", self.shed)
 
 

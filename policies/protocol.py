@@ -43,7 +43,7 @@ _COUNTS: Final = frozenset(
         "batch_tokens",
     }
 )
-_FRACTIONS: Final = frozenset({"kv_usage"})
+_FRACTIONS: Final = frozenset({"kv_usage", "slo_miss_share"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +105,8 @@ class ReplicaReport:
     arriving_prompt_tokens_per_s: float | None = None
     """Prompt tokens arriving per second, over the short window; None where unknown."""
 
+    slo_miss_share: float | None = None
+    """Share of the requests of the short window (10 s) that missed the SLO, 0 to 1; None where unknown."""
     owner: str = ""
     """Owner of the last target it accepted; empty before the first."""
     faults: tuple[str, ...] = ()
@@ -213,6 +215,7 @@ _NULLABLE: Final = frozenset(
         "context_tokens",
         "batch_tokens",
         "arriving_prompt_tokens_per_s",
+        "slo_miss_share",
     }
 )
 _NEUTRAL: Final = {

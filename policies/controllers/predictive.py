@@ -9,6 +9,10 @@ returning does not need to be tried out.
 A burst shows in the queue within one report. Its inflow over the last second, where it exceeds what 16 bits
 can prefill, is projected ``horizon_s`` ahead, so that the flip comes before the queue is too long to
 recover.
+
+Both levels carry a factor learned from the outcome: where requests served in 16 bits miss the SLO more
+often than those in FP8, by more than ``tolerance`` of all requests, the factor falls, and rises again when
+they do not.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ from nestedfp.policies.snapshot import ReplicaView, Snapshot
 Floats = NDArray[np.float64]
 
 INFLOW_WINDOW_S: Final = 1.0
+MISS_WINDOW_S: Final = 60.0
+ADAPTATION_S: Final = 20.0
+FACTOR_RANGE: Final = (0.2, 1.2)
 LOAD_WINDOW_S: Final = 2.0
 SHORTEST_OUTPUT: Final = 4.0
 _MAX_REASON_PRESSURE: Final = 99.0
@@ -48,12 +55,24 @@ class _Seen(NamedTuple):
     """Running requests, averaged over about two seconds."""
 
 
+class _Guard(NamedTuple):
+    """What 16 bits cost the SLO lately, and the factor on both pressure levels that follows from it."""
+
+    at_s: float = -math.inf
+    missed_fp8: float = 0.0
+    """Share of requests that missed the SLO on replicas in FP8, averaged over about a minute."""
+    excess: float = 0.0
+    """Share of all requests that missed it because of 16 bits, averaged over about a minute."""
+    factor: float = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Memory:
     seen: Mapping[str, _Seen]
     calm_since: Mapping[str, float]
     shedding: frozenset[str]
     model: LatencyModel
+    guard: _Guard
     turn: int
     """Counts decisions; chooses whose step corrects the model."""
 
@@ -88,7 +107,7 @@ class PredictiveController(Controller):
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
-        return _Memory({}, {}, frozenset(), self._model, 0)
+        return _Memory({}, {}, frozenset(), self._model, _Guard(), 0)
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
@@ -103,6 +122,8 @@ class PredictiveController(Controller):
         slow = self._forecast(model.of(FP16), facts)
         fast = self._forecast(model.of(FP8), facts)
         slow_pressure, fast_pressure = self._pressure(slow), self._pressure(fast)
+        guard = _watch(before.guard, views, modes, self._settings.tolerance, now)
+        high, low = self._settings.high * guard.factor, self._settings.low * guard.factor
         kept = _kept_for_strict(views, modes)
         wishes: dict[str, Wish] = {}
         calm_since: dict[str, float] = {}
@@ -111,17 +132,17 @@ class PredictiveController(Controller):
             replica_id = view.report.replica_id
             mode = modes[replica_id]
             pressure = float(slow_pressure[row])
-            if pressure >= self._settings.high and replica_id not in kept:
+            if pressure >= high and replica_id not in kept:
                 if mode != FP8:
-                    wishes[replica_id] = self._relief(slow, row, pressure)
+                    wishes[replica_id] = self._relief(slow, row, pressure, high)
                 elif self._sheds(float(fast_pressure[row]), replica_id in before.shedding):
                     shedding.add(replica_id)
                     wishes[replica_id] = self._shed(model, facts, row, float(fast_pressure[row]))
-            elif pressure <= self._settings.low or replica_id in kept:
+            elif pressure <= low or replica_id in kept:
                 since = calm_since[replica_id] = before.calm_since.get(replica_id, now)
                 if mode != FP16 and now - since >= self._calm_s:
-                    wishes[replica_id] = self._return(slow, row, pressure, now - since)
-        return wishes, _Memory(seen, calm_since, frozenset(shedding), model, before.turn + 1)
+                    wishes[replica_id] = self._return(slow, row, pressure, low, now - since)
+        return wishes, _Memory(seen, calm_since, frozenset(shedding), model, guard, before.turn + 1)
 
     def _forecast(self, costs: StepCosts, facts: _Facts) -> _Forecast:
         """TTFT behind the queue, and TPOT over the life of a request, if every replica ran at ``costs``."""
@@ -156,25 +177,25 @@ class PredictiveController(Controller):
         level = self._settings.high if sheds_already else 1.0
         return self._settings.shed and fast_pressure >= level
 
-    def _relief(self, slow: _Forecast, row: int, pressure: float) -> Wish:
+    def _relief(self, slow: _Forecast, row: int, pressure: float, high: float) -> Wish:
         signal, value, limit = self._crossing(slow, row)
         return Wish(
             mode=FP8,
             reason=f"{signal} of {value:.4g} s in 16 bits is {_shown(pressure)} of its limit",
             signal=signal,
             value=value,
-            threshold=self._settings.high * limit,
+            threshold=high * limit,
             urgent=pressure >= 1.0,
         )
 
-    def _return(self, slow: _Forecast, row: int, pressure: float, calm_s: float) -> Wish:
+    def _return(self, slow: _Forecast, row: int, pressure: float, low: float, calm_s: float) -> Wish:
         signal, value, limit = self._crossing(slow, row)
         return Wish(
             mode=FP16,
             reason=f"{signal} in 16 bits at {_shown(pressure)} of its limit after {calm_s:.1f} s of calm",
             signal=signal,
             value=value,
-            threshold=self._settings.low * limit,
+            threshold=low * limit,
         )
 
     def _shed(self, model: LatencyModel, facts: _Facts, row: int, pressure: float) -> Wish:
@@ -211,6 +232,36 @@ def _learn(
     mode = modes[report.replica_id]
     predicted = model.of(mode).step_s(report.batch_tokens, report.running, report.context_tokens)
     return model.corrected(mode, float(predicted), report.step_time_s)
+
+
+def _watch(
+    guard: _Guard, views: tuple[ReplicaView, ...], modes: Mapping[str, str], tolerance: float, now: float
+) -> _Guard:
+    """The guard after these reports; its factor falls while 16 bits cost more than ``tolerance``."""
+    rows = [
+        (view.report.slo_miss_share, view.report.arrivals_per_s, modes[view.report.replica_id] == FP16)
+        for view in views
+        if view.report.slo_miss_share is not None
+    ]
+    arrivals = sum(rate for _, rate, _ in rows)
+    elapsed_s = now - guard.at_s
+    if not rows or arrivals <= 0.0 or elapsed_s <= 0.0:
+        return guard._replace(at_s=max(now, guard.at_s))
+    slow = [(missed, rate) for missed, rate, in_16_bits in rows if in_16_bits]
+    fast = [(missed, rate) for missed, rate, in_16_bits in rows if not in_16_bits]
+    step_s = min(elapsed_s, 1.0)
+    blend = -math.expm1(-step_s / MISS_WINDOW_S)
+    missed_fp8 = guard.missed_fp8
+    if fast:
+        share = sum(missed * rate for missed, rate in fast) / max(sum(rate for _, rate in fast), 1e-9)
+        missed_fp8 += blend * (min(1.0, share) - missed_fp8)
+    excess = sum(max(0.0, missed - missed_fp8) * rate for missed, rate in slow) / arrivals
+    excess = guard.excess + blend * (excess - guard.excess)
+    # It falls up to ten times as fast as it rises: a burst costs more than caution does.
+    push = min(0.5, max(-5.0, (0.8 * tolerance - excess) / tolerance))
+    low, high = FACTOR_RANGE
+    factor = min(high, max(low, guard.factor * math.exp(push * step_s / ADAPTATION_S)))
+    return _Guard(now, missed_fp8, excess, factor)
 
 
 def _see(view: ReplicaView, before: _Seen | None, now: float) -> _Seen:

@@ -10,7 +10,7 @@ import numpy as np
 
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
-from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.config import PolicyConfig, Slo
 from nestedfp.policies.policy import Policy, PolicyState
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.simulation import engine
@@ -65,7 +65,9 @@ class Outcome:
 class Cluster:
     """``replicas`` engines serving one workload; :meth:`tick` runs them to the next decision."""
 
-    def __init__(self, workload: Workload, replicas: int, settings: EngineSettings, seed: int) -> None:
+    def __init__(
+        self, workload: Workload, replicas: int, settings: EngineSettings, seed: int, slo: Slo
+    ) -> None:
         checks.integer("replicas", replicas, minimum=1)
         checks.integer("seed", seed)
         engine.seed(seed)
@@ -78,6 +80,8 @@ class Cluster:
         self._numbers = {replica_id: number for number, replica_id in enumerate(self._ids)}
         self._ttft = np.empty(replicas)
         self._tpot = np.empty(replicas)
+        self._missed = np.empty(replicas)
+        self._slo = slo
         self._arrived: deque[tuple[float, Ints, Ints]] = deque()
         self._sequence = 0
 
@@ -102,6 +106,8 @@ class Cluster:
         self._sequence += 1
         replicas = self.engines.replicas
         engine.percentiles(self.now, PERCENTILE_WINDOW_S, 0.9, self.engines, self._ttft, self._tpot)
+        slo = self._slo
+        engine.misses(self.now, PERCENTILE_WINDOW_S, slo.ttft_s, slo.tpot_s, self.engines, self._missed)
         span_s, arrivals, tokens = self._arrivals()
         columns = zip(
             self._ids,
@@ -116,6 +122,7 @@ class Cluster:
             (tokens / span_s).tolist(),
             self._ttft.tolist(),
             self._tpot.tolist(),
+            self._missed.tolist(),
             replicas["step_s"].tolist(),
             replicas["tokens"].tolist(),
             replicas["kv"].tolist(),
@@ -151,6 +158,7 @@ class Cluster:
         prompt_per_s: float,
         ttft_s: float,
         tpot_s: float,
+        missed: float,
         step_s: float,
         batch_tokens: int,
         context: int,
@@ -179,6 +187,7 @@ class Cluster:
             tokens_fp8=fp8,
             flips=flips,
             age_s=0.0,
+            slo_miss_share=None if missed != missed else missed,
             strict_running=strict_running,
             strict_waiting=strict_waiting,
             context_tokens=context,
@@ -217,7 +226,7 @@ def simulate(
     The policy decides every ``decide_interval_s`` on fresh reports and its targets hold from the next step
     on. The same arguments give the same outcome.
     """
-    cluster = Cluster(workload, replicas, settings or EngineSettings(), seed)
+    cluster = Cluster(workload, replicas, settings or EngineSettings(), seed, policy.config.slo)
     config: PolicyConfig = policy.config
     state: PolicyState = policy.start()
     timeline = Timeline()

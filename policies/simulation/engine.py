@@ -65,6 +65,19 @@ def advance(until_s: float, following: int, requests: Requests, cluster: Engines
 
 
 @njit
+def misses(
+    now: float, window_s: float, ttft_s: float, tpot_s: float, cluster: Engines, share: Floats
+) -> None:
+    """Fill in each replica's share of requests over a limit in the last ``window_s``; NaN without any."""
+    for i in range(cluster.replicas.shape[0]):
+        recent = cluster.recent[i]
+        first, done = recent[TTFT_AT] > now - window_s, recent[TPOT_AT] > now - window_s
+        late = (recent[TTFT][first] > ttft_s).sum() / max(1, first.sum())
+        slow = (recent[TPOT][done] > tpot_s).sum() / max(1, done.sum())
+        share[i] = min(1.0, late + slow) if first.sum() + done.sum() > 0 else math.nan
+
+
+@njit
 def percentiles(
     now: float, window_s: float, share: float, cluster: Engines, ttft: Floats, tpot: Floats
 ) -> None:

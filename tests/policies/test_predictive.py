@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
@@ -84,6 +86,35 @@ def test_the_burst_projection_acts_before_the_queue_is_critical(view: MakeView) 
         last = rising.at(at, view(**front))["a"]
         assert blind.at(at, view(**front))["a"].mode == "fp16"
     assert last.mode == "fp8"
+
+
+def misses(run: Run, view: MakeView, mode: str, seconds: int, share: float) -> float:
+    """Report a miss share on a replica whose load keeps it in ``mode``; the factor after it."""
+    load = (
+        BUSY if mode == "fp16" else {**BUSY, "arriving_prompt_tokens_per_s": 40_000.0, "arrivals_per_s": 40.0}
+    )
+    for second in range(seconds):
+        assert run.at(float(second), view(**load, slo_miss_share=share))["a"].mode == mode
+    return float(run.state.memory.guard.factor)
+
+
+def test_misses_in_16_bits_lower_the_levels_until_fp8_takes_over(view: MakeView) -> None:
+    run = Run()
+    modes = [run.at(float(second), view(**BUSY, slo_miss_share=0.2))["a"].mode for second in range(60)]
+    assert modes[0] == "fp16"
+    assert modes[-1] == "fp8"
+
+
+def test_no_misses_raise_the_levels_and_misses_of_fp8_are_not_held_against_16_bits(view: MakeView) -> None:
+    assert misses(Run(), view, "fp16", 60, 0.0) == pytest.approx(1.2)
+    assert misses(Run(), view, "fp8", 60, 0.5) >= 1.0
+
+
+def test_unknown_misses_teach_nothing(view: MakeView) -> None:
+    run = Run()
+    for second in range(60):
+        run.at(float(second), view(**BUSY))
+    assert run.state.memory.guard.factor == 1.0
 
 
 def test_enough_replicas_stay_in_16_bits_for_strict_requests(view: MakeView) -> None:

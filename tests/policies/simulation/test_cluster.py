@@ -95,7 +95,7 @@ def test_actor_replica_and_simulator_run_the_same_decide(
 
 
 def test_reports_say_what_the_engine_holds() -> None:
-    cluster = Cluster(steady(60.0, 3.0, 4), 1, EngineSettings(noise=0.0), seed=0)
+    cluster = Cluster(steady(60.0, 3.0, 4), 1, EngineSettings(noise=0.0), seed=0, slo=Slo())
     cluster.tick(2.0)
     (view,) = cluster.views()
     arrived = cluster.requests["arrival_s"] <= 2.0
