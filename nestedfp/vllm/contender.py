@@ -13,7 +13,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ class Engine:
         }
 
     def _stepwise(self, modes: tuple[str, str] | None) -> tuple[float, list[float]]:
-        """Decodes one batch step by step, with another of `modes` before each; the median seconds of a
+        """Decodes one batch step by step, with another of `modes` before each; the mean seconds of a
         step, and the seconds of each flip."""
         engine, counts = self.llm.llm_engine, self.core.scheduler.counts if modes else None
         for index, prompt in enumerate(self.prompts(16, FLIPPED_BATCH)):
@@ -159,7 +159,7 @@ class Engine:
             if counts and counts.flips > flips:
                 flips = counts.flips
                 costs.append(counts.last_flip_seconds)
-        return median(times), costs
+        return fmean(times), costs
 
 
 def _engine_arguments(engine: str, device: Any, settings: dict[str, Any]) -> dict[str, Any]:
