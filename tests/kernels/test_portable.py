@@ -11,7 +11,7 @@ import pytest
 # The interpreter is chosen when Triton is first imported, so the products run in a process of their own.
 SCRIPT = Path(__file__).with_name("portable_in_interpreter.py")
 
-# The interpreter converts float32 to bfloat16 coarsely, unlike a GPU; a wrong weight or order gives errors near 1.
+# The interpreter converts to bfloat16 coarsely, unlike a GPU; a wrong weight gives errors near 1.
 TOLERANCE = {"float16": 6e-4, "bfloat16": 3e-2}
 
 
