@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.replica import EngineReplica
 from nestedfp.deployments.router import ROUTING_STATS_PERIOD_S, PrecisionRouter
+
+_IDLE_CHECK_S: Final = 0.5
+"""How often a replica that must go looks whether its requests have ended."""
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
@@ -30,10 +33,11 @@ def build_app(args: Mapping[str, Any]) -> Application:
         },
         max_ongoing_requests=replicas.max_ongoing_requests,
         max_queued_requests=replicas.max_queued_requests,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=settings.http.retry_after_s),
         health_check_period_s=replicas.health_check_period_s,
         health_check_timeout_s=replicas.health_check_timeout_s,
         graceful_shutdown_timeout_s=replicas.graceful_shutdown_timeout_s,
-        graceful_shutdown_wait_loop_s=min(2.0, replicas.graceful_shutdown_timeout_s),
+        graceful_shutdown_wait_loop_s=min(_IDLE_CHECK_S, replicas.graceful_shutdown_timeout_s),
         max_constructor_retry_count=replicas.start_attempts,
         request_router_config=RequestRouterConfig(
             request_router_class=PrecisionRouter,

@@ -113,13 +113,22 @@ def running(
                 },
             )
             _deploy(file, say)
-            yield RunningApp(file)
+            try:
+                yield RunningApp(file)
+            finally:
+                say("stopping")
+                _delete(file, say)
         finally:
-            say("stopping")
-            if ray.is_initialized():
-                policy_actor.end(file.app_name, file.settings.policy)
-                serve.shutdown()
-                ray.shutdown()  # type: ignore[no-untyped-call]
+            # A replica that is still loading cannot end in good order; it ends with Ray.
+            ray.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _delete(file: ServeFile, say: Say) -> None:
+    policy_actor.end(file.app_name, file.settings.policy)
+    try:
+        serve.delete(file.app_name)
+    except TimeoutError:
+        say("the replicas have not finished their requests in time: stopping all the same")
 
 
 @contextmanager
