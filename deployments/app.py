@@ -11,6 +11,7 @@ from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.replica import EngineReplica
 from nestedfp.deployments.router import ROUTING_STATS_PERIOD_S, PrecisionRouter
+from nestedfp.policies.checks import InvalidField
 
 _IDLE_CHECK_S: Final = 0.5
 """How often a replica that must go looks whether its requests have ended."""
@@ -23,6 +24,10 @@ def build_app(args: Mapping[str, Any]) -> Application:
     Raises :class:`~nestedfp.policies.checks.InvalidField` where a setting cannot be used.
     """
     settings = DeploymentSettings.from_dict(args)
+    if settings.autoscaling is not None:
+        raise InvalidField(
+            "autoscaling", "settings", "leave it out: only a fixed replicas.count is served so far"
+        )
     replicas = settings.replicas
     return EngineReplica.options(
         num_replicas=replicas.count,
