@@ -4,8 +4,8 @@ Operands: x float16 or bfloat16, columns adjacent, row pitch and base in multipl
 `lower` contiguous uint8 [N, K] in `KOrder.HOPPER`, so K % 64 == 0; row_exponent int8 [N]; bias [N] in x's
 dtype. Accumulation in float32, row exponents as powers of two in the epilogue: exact.
 
-Pipeline. A tile of the output is `rows` * `consumers` weight rows by `columns` tokens, computed transposed, so
-that the weights are wgmma's A operand, which may come from registers.
+Pipeline. A tile of the output is `rows` * `consumers` weight rows by `columns` tokens, computed transposed:
+so the weights are wgmma's A operand, which may come from registers.
 - one producer warp fills a ring of shared memory by bulk copies, a 64-wide step of K a stage;
 - each consumer owns `rows` of them: it loads its bytes (16 a load, no bank conflicts), rebuilds them and
   issues wgmma; while one step multiplies, the next is loaded and rebuilt into the other set of registers;
