@@ -108,7 +108,7 @@ def partial_floats(config: Config16, work: Work) -> int:
 
 def candidates(M: int, N: int, K: int, dtype: str, sms: int = 132) -> list[Config16]:
     """Configurations worth timing for a product of these sizes, the rule's own first."""
-    shapes = {
+    shapes: dict[int, list[tuple[int, ...]]] = {
         16: [(64, 1, 16, 12), (128, 1, 16, 11), (64, 2, 16, 11), (64, 1, 16, 5, 2)],
         32: [(64, 1, 32, 10), (128, 1, 32, 9), (64, 2, 32, 9), (64, 1, 32, 5, 2)],
         64: [(64, 1, 64, 8), (128, 1, 64, 7), (64, 2, 64, 7), (64, 1, 64, 5, 2)],
