@@ -74,10 +74,10 @@ def engine(data: Mapping[str, Any]) -> str:
         [f"{dtype}, {into}/{out}, batch {batch}", *(_rate(found.get(name)) for name in names)]
         for (dtype, into, out, batch), found in sorted(cells.items())
     ]
-    header = data["header"]
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     return (
-        f"**Engine** ({data['rows'][0]['model']}, {header['device']}, vLLM {header['vllm']}, "
-        f"{header['date']}). Output tokens/s, input/output length.\n\n" + markdown(["", *names], rows)
+        f"**Engine** ({data['rows'][0]['model']}, {data['device']}, {versions}, "
+        f"{data['date']}). Output tokens/s, input/output length.\n\n" + markdown(["", *names], rows)
     )
 
 

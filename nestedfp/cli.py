@@ -21,16 +21,8 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "nestedfp.deployments.demo", "replay a burst on two CPU replicas and report what the policy did"
     ),
-    "replay": Command("nestedfp.loadtests.replay", "replay a trace against any OpenAI-compatible endpoint"),
-    "simulate": Command(
-        "nestedfp.policies.simulate", "replay a trace against simulated engines under a policy"
-    ),
-    "bench kernels": Command("nestedfp.kernels.bench", "time the GPU kernels against cuBLAS and torch"),
     "bench engine": Command(
         "nestedfp.vllm.bench", "time vLLM engines: plain 16 bits, online FP8, NestedFP in both"
-    ),
-    "tune kernels": Command(
-        "nestedfp.kernels.tune", "time kernel configurations on this device and write the table"
     ),
 }
 

@@ -29,7 +29,7 @@ def test_tabled_shapes_get_their_own_configuration() -> None:
 )
 def test_nearest_shape(M: int, N: int, tokens: int, rows: int) -> None:
     row = nearest(ROWS, M, N, 4096)
-    assert (row.M, row.N) == (tokens, rows)
+    assert (tokens, rows) == (row.M, row.N)
 
 
 @pytest.mark.parametrize(

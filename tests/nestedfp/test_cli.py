@@ -30,7 +30,7 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["bench", "kernels", "--rows"], "bench kernels"),
+        (["bench", "engine", "--rows"], "bench engine"),
         (["serve", "--config", "a.yaml"], "serve"),
         (["bench"], None),
         ([], None),
