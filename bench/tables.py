@@ -48,9 +48,8 @@ def kernels(data: Mapping[str, Any]) -> str:
     header = data["header"]
     machine = f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['date']}"
     return (
-        f"**GEMM kernels** ({machine}). Geometric mean (worst) over the layers of four models; FP8 "
-        "times include quantising the activations; CUDA graphs, inputs rotated past the L2.\n\n"
-        + markdown(["", *M_GROUPS], rows)
+        f"**GEMM kernels** ({machine}). Geometric mean (worst) over the layers of four models; FP8 times "
+        f"include quantising the activations. {header['method']}\n\n" + markdown(["", *M_GROUPS], rows)
     )
 
 

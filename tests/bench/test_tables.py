@@ -27,7 +27,13 @@ def test_the_readme_shows_the_data(module: ModuleType) -> None:
 def test_kernel_ratios_are_geometric_means_of_a_column(module: ModuleType) -> None:
     row = {"mode": "16-bit", "dtype": "float16", "baseline": "cublas-16bit", "baseline_us": 10.0}
     data = {
-        "header": {"device": "D", "torch": "1", "triton": "2", "date": "2026-01-01"},
+        "header": {
+            "device": "D",
+            "torch": "1",
+            "triton": "2",
+            "date": "2026-01-01",
+            "method": "CUDA graphs.",
+        },
         "rows": [{**row, "M": 1, "us": 5.0}, {**row, "M": 64, "us": 20.0}, {**row, "M": 256, "us": 11.0}],
     }
     table = module.kernels(data)

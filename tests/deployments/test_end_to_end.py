@@ -174,7 +174,6 @@ def test_the_openai_client_streams_and_gets_the_same_usage(app: RunningApp) -> N
     assert tokens["fp8"] == 0
 
 
-@pytest.mark.xfail(strict=False, reason="FP16 once failed to return within 20 s after unpin; cause unknown")
 def test_a_flip_under_a_running_stream_and_the_classes_after_it(app: RunningApp, http: httpx.Client) -> None:
     body = {
         "model": "smol",
