@@ -238,7 +238,9 @@ def test_a_killed_policy_actor_is_replaced_and_flips_nothing(app: RunningApp, ht
 def test_an_aborted_stream_leaves_the_engine_idle(app: RunningApp, http: httpx.Client) -> None:
     body = {"model": "smol", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "stream": True}
     with http.stream("POST", "/completions", json=body) as response:
-        next(response.iter_lines())
+        # Held on to: an iterator that is collected closes the stream.
+        lines = response.iter_lines()
+        next(lines)
         eventually(lambda: engine(app)["running"] == 1)
     eventually(lambda: engine(app)["running"] == 0, within_s=8.0)
 
