@@ -163,7 +163,7 @@ class PolicyActor:
             )
             self._adopt(entry, message, now)
             return entry
-        if message.boot_id in entry.retired:
+        if message.boot_id in entry.retired or message.booted_at < entry.report.booted_at:
             raise RetiredReplica(f"replica {message.replica_id}: boot {message.boot_id} was replaced")
         if message.boot_id != entry.report.boot_id:
             entry.retired.append(entry.report.boot_id)

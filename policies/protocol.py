@@ -6,8 +6,8 @@ Registration, heartbeat and delivery are this one call, so for every message the
 - lost: the replica calls again; its target stays until the lease ends, then it decides by itself.
 - late or repeated: an answer counts only for the newest call (``boot_id`` and ``sequence`` are echoed), and
   a report only if its sequence number is new.
-- its sender died: a new boot id replaces the old one for good; a new actor adopts the epoch a replica
-  reports.
+- its sender died: a new boot id replaces the old one for good, and what an older boot sent late is refused,
+  heard of or not (``booted_at``); a new actor adopts the epoch a replica reports.
 
 Epochs count the targets of one replica and never fall; an epoch belongs to one owner, and an actor that
 finds a replica under another owner's epoch takes it over with a newer one. A lease runs from the moment the
@@ -28,7 +28,8 @@ FP16: Final = "fp16"
 FP8: Final = "fp8"
 AUTO: Final = "auto"
 
-_IDENTITY: Final = ("replica_id", "boot_id", "sequence", "mode", "epoch", "owner")
+_IDENTITY: Final = ("replica_id", "boot_id", "sequence", "mode", "epoch", "owner", "booted_at")
+_IDENTITY_DEFAULTS: Final = {"owner": "", "booted_at": 0.0}
 _COUNTS: Final = frozenset(
     {
         "running",
@@ -50,8 +51,8 @@ _FRACTIONS: Final = frozenset({"kv_usage", "slo_miss_share"})
 class ReplicaReport:
     """The state of one replica as it reports it.
 
-    The first five fields and ``owner`` identify the message; wrong ones are refused. The rest are signals.
-    The constructor refuses an unusable signal too; :meth:`from_dict`, which reads what came over the wire,
+    The first five fields, ``owner`` and ``booted_at`` identify the message; wrong ones are refused. The rest
+    are signals. The constructor refuses an unusable signal too; :meth:`from_dict`, which reads what came over the wire,
     keeps the message, replaces an unusable signal (missing, NaN, infinite, negative, of a wrong type) by
     its neutral value and names it in ``faults``: a heartbeat stays a heartbeat, and a controller makes no
     decision on it.
@@ -109,6 +110,8 @@ class ReplicaReport:
     """Share of the requests of the short window (10 s) that missed the SLO, 0 to 1; None where unknown."""
     owner: str = ""
     """Owner of the last target it accepted; empty before the first."""
+    booted_at: float = 0.0
+    """When this boot began, Unix seconds: orders the boots of one replica. 0 where unknown."""
     faults: tuple[str, ...] = ()
     """Names of signals that came unusable; filled in by :meth:`from_dict`, never sent."""
 
@@ -132,7 +135,7 @@ class ReplicaReport:
             raise InvalidField("report", message, "send the dictionary made by ReplicaReport.to_dict()")
         values: dict[str, Any] = {}
         for field in _IDENTITY:
-            values[field] = _check_identity(field, message.get(field, "" if field == "owner" else None))
+            values[field] = _check_identity(field, message.get(field, _IDENTITY_DEFAULTS.get(field)))
         faults: list[str] = []
         for field in _SIGNALS:
             if field not in message and field in _OPTIONAL:
@@ -223,13 +226,15 @@ _NEUTRAL: Final = {
 }
 
 
-def _check_identity(field: str, value: object) -> str | int:
+def _check_identity(field: str, value: object) -> str | float:
     if field in ("replica_id", "boot_id"):
         return checks.text(field, value)
     if field == "owner":
         return checks.text(field, value) if value else ""
     if field == "mode":
         return checks.name(field, value)
+    if field == "booted_at":
+        return checks.number(field, value)
     return checks.integer(field, value, minimum=1 if field == "sequence" else 0)
 
 

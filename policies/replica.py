@@ -52,7 +52,8 @@ class Order:
 class ReplicaControl:
     """Holds the target, its lease and its owner, and decides alone when there is none.
 
-    ``clock`` is monotonic. A new control starts in ``fp16`` with epoch 0 and no owner.
+    ``clock`` is monotonic; ``booted_at`` (Unix seconds, now by default) orders the boots of one replica. A
+    new control starts in ``fp16`` with epoch 0 and no owner.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class ReplicaControl:
         *,
         clock: Callable[[], float] = time.monotonic,
         boot_id: str | None = None,
+        booted_at: float | None = None,
     ) -> None:
         self.config = config
         self._replica_id = replica_id
         self._boot_id = boot_id or uuid.uuid4().hex
+        self._booted_at = time.time() if booted_at is None else booted_at
         self._clock = clock
         self._policy = Policy(config)
         self._state = self._fresh_state(clock())
@@ -102,6 +105,7 @@ class ReplicaControl:
         identity = {
             "replica_id": self._replica_id,
             "boot_id": self._boot_id,
+            "booted_at": self._booted_at,
             "sequence": self._sequence,
             "mode": self._order.mode,
             "epoch": epoch,

@@ -124,6 +124,16 @@ async def test_a_restarted_replica_starts_over_and_its_old_process_is_refused(
     assert actor.status()["replicas"]["a"]["report"]["boot_id"] == "second"
 
 
+async def test_a_late_first_report_of_an_older_boot_does_not_retire_the_living_one(
+    actor: PolicyActor, report: Report
+) -> None:
+    await actor.sync(report(boot_id="second", booted_at=20.0).to_dict(), 0, 0.0)
+    with pytest.raises(RetiredReplica):
+        await actor.sync(report(boot_id="first", booted_at=10.0).to_dict(), 0, 0.0)
+    await actor.sync(report(boot_id="second", booted_at=20.0, sequence=2).to_dict(), 1, 0.0)
+    assert actor.status()["replicas"]["a"]["report"]["boot_id"] == "second"
+
+
 async def test_a_long_poll_of_a_replaced_process_is_refused(
     actor: PolicyActor, report: Report, clock: Any
 ) -> None:

@@ -79,7 +79,9 @@ class ProtocolMachine(RuleBasedStateMachine):
     @rule()
     def boot_replica(self) -> None:
         self.boots += 1
-        self.control = ReplicaControl("a", CONFIG, clock=lambda: self.now, boot_id=f"boot-{self.boots}")
+        self.control = ReplicaControl(
+            "a", CONFIG, clock=lambda: self.now, boot_id=f"boot-{self.boots}", booted_at=float(self.boots)
+        )
         self.delivered: list[tuple[float, dict[str, Any]]] = []
         self.orders: dict[int, tuple[str, str]] = {}
         self.highest_epoch = 0
