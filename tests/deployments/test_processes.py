@@ -12,7 +12,7 @@ from nestedfp.deployments.processes import none_left_behind
 ORPHAN = (
     "import subprocess, sys;"
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
-    " stdout=subprocess.DEVNULL, start_new_session=True);"
+    " stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True);"
     "print(child.pid)"
 )
 
