@@ -52,10 +52,10 @@ class ReplicaReport:
     """The state of one replica as it reports it.
 
     The first five fields, ``owner`` and ``booted_at`` identify the message; wrong ones are refused. The rest
-    are signals. The constructor refuses an unusable signal too; :meth:`from_dict`, which reads what came over the wire,
-    keeps the message, replaces an unusable signal (missing, NaN, infinite, negative, of a wrong type) by
-    its neutral value and names it in ``faults``: a heartbeat stays a heartbeat, and a controller makes no
-    decision on it.
+    are signals. The constructor refuses an unusable signal too; :meth:`from_dict`, which reads what came over
+    the wire, keeps the message, replaces an unusable signal (missing, NaN, infinite, negative, of a wrong
+    type) by its neutral value and names it in ``faults``: a heartbeat stays a heartbeat, and a controller
+    makes no decision on it.
     """
 
     replica_id: str
