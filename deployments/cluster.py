@@ -26,6 +26,7 @@ from nestedfp import models
 from nestedfp.deployments import front_door, policy_actor
 from nestedfp.deployments.app import build_app
 from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.interrupt import interrupts_held
 from nestedfp.deployments.processes import none_left_behind
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
@@ -94,33 +95,40 @@ def running(
     say("starting Ray")
     with none_left_behind():
         try:
-            with _own_signal_handlers():
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=None if temp_dir is None else str(temp_dir),
-                )
-            serve.start(
-                proxy_location="HeadOnly",
-                http_options={
-                    "host": file.host,
-                    "port": file.port,
-                    "request_timeout_s": file.request_timeout_s,
-                },
-            )
+            with interrupts_held():
+                _start_ray(file, temp_dir)
             _deploy(file, say)
             try:
                 yield RunningApp(file)
             finally:
                 say("stopping")
-                _delete(file, say)
+                with interrupts_held():
+                    _delete(file, say)
         finally:
             # A replica that is still loading cannot end in good order; it ends with Ray.
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            with interrupts_held():
+                ray.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _start_ray(file: ServeFile, temp_dir: Path | None) -> None:
+    with _own_signal_handlers():
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=None if temp_dir is None else str(temp_dir),
+        )
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={
+            "host": file.host,
+            "port": file.port,
+            "request_timeout_s": file.request_timeout_s,
+        },
+    )
 
 
 def _delete(file: ServeFile, say: Say) -> None:

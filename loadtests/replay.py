@@ -1,8 +1,8 @@
 """Replay a trace against an OpenAI-compatible endpoint, open loop.
 
-``python -m nestedfp.loadtests.replay --url http://127.0.0.1:8000 --model NAME --trace FILE --out DIR`` from a
-shell, :func:`replay` from a program. Locust patches the process it runs in for gevent, so the function runs
-the same command in a process of its own.
+``nestedfp replay --url http://127.0.0.1:8000 --model NAME --trace FILE --out FILE`` from a shell,
+:func:`replay` from a program. Locust patches the process it runs in for gevent, so the function runs the same
+command in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from nestedfp.loadtests.settings import ENDPOINTS, ReplaySettings
 from nestedfp.loadtests.synthetic import Lengths, gamma, mmpp, square_wave
 from nestedfp.loadtests.traces import Trace
 
+_DESCRIPTION = "Replay a trace of requests against an OpenAI-compatible endpoint, open loop."
 _STOP_S = 15.0
 _POLL_S = 0.05
 EXIT_CUT_SHORT = 3
@@ -88,12 +89,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m nestedfp.loadtests.replay",
-        description="Replay a trace of requests against an OpenAI-compatible endpoint, open loop.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `nestedfp replay`."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     where = parser.add_argument_group("endpoint")
     where.add_argument("--url", default="http://127.0.0.1:8000", help="base URL")
     where.add_argument("--model", required=True, help="name that the server lists at /v1/models")
@@ -150,7 +148,6 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--locust-table", action="store_true", help="print Locust's own statistics at the end"
     )
-    return parser
 
 
 def _trace(options: argparse.Namespace) -> Trace:
@@ -206,9 +203,8 @@ def _synthetic(options: argparse.Namespace) -> Trace:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run(options: argparse.Namespace) -> int:
     """The command. 0: every request was sent and waited for; 3: cut short; 1: it could not start."""
-    options = _parser().parse_args(arguments)
     try:
         settings = ReplaySettings.from_arguments(options)
         trace = _trace(options)
@@ -221,11 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {note}", flush=True)
 
     # Imported late: this patches sockets and threads of the whole process for gevent.
-    from nestedfp.loadtests.runner import EndpointError, run
+    from nestedfp.loadtests import runner
 
     try:
-        outcome = run(trace, settings, options.out, locust_table=options.locust_table)
-    except EndpointError as error:
+        outcome = runner.run(trace, settings, options.out, locust_table=options.locust_table)
+    except runner.EndpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if outcome.cut_short:
@@ -234,13 +230,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m nestedfp.loadtests.replay`: the same command without the rest of the program."""
+    parser = argparse.ArgumentParser(prog="python -m nestedfp.loadtests.replay", description=_DESCRIPTION)
+    add_arguments(parser)
     try:
-        return main()
+        return run(parser.parse_args(arguments))
     except KeyboardInterrupt:
         print("interrupted before the start; nothing was sent", file=sys.stderr)
         return EXIT_CUT_SHORT
 
 
 if __name__ == "__main__":
-    sys.exit(_command())
+    sys.exit(main())

@@ -14,12 +14,21 @@ class Command(NamedTuple):
     help: str
 
 
+EXIT_INTERRUPTED = 130
+"""What shells report for a program ended by SIGINT."""
+
 COMMANDS: dict[str, Command] = {
     "serve": Command(
         "nestedfp.deployments.serve", "serve a model on Ray Serve behind an OpenAI-compatible endpoint"
     ),
     "demo": Command(
         "nestedfp.deployments.demo", "replay a burst on two CPU replicas and report what the policy did"
+    ),
+    "replay": Command(
+        "nestedfp.loadtests.replay", "replay a trace of requests against an OpenAI-compatible endpoint"
+    ),
+    "simulate": Command(
+        "nestedfp.deployments.simulate", "replay a trace on simulated replicas under a policy"
     ),
     "bench engine": Command(
         "nestedfp.vllm.bench", "time vLLM engines: plain 16 bits, online FP8, NestedFP in both"
@@ -60,7 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     args = build_parser(selected_command(arguments)).parse_args(arguments)
     module: ModuleType = args.module
-    return int(module.run(args) or 0)
+    try:
+        return int(module.run(args) or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from nestedfp.loadtests.outcome import Outcome
 from nestedfp.loadtests.records import read_requests
-from nestedfp.loadtests.replay import EXIT_CUT_SHORT, ReplayError, main, replay, start_replay
+from nestedfp.loadtests.replay import EXIT_CUT_SHORT, ReplayError, add_arguments, main, replay, start_replay
 from nestedfp.loadtests.settings import ReplaySettings
 from nestedfp.loadtests.traces import Trace
 
@@ -202,8 +203,9 @@ def test_bad_options_are_told_in_one_line(
 
 def test_settings_survive_the_way_through_the_command_line(tmp_path: Path) -> None:
     given = ReplaySettings("https://h/v1/", "m", "completions", 5, False, 1.5, 2.5, 3.5, 4.5, api_key=None)
-    from nestedfp.loadtests.replay import _parser
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
 
-    assert ReplaySettings.from_arguments(_parser().parse_args(given.to_arguments())) == given
+    assert ReplaySettings.from_arguments(parser.parse_args(given.to_arguments())) == given
     assert given.base_url == "https://h"
     assert json.dumps(given.to_dict())
