@@ -67,9 +67,9 @@ def selected_command(arguments: list[str]) -> str | None:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = build_parser(selected_command(arguments)).parse_args(arguments)
-    module: ModuleType = args.module
     try:
+        args = build_parser(selected_command(arguments)).parse_args(arguments)
+        module: ModuleType = args.module
         return int(module.run(args) or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

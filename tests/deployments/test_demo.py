@@ -1,0 +1,82 @@
+"""The demonstration as its user runs it, on one replica and with a short trace."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from nestedfp.deployments.demo import _trace
+from nestedfp.deployments.serve import DEFAULT_CONFIG
+
+DEMO_S = 400.0
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nestedfp.cli", "demo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEMO_S, check=False)
+
+
+def test_a_bad_setting_is_named_before_anything_starts(tmp_path: Path) -> None:
+    file = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    file["applications"][0]["args"]["policy"]["slo"]["ttft_s"] = -1
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump(file))
+    ended = demo("--config", str(config), "--out", str(tmp_path / "out"))
+    assert ended.returncode == 1
+    assert "ttft_s" in ended.stderr
+    assert "-1" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_calm_trace_is_as_long_and_has_no_burst() -> None:
+    import argparse
+
+    from nestedfp.deployments.demo import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    burst, calm = _trace(parser.parse_args([])), _trace(parser.parse_args(["--calm"]))
+    assert len(burst) >= 100
+    assert len(calm) < len(burst) / 2
+    assert calm.duration_s == pytest.approx(burst.duration_s, rel=0.1)
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(DEMO_S + 60)
+def test_the_demonstration_leaves_its_results_and_no_process(tmp_path: Path, model_path: str) -> None:
+    file = yaml.safe_load(DEFAULT_CONFIG.read_text())
+    file["applications"][0]["args"]["replicas"]["count"] = 1
+    config = tmp_path / "serve.yaml"
+    config.write_text(yaml.safe_dump(file))
+    out = tmp_path / "out"
+    before = {process.pid for process in psutil.process_iter()}
+    ended = demo(
+        *("--config", str(config), "--out", str(out), "--port", "8123", "--model", model_path),
+        *("--calm-s", "3", "--burst-s", "8", "--burst-rps", "5", "--output-tokens", "8"),
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+
+    summary = json.loads((out / "summary.json").read_text())
+    lines = (out / "requests.jsonl").read_text().splitlines()
+    assert summary["engine"].startswith("vllm ")
+    assert summary["model"] == Path(model_path).name
+    assert summary["replicas"] == 1
+    assert summary["requests"]["sent"] == summary["requests"]["ok"] == len(lines) > 0
+    assert summary["requests"]["failed"] == 0
+    assert summary["flips"] >= 1
+    assert summary["tokens"]["fp8"] > 0
+    # The engine's own count covers prompt and output of every request, in whichever precision.
+    used = [json.loads(line) for line in lines]
+    assert sum(summary["tokens"].values()) >= sum(record["output_tokens"] for record in used)
+    assert summary["static_fp16"]["tokens"]["fp8"] == 0
+    for name in ("ttft_ms", "tpot_ms"):
+        assert 0 < summary[name]["p50"] <= summary[name]["p90"] <= summary[name]["p99"]
+    assert "static FP16" in ended.stdout
+    assert "<svg" in (out / "report.html").read_text()
+
+    left = [process for process in psutil.process_iter(["cmdline"]) if process.pid not in before]
+    assert not [process for process in left if any("ray" in word for word in process.info["cmdline"] or [])]
