@@ -20,13 +20,14 @@ _READY: Final = """
 The OpenAI API is at {url} (Ctrl-C stops it). Try:
 
   curl -N {url}/chat/completions -H 'Content-Type: application/json' -d '{{
-    "model": "{model}", "stream": true, "stream_options": {{"include_usage": true}},
+    "model": "{model}", "max_tokens": 64, "stream": true, "stream_options": {{"include_usage": true}},
     "messages": [{{"role": "user", "content": "Name three rivers."}}]}}'
 
   from openai import OpenAI
   client = OpenAI(base_url="{url}", api_key="{key}")
   stream = client.chat.completions.create(
-      model="{model}", messages=[{{"role": "user", "content": "Name three rivers."}}], stream=True)
+      model="{model}", messages=[{{"role": "user", "content": "Name three rivers."}}],
+      max_tokens=64, stream=True)
   for chunk in stream:
       print(chunk.choices[0].delta.content or "", end="", flush=True)
 """
