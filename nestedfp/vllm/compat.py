@@ -9,7 +9,6 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
 from packaging.version import InvalidVersion, Version
 
 OLDEST = Version("0.26")
@@ -148,6 +147,7 @@ def allow_graph_capture(allowed: bool) -> None:
 
 def fill_dummy_weights(fill: Any) -> None:
     """Makes `load_format="dummy"` fill each floating-point parameter by `fill(parameter)`; for benchmarks."""
+    import torch
     from vllm.model_executor.model_loader import dummy_loader, weight_utils
 
     def initialize(parameter: Any, *limits: Any) -> None:
