@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nestedfp.loadtests.table import rows as run_rows
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "bench" / "data"
 README = ROOT / "README.md"
@@ -104,10 +106,32 @@ def _with_spread(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
+def demo(data: Mapping[str, Any]) -> str:
+    """The demonstration under the policy beside static FP16, kept by `bench/demo.py`."""
+    runs = {"static FP16": data["static_fp16"], "policy": data}
+    rows = [
+        [row.label.strip(), *row.values, "" if row.ratio is None else f"{row.ratio:.2f}"]
+        for row in run_rows(runs)
+        if row.label.strip() in DEMO_ROWS
+    ]
+    return (
+        f"**The demonstration** ({data['model']}, {data['engine']}, {data['replicas']} replicas, "
+        f"{data['machine']['processor']}, {data['date']}). One trace, once in static FP16 and once under the "
+        f"policy; SLO: TTFT {data['slo']['ttft_s']:g} s, TPOT {data['slo']['tpot_s'] * 1e3:g} ms.\n\n"
+        + markdown(["", *runs, "ratio"], rows)
+    )
+
+
+DEMO_ROWS = {
+    "requests sent", "failed", "TTFT p50", "TTFT p90", "TPOT p50", "TPOT p90", "goodput under the SLO",
+    "SLO met, class any", "tokens in FP16", "tokens in FP8", "flips",
+}  # fmt: skip
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "kernels-*.json": kernels,
     "engine-*.json": engine,
     "cpu-decode-*.json": cpu_decode,
+    "demo-*.json": demo,
 }
 
 

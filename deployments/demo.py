@@ -138,7 +138,7 @@ def _trace(args: argparse.Namespace) -> Trace:
 def _replay(app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, float]) -> dict[str, Any]:
     """Replay once, record the timeline until the replicas are quiet again, and summarise."""
     out.mkdir(parents=True, exist_ok=True)
-    before = timeline.tokens(app.policy_status())
+    before = app.policy_status()
     settings = ReplaySettings(url=app.url, model=app.model, seed=seed)
     with timeline.Recorder(out / "timeline.jsonl", app.policy_status) as recorder:
 
@@ -147,11 +147,10 @@ def _replay(app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, 
 
         replay(trace, settings, out / "requests.jsonl", on_start=on_start)
         status = _await_quiet(app)
-    after = timeline.tokens(status)
     run = summarize(out / "requests.jsonl", slo)
     run |= summarize_timeline(read_timeline(out / "timeline.jsonl"), run["duration_s"])
     # The engines' own count of executed steps; `usage` counts the same tokens request by request.
-    run["tokens"] = {mode: after[mode] - before[mode] for mode in after}
+    run["tokens"] = timeline.tokens_between(before, status)
     return run
 
 
@@ -160,7 +159,7 @@ def _await_quiet(app: RunningApp) -> dict[str, Any]:
     deadline_s = time.monotonic() + _QUIET_WITHIN_S
     while True:
         status = app.policy_status()
-        if timeline.is_quiet(status) or time.monotonic() > deadline_s:
+        if timeline.is_quiet(status, app.file.settings.replicas.count) or time.monotonic() > deadline_s:
             return status
         time.sleep(_POLL_S)
 

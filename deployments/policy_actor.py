@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,10 +58,18 @@ class PolicyService(PolicyActor):
 
 def actor_name(app_name: str, config: PolicyConfig) -> str:
     """`nestedfp-policy::<application>::<digest of the policy's code and settings>`."""
-    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+    digest = hashlib.sha256(_code())
+    digest.update(json.dumps(config.to_dict(), sort_keys=True).encode())
+    return f"{_PREFIX}::{app_name}::{digest.hexdigest()[:12]}"
+
+
+@cache
+def _code() -> bytes:
+    """The digest of the policy's source as this process found it: a later edit is not what it runs."""
+    digest = hashlib.sha256()
     for source in sorted([*Path(policies.__path__[0]).rglob("*.py"), Path(__file__)]):
         digest.update(source.read_bytes())
-    return f"{_PREFIX}::{app_name}::{digest.hexdigest()[:12]}"
+    return digest.digest()
 
 
 def find_or_create(app_name: str, config: PolicyConfig) -> Any:

@@ -31,17 +31,22 @@ def reports(status: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {replica: entry["report"] for replica, entry in status["replicas"].items()}
 
 
-def tokens(status: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens executed so far in each precision, over all replicas."""
-    each = reports(status).values()
-    return {mode: sum(report[f"tokens_{mode}"] or 0 for report in each) for mode in (FP16, FP8)}
+def tokens_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens executed in each precision from one status to a later one, over the replicas of the later."""
+    earlier = reports(before)
+    counts = dict.fromkeys((FP16, FP8), 0)
+    for replica, report in reports(after).items():
+        for mode in counts:
+            name = f"tokens_{mode}"
+            counts[mode] += (report[name] or 0) - (earlier.get(replica, {}).get(name) or 0)
+    return counts
 
 
-def is_quiet(status: Mapping[str, Any]) -> bool:
-    """Whether no request runs or waits and every replica is back in 16 bits."""
-    return all(
-        report["mode"] == FP16 and not report["running"] and not report["waiting"]
-        for report in reports(status).values()
+def is_quiet(status: Mapping[str, Any], replicas: int) -> bool:
+    """Whether `replicas` report, none of them has a request, and all are back in 16 bits."""
+    seen = reports(status).values()
+    return len(seen) >= replicas and all(
+        report["mode"] == FP16 and not report["running"] and not report["waiting"] for report in seen
     )
 
 

@@ -58,6 +58,22 @@ def write_report(
     path.write_text(render(read_requests(requests_path), timeline, summary, behind), encoding="utf-8")
 
 
+def write_picture(
+    requests_path: Path,
+    timeline_path: Path,
+    slo: Slo,
+    path: Path,
+    *,
+    baseline_requests: Path | None = None,
+) -> None:
+    """Write the report's picture alone, an SVG file that brings its own style. Errors as `write_report`."""
+    behind = read_requests(baseline_requests) if baseline_requests else []
+    drawn = picture(read_requests(requests_path), read_timeline(timeline_path), slo, behind)
+    start, _, rest = drawn.partition(">")
+    style = element("style", _asset("report.css"))
+    path.write_text(f'{start} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n', encoding="utf-8")
+
+
 def render(
     records: Sequence[RequestRecord],
     timeline: Timeline,

@@ -43,3 +43,17 @@ def test_kernel_ratios_are_geometric_means_of_a_column(module: ModuleType) -> No
 def test_a_page_without_markers_is_refused(module: ModuleType) -> None:
     with pytest.raises(ValueError, match="tables: begin"):
         module.with_tables("# page", "table")
+
+
+def test_the_demonstration_is_shown_beside_static_fp16(module: ModuleType) -> None:
+    run = {"requests": {"sent": 9, "failed": 0}, "ttft_ms": {"p90": 100.0}, "tokens": {"fp16": 5, "fp8": 7}}
+    data = {
+        **run,
+        "static_fp16": {**run, "ttft_ms": {"p90": 200.0}, "tokens": {"fp16": 12, "fp8": 0}},
+        "model": "m", "engine": "vllm 0", "replicas": 2, "machine": {"processor": "P"}, "date": "2026-01-01",
+        "slo": {"ttft_s": 3.0, "tpot_s": 0.25},
+    }  # fmt: skip
+    table = module.demo(data)
+    assert "| TTFT p90 | 200 ms | 100 ms | 0.50 |" in table
+    assert "| tokens in FP8 | 0 | 7 |  |" in table
+    assert "TTFT 3 s, TPOT 250 ms" in table

@@ -19,19 +19,23 @@ def status(*log: dict[str, Any], **replicas: dict[str, Any]) -> dict[str, Any]:
     return {"replicas": {name: {"report": each} for name, each in replicas.items()}, "log": list(log)}
 
 
-def test_tokens_are_summed_over_replicas_and_a_missing_count_is_zero() -> None:
-    seen = status(
-        a=report(tokens_fp16=3, tokens_fp8=5),
-        b={**report(tokens_fp16=4), "tokens_fp8": None},
+def test_tokens_are_counted_from_one_status_to_the_next() -> None:
+    before = status(a=report(tokens_fp16=3, tokens_fp8=5), gone=report(tokens_fp16=100))
+    after = status(
+        a=report(tokens_fp16=10, tokens_fp8=5),
+        new=report(tokens_fp16=4, tokens_fp8=2),
+        silent={**report(), "tokens_fp16": None, "tokens_fp8": None},
     )
-    assert timeline.tokens(seen) == {"fp16": 7, "fp8": 5}
+    assert timeline.tokens_between(before, after) == {"fp16": 11, "fp8": 2}
 
 
-def test_quiet_is_idle_and_in_16_bits_everywhere() -> None:
-    assert timeline.is_quiet(status(a=report(), b=report()))
-    assert not timeline.is_quiet(status(a=report(), b=report("fp8")))
-    assert not timeline.is_quiet(status(a=report(running=1)))
-    assert not timeline.is_quiet(status(a=report(waiting=1)))
+def test_quiet_is_every_replica_idle_and_in_16_bits() -> None:
+    assert timeline.is_quiet(status(a=report(), b=report()), 2)
+    assert not timeline.is_quiet(status(a=report()), 2)
+    assert not timeline.is_quiet(status(), 1)
+    assert not timeline.is_quiet(status(a=report(), b=report("fp8")), 2)
+    assert not timeline.is_quiet(status(a=report(running=1)), 1)
+    assert not timeline.is_quiet(status(a=report(waiting=1)), 1)
 
 
 def flip(at: float, mode: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nestedfp.loadtests.metrics import Slo, summarize_records, summarize_timelin
 from nestedfp.loadtests.picture import picture, served_in
 from nestedfp.loadtests.records import Flip, RequestRecord, Sample, Timeline
 from nestedfp.loadtests.report import main as report_command
-from nestedfp.loadtests.report import render, write_report
+from nestedfp.loadtests.report import render, write_picture, write_report
 from nestedfp.loadtests.table import rows, run_table
 
 
@@ -167,6 +167,30 @@ def test_the_report_is_written_from_files_and_again_by_the_command(
     (tmp_path / "requests.jsonl").write_text("{")
     assert report_command([str(tmp_path)]) == 1
     assert "requests.jsonl, line 1" in capsys.readouterr().err
+
+
+def test_the_picture_alone_is_an_image_with_its_own_style(tmp_path: Path) -> None:
+    for name, lines in (("requests", RECORDS), ("behind", RECORDS[:2])):
+        text = "".join(json.dumps(item.to_dict()) + "\n" for item in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    flip = {"t": 2, "kind": "flip", "replica": "a", "from": "fp16", "to": "fp8", "reason": "r"}
+    (tmp_path / "timeline.jsonl").write_text(json.dumps(flip) + "\n")
+    write_picture(
+        tmp_path / "requests.jsonl",
+        tmp_path / "timeline.jsonl",
+        Slo(),
+        tmp_path / "picture.svg",
+        baseline_requests=tmp_path / "behind.jsonl",
+    )
+    root = ElementTree.parse(tmp_path / "picture.svg").getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{svg}svg"
+    style = root.find(f"{svg}style")
+    assert style is not None
+    assert "--fp8:" in (style.text or "")
+    classes = [part.get("class", "") for part in root.iter()]
+    assert sum("baseline" in class_ for class_ in classes) > 0
+    assert any("flip-mark" in class_ for class_ in classes)
 
 
 def test_the_table_has_ratios_only_where_one_way_is_better() -> None:
