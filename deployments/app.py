@@ -8,10 +8,10 @@ from typing import Any, Final
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 
+from nestedfp.deployments.autoscaling import autoscaling_config
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.replica import EngineReplica
 from nestedfp.deployments.router import ROUTING_STATS_PERIOD_S, PrecisionRouter
-from nestedfp.policies.checks import InvalidField
 
 _IDLE_CHECK_S: Final = 0.5
 """How often a replica that must go looks whether its requests have ended."""
@@ -24,13 +24,12 @@ def build_app(args: Mapping[str, Any]) -> Application:
     Raises :class:`~nestedfp.policies.checks.InvalidField` where a setting cannot be used.
     """
     settings = DeploymentSettings.from_dict(args)
-    if settings.autoscaling is not None:
-        raise InvalidField(
-            "autoscaling", "settings", "leave it out: only a fixed replicas.count is served so far"
-        )
     replicas = settings.replicas
+    number: dict[str, Any] = {"num_replicas": replicas.count}
+    if settings.autoscaling is not None:
+        number = {"autoscaling_config": autoscaling_config(settings)}
     return EngineReplica.options(
-        num_replicas=replicas.count,
+        **number,
         ray_actor_options={
             "num_cpus": replicas.num_cpus,
             "num_gpus": replicas.num_gpus,

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 import yaml
 
 from nestedfp.policies import checks
+from nestedfp.policies.autoscaling import ScalingConfig
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 
@@ -128,23 +129,31 @@ class HttpSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoscalingSettings:
-    """Bounds and delays that Serve applies to the wishes of the scaling rule. Durations are seconds."""
+    """Bounds of the number of replicas, and the rule that chooses it. Durations are seconds."""
 
     min_replicas: int
+    """Also the number at the start."""
     max_replicas: int
-    upscale_delay_s: float = 5.0
-    downscale_delay_s: float = 300.0
     interval_s: float = 1.0
     """How often replicas publish their facts."""
     rule: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the rule itself."""
+    """The other settings of :class:`~nestedfp.policies.autoscaling.ScalingConfig`. It has its own delays
+    (`overload_s`, `fp8_patience_s`, `spare_s`); Serve adds none.
+    """
 
     def __post_init__(self) -> None:
-        checks.integer("autoscaling.min_replicas", self.min_replicas, minimum=1)
-        checks.integer("autoscaling.max_replicas", self.max_replicas, minimum=self.min_replicas)
-        checks.number("autoscaling.upscale_delay_s", self.upscale_delay_s)
-        checks.number("autoscaling.downscale_delay_s", self.downscale_delay_s)
         checks.number("autoscaling.interval_s", self.interval_s, above=0.0)
+        rule = checks.mapping("autoscaling.rule", self.rule, _RULE_SETTINGS)
+        try:
+            ScalingConfig(min_replicas=self.min_replicas, max_replicas=self.max_replicas, **rule)
+        except InvalidField as error:
+            place = "autoscaling.rule" if error.field in _RULE_SETTINGS else "autoscaling"
+            raise InvalidField(f"{place}.{error.field}", error.value, error.remedy) from None
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """The arguments of the rule's :class:`~nestedfp.policies.autoscaling.ScalingConfig`."""
+        return {"min_replicas": self.min_replicas, "max_replicas": self.max_replicas, **self.rule}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +165,16 @@ class DeploymentSettings:
     http: HttpSettings = HttpSettings()
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     autoscaling: AutoscalingSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.autoscaling is not None and not self.engine.nested:
+            remedy = "leave it out: the rule scales replicas that can change their precision"
+            raise InvalidField("autoscaling", "settings", f"{remedy} (engine.nested is false)")
+
+    @property
+    def replicas_at_start(self) -> int:
+        """How many replicas run before anything scales them."""
+        return self.replicas.count if self.autoscaling is None else self.autoscaling.min_replicas
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> DeploymentSettings:
@@ -259,6 +278,12 @@ _OWN_ARGUMENTS: Final = (
 )
 _APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments")
 
+_RULE_SETTINGS: Final = [
+    entry.name
+    for entry in dataclasses.fields(ScalingConfig)
+    if entry.name not in ("min_replicas", "max_replicas")
+]
+
 _Block = TypeVar("_Block")
 
 
@@ -267,7 +292,12 @@ def _names(block: type) -> list[str]:
 
 
 def _block(name: str, block: type[_Block], given: object) -> _Block:
-    return block(**checks.mapping(name, given, _names(block)))
+    values = checks.mapping(name, given, _names(block))
+    for entry in dataclasses.fields(block):  # type: ignore[arg-type]
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in values:
+            raise InvalidField(f"{name}.{entry.name}", None, "give it: it has no default")
+    return block(**values)
 
 
 def _plain(block: Any) -> dict[str, Any]:

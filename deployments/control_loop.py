@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
+from nestedfp.policies.autoscaling import scaling_stats
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.replica import Order, ReplicaControl, follow
 from nestedfp.vllm.status import EngineStatus
@@ -59,6 +60,13 @@ class ControlLoop:
     def status(self) -> dict[str, Any]:
         """The order in force and the last signals, as plain values."""
         return {**self._control.status(), "boot_id": self._control.boot_id, "signals": dict(self._signals)}
+
+    def scaling_stats(self) -> dict[str, float]:
+        """The facts for autoscaling, finite numbers only; empty while the signals are unusable."""
+        view = self._control.view()
+        if view is None or view.fault(self._config.max_signal_age_s) is not None:
+            return {}
+        return scaling_stats(view.report, self._control.mode_s, self._config.slo)
 
     async def _collect(self) -> Mapping[str, Any]:
         self._signals = signals = await self._engine.signals()

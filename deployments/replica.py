@@ -72,6 +72,12 @@ class EngineReplica:
             return {}
         return {PRECISION_STAT: self._engine.precision, "load": status.running + status.waiting}
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The facts that the scaling rule reads. Serve never hears of None or NaN, which would end them for
+        good; while nothing is known it hears nothing, and the rule holds.
+        """
+        return {} if self._loop is None else self._loop.scaling_stats()
+
     async def control_status(self) -> dict[str, Any]:
         """The state of this replica's control loop and engine, as plain values."""
         status = self._engine.status

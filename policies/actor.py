@@ -47,15 +47,30 @@ class _Entry:
     reason: str
     limits: Mapping[str, float] | None = None
     held: str | None = None
+    ordered_s: float = 0.0
+    delivery_s: float | None = None
+    """From the order of the present target until its engine had taken it; None while it has not."""
     retired: deque[str] = field(default_factory=lambda: deque(maxlen=_RETIRED_BOOTS))
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def order(self, mode: str, reason: str, limits: Mapping[str, float] | None) -> None:
+    def order(self, mode: str, reason: str, limits: Mapping[str, float] | None, now: float) -> None:
         """Set a new target and end the long polls that wait for it."""
         self.epoch += 1
         self.mode, self.reason, self.limits = mode, reason, limits
+        self.ordered_s, self.delivery_s = now, None
         self.changed.set()
         self.changed = asyncio.Event()
+
+    def heard(self, report: ReplicaReport, now: float) -> None:
+        """Take over a newer report."""
+        self.report, self.received_s = report, now
+        if (
+            self.delivery_s is None
+            and report.applied_epoch == self.epoch
+            and report.applied_s_ago is not None
+        ):
+            # The report's way here is in this figure: it is never too small.
+            self.delivery_s = max(0.0, now - report.applied_s_ago - self.ordered_s)
 
 
 class PolicyActor:
@@ -174,7 +189,7 @@ class PolicyActor:
             return entry
         elif now - entry.received_s > self._config.lease_s or self._follows_another(entry, message):
             self._adopt(entry, message, now)
-        entry.report, entry.received_s = message, now
+        entry.heard(message, now)
         return entry
 
     def _follows_another(self, entry: _Entry, message: ReplicaReport) -> bool:
@@ -186,7 +201,7 @@ class PolicyActor:
     def _adopt(self, entry: _Entry, message: ReplicaReport, now: float) -> None:
         """Take over a replica in the mode it is in, under an epoch newer than any it has seen."""
         entry.epoch = max(entry.epoch, message.epoch)
-        entry.order(message.mode, "registered in the mode it was in", None)
+        entry.order(message.mode, "registered in the mode it was in", None, now)
         self._state = self._state.adopt(message.replica_id, message.mode, now, fresh=message.epoch == 0)
 
     def _answer(self, entry: _Entry, message: ReplicaReport) -> dict[str, Any]:
@@ -238,7 +253,7 @@ class PolicyActor:
         if self._config.dry_run:
             return
         if assignment.changed or assignment.limits != entry.limits:
-            entry.order(assignment.mode, assignment.reason, assignment.limits)
+            entry.order(assignment.mode, assignment.reason, assignment.limits, self._decided_s)
 
     def _record(self, replica_id: str, assignment: Assignment) -> None:
         """Log a mode change with the signal that crossed."""
@@ -274,6 +289,7 @@ class PolicyActor:
                 "reason": entry.reason,
                 "limits": entry.limits,
             },
+            "delivery_s": entry.delivery_s,
             "held": entry.held,
             "heard_s_ago": age_s,
             "leased": age_s <= self._config.lease_s,

@@ -42,6 +42,7 @@ _COUNTS: Final = frozenset(
         "strict_waiting",
         "context_tokens",
         "batch_tokens",
+        "applied_epoch",
     }
 )
 _FRACTIONS: Final = frozenset({"kv_usage", "slo_miss_share"})
@@ -108,6 +109,10 @@ class ReplicaReport:
 
     slo_miss_share: float | None = None
     """Share of the requests of the short window (10 s) that missed the SLO, 0 to 1; None where unknown."""
+    applied_epoch: int = 0
+    """Epoch of the last target that the engine has taken; 0 before the first."""
+    applied_s_ago: float | None = None
+    """Seconds since it took that target when the report was sent; None before the first."""
     owner: str = ""
     """Owner of the last target it accepted; empty before the first."""
     booted_at: float = 0.0
@@ -219,6 +224,7 @@ _NULLABLE: Final = frozenset(
         "batch_tokens",
         "arriving_prompt_tokens_per_s",
         "slo_miss_share",
+        "applied_s_ago",
     }
 )
 _NEUTRAL: Final = {

@@ -77,6 +77,8 @@ class ReplicaControl:
         self._target: Target | None = None
         self._lease_until_s = float("-inf")
         self._order = Order(FP16, 0, "started")
+        self._mode_since_s = clock()
+        self._applied: tuple[int, float] | None = None
         self._refused_answers = 0
         self._lapses = 0
 
@@ -94,6 +96,22 @@ class ReplicaControl:
         """Seconds until the replica is on its own; 0 when it is."""
         return max(0.0, self._lease_until_s - self._clock())
 
+    @property
+    def mode_s(self) -> float:
+        """How long the present mode has been in force, in seconds."""
+        return max(0.0, self._clock() - self._mode_since_s)
+
+    def view(self) -> ReplicaView | None:
+        """The newest report with the age of its signals now; None before the first."""
+        call = self._last_call
+        if call is None:
+            return None
+        return ReplicaView(call.report, call.report.age_s + self._clock() - call.sent_s)
+
+    def applied(self, order: Order) -> None:
+        """The engine has taken ``order``; the next report says so."""
+        self._applied = (order.epoch, self._clock())
+
     def begin(self, signals: Mapping[str, Any]) -> Call:
         """Number a new call; ``signals`` are the fields of ``ReplicaReport`` that do not identify the sender.
 
@@ -101,6 +119,13 @@ class ReplicaControl:
         now.
         """
         self._sequence += 1
+        delivery: dict[str, Any] = {}
+        if self._applied is not None:
+            applied_epoch, applied_s = self._applied
+            delivery = {
+                "applied_epoch": applied_epoch,
+                "applied_s_ago": max(0.0, self._clock() - applied_s),
+            }
         epoch = self._target.epoch if self._target is not None else 0
         identity = {
             "replica_id": self._replica_id,
@@ -111,7 +136,7 @@ class ReplicaControl:
             "epoch": epoch,
             "owner": self._target.owner if self._target is not None else "",
         }
-        report = ReplicaReport.from_dict({**signals, **identity})
+        report = ReplicaReport.from_dict({**signals, **delivery, **identity})
         self._last_call = Call(report, epoch if self._leased() else 0, self._clock())
         return self._last_call
 
@@ -150,6 +175,8 @@ class ReplicaControl:
                     "replica %s: lease over, deciding alone from %s", self._replica_id, self._order.mode
                 )
             order = self._decide_alone(now)
+        if order.mode != self._order.mode:
+            self._mode_since_s = now
         self._order = order
         return order
 
@@ -183,10 +210,9 @@ class ReplicaControl:
 
     def _decide_alone(self, now: float) -> Order:
         epoch = self._target.epoch if self._target is not None else 0
-        call = self._last_call
-        if call is None or self.config.dry_run:
+        view = self.view()
+        if view is None or self.config.dry_run:
             return Order(self._order.mode, epoch, "on its own: keeps the mode it has")
-        view = ReplicaView(call.report, call.report.age_s + now - call.sent_s)
         assignments, self._state = self._policy.decide(Snapshot((view,)), self._state, now)
         assignment = assignments[self._replica_id]
         return Order(assignment.mode, epoch, f"on its own: {assignment.reason}", assignment.limits)
@@ -241,6 +267,7 @@ async def _reconcile(control: ReplicaControl, apply: Apply, news: asyncio.Event)
             applied.epoch,
         ):
             await apply(order)
+            control.applied(order)
             applied = order
         # Wakes at the end of the lease even if the actor never answers.
         patience_s = control.config.sync_wait_s

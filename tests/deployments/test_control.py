@@ -119,7 +119,11 @@ def test_the_actors_name_changes_with_the_code(monkeypatch: pytest.MonkeyPatch, 
     before = actor_name("a", CONFIG)
     (tmp_path / "changed.py").write_text("")
     monkeypatch.setattr(policy_actor.policies, "__path__", [str(tmp_path)])
-    assert actor_name("a", CONFIG) != before
+    policy_actor._code.cache_clear()
+    try:
+        assert actor_name("a", CONFIG) != before
+    finally:
+        policy_actor._code.cache_clear()
 
 
 class RemoteActor:
