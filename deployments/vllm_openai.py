@@ -2,14 +2,14 @@
 
 What is used and where it lives:
 
-| under `vllm.entrypoints` | 0.26 | 0.32, 0.33 |
+| under `vllm.entrypoints` | 0.26 | 0.32 |
 |---|---|---|
 | `build_app` | `openai.api_server` | `launchers.app` |
 | `init_app_state` | `openai.api_server` | `launchers.api_server.app_state` |
 | `make_arg_parser` | `openai.cli_args` | `launchers.cli_args` |
 
-Run with 0.32, read in the other two. The older places are tried where the newer ones do not exist, so for the
-versions in between it does not matter which of them moved what. Everything else that the
+Run with 0.32, read in 0.26. The older places are tried where the newer ones do not exist, so for the versions
+in between it does not matter which of them moved what. Everything else that the
 deployment needs from vLLM (`AsyncLLM`, `AsyncEngineArgs`, `StatLoggerBase`) has kept its place.
 """
 
