@@ -5,6 +5,7 @@ Each class is one ASGI middleware with one reason to refuse. All refusals have O
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -125,15 +126,19 @@ class PrecisionClass:
 
     A strict request (`fp16`) tells the engine to run each of its steps in 16 bits and to share no KV block
     with requests that may have used FP8. Since it holds the whole batch in 16 bits, at most `limit` run at
-    once; one more is refused with 503. Stands behind :class:`BodyLimit`, so that the body is one message.
+    once; one more waits, first come first served, for at most `wait_s` seconds and is then refused with 503.
+    Stands behind :class:`BodyLimit`, so that the body is one message.
     """
 
-    def __init__(self, app: App, *, limit: int, retry_after_s: int, nested: bool) -> None:
+    def __init__(self, app: App, *, limit: int, wait_s: float, retry_after_s: int, nested: bool) -> None:
         self._app = app
         self._limit = limit
+        self._places = asyncio.Semaphore(limit)
+        self._wait_s = wait_s
         self._retry_after_s = retry_after_s
         self._nested = nested
         self.running = 0
+        self.waiting = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or route(scope) not in GENERATION:
@@ -153,12 +158,30 @@ class PrecisionClass:
             await send_error(send, 400, message, "BadRequestError", param="vllm_xargs")
         elif wanted == ANY or not self._nested:
             await self._app(scope, _replay(body, receive), send)
-        elif self.running >= self._limit:
-            message = f"All {self._limit} places for requests that demand FP16 are taken; try again."
+        elif await self._got_place():
+            try:
+                await self._run_strict(scope, body, receive, send)
+            finally:
+                self._places.release()
+        else:
+            message = (
+                f"All {self._limit} places for requests that demand FP16 were taken for {self._wait_s:g} s; "
+                "try again."
+            )
             later = retry_after(self._retry_after_s)
             await send_error(send, 503, message, "ServiceUnavailableError", headers=later)
-        else:
-            await self._run_strict(scope, body, receive, send)
+
+    async def _got_place(self) -> bool:
+        """Wait for a place. A client that leaves meanwhile ends the wait: Serve cancels its request."""
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(self._wait_s if self._limit else 0.0):
+                await self._places.acquire()
+        except TimeoutError:
+            return False
+        finally:
+            self.waiting -= 1
+        return True
 
     async def _run_strict(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         pinned = pin_to_16_bits(body)

@@ -15,13 +15,16 @@ from typing import Any, Final, TypeVar
 
 import yaml
 
-from nestedfp.policies import checks
+from nestedfp.policies import checks, roofline
 from nestedfp.policies.autoscaling import ScalingConfig
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 
 IMPORT_PATH: Final = "nestedfp.deployments.app:build_app"
-DEVICES: Final = ("cpu", "cuda")
+SIMULATED: Final = "simulated"
+SIMULATED_PREFIX: Final = "simulated-"
+"""Begins the id of each simulated replica, in headers, metrics and the policy's status alike."""
+DEVICES: Final = ("cpu", "cuda", SIMULATED)
 
 CPU_ENVIRONMENT: Final = {
     # Without a size every replica claims a share of all memory, and a second one may not start.
@@ -32,6 +35,7 @@ CPU_ENVIRONMENT: Final = {
     # The CPU worker does not end by itself at shutdown: do not wait long before it is told to.
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
 }
+SIMULATED_ENVIRONMENT: Final = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,7 @@ class EngineSettings:
     served_model_name: str
     """The name clients ask for."""
     device: str = "cuda"
+    """`simulated` serves no model: see :class:`SimulatedArguments`."""
     nested: bool = True
     """False serves plain vLLM, without flips: the baseline to compare with."""
     plugin: Mapping[str, Any] = field(default_factory=dict)
@@ -63,9 +68,35 @@ class EngineSettings:
         for name in self.arguments:
             if name in _OWN_ARGUMENTS:
                 raise InvalidField(f"engine.arguments.{name}", self.arguments[name], "set it under engine")
+        if self.device == SIMULATED:
+            SimulatedArguments.from_dict(self.arguments)
         for name, value in self.environment.items():
             if not isinstance(value, str):
                 raise InvalidField(f"engine.environment.{name}", value, "give a string: put it in quotes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedArguments:
+    """`engine.arguments` of a simulated engine. Its step times are those of `policy.latency`."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    """Where `policy.latency` is given, its `chunk_tokens` counts instead."""
+    max_model_len: int = 32768
+    kv_tokens: int = roofline.KV_CAPACITY_TOKENS
+    stream_interval: int = 1
+    """Tokens in one event of a stream after the first."""
+    seed: int = 0
+    """Of the noise on step times."""
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            name = f"engine.arguments.{entry.name}"
+            checks.integer(name, getattr(self, entry.name), minimum=0 if entry.name == "seed" else 1)
+
+    @classmethod
+    def from_dict(cls, arguments: Mapping[str, Any]) -> SimulatedArguments:
+        return cls(**checks.mapping("engine.arguments", arguments, _names(cls)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,12 +150,16 @@ class HttpSettings:
     """Most requests with `x-nestedfp-precision: fp16` that a replica holds at once; they keep its steps in 16
     bits.
     """
+    strict_wait_s: float | None = None
+    """How long one more of them waits for a place before it is refused; without it, the TTFT objective."""
 
     def __post_init__(self) -> None:
         checks.integer("http.max_body_bytes", self.max_body_bytes, minimum=1024)
         checks.integer("http.retry_after_s", self.retry_after_s, minimum=1)
         checks.text("http.api_keys_variable", self.api_keys_variable)
         checks.integer("http.max_strict_requests", self.max_strict_requests)
+        if self.strict_wait_s is not None:
+            checks.number("http.strict_wait_s", self.strict_wait_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +211,12 @@ class DeploymentSettings:
         """How many replicas run before anything scales them."""
         return self.replicas.count if self.autoscaling is None else self.autoscaling.min_replicas
 
+    @property
+    def strict_wait_s(self) -> float:
+        """How long a request that demands 16 bits waits for a place."""
+        given = self.http.strict_wait_s
+        return self.policy.slo.ttft_s if given is None else given
+
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> DeploymentSettings:
         """Read and check the settings; anything left out keeps its default."""
@@ -210,7 +251,7 @@ class DeploymentSettings:
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables of a replica; those of the settings win over the defaults of the device."""
-        defaults = CPU_ENVIRONMENT if self.engine.device == "cpu" else {}
+        defaults = {"cpu": CPU_ENVIRONMENT, SIMULATED: SIMULATED_ENVIRONMENT}.get(self.engine.device, {})
         return {**defaults, **self.engine.environment}
 
 

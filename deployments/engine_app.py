@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -12,12 +11,12 @@ from typing import Any, Final
 
 from nestedfp import models
 from nestedfp.deployments import vllm_openai
-from nestedfp.deployments.admission import ApiKeys, BodyLimit, KnownRoutes, PrecisionClass
 from nestedfp.deployments.asgi import App
 from nestedfp.deployments.config import DeploymentSettings, EngineSettings
-from nestedfp.deployments.precision_report import PrecisionReport, Served
-from nestedfp.deployments.signals import RequestWindow
-from nestedfp.policies.protocol import AUTO, FP8, FP16
+from nestedfp.deployments.door import Door
+from nestedfp.deployments.precision_report import Served
+from nestedfp.deployments.signals import RequestWindow, report_signals
+from nestedfp.policies.protocol import AUTO, FP16
 from nestedfp.policies.replica import Order
 from nestedfp.vllm import engine_arguments
 from nestedfp.vllm.control import EngineControl
@@ -40,8 +39,9 @@ class EngineApp:
         self._control = EngineControl(engine) if settings.engine.nested else None
         self._window = window
         self._mode = FP16
+        self._slo = settings.policy.slo
         self._status: EngineStatus | None = None
-        self.asgi: App
+        self._door: Door
 
     @classmethod
     async def start(
@@ -59,7 +59,15 @@ class EngineApp:
         try:
             app = cls(engine, settings, window)
             openai = await vllm_openai.build_openai_app(engine, arguments)
-            app.asgi = app._wrap(openai, settings, replica, served)
+            app._door = Door(
+                openai,
+                settings,
+                replica=replica,
+                precision=lambda: app.precision,
+                tokens=app.request_tokens,
+                window=window,
+                served=served,
+            )
             await app.refresh()
         except BaseException:
             engine.shutdown()
@@ -72,8 +80,8 @@ class EngineApp:
         return self._status
 
     @property
-    def window(self) -> RequestWindow:
-        return self._window
+    def asgi(self) -> App:
+        return self._door.app
 
     @property
     def precision(self) -> str:
@@ -104,28 +112,10 @@ class EngineApp:
     async def signals(self) -> dict[str, Any]:
         """The signals of a report; without an answer from the engine only what this process knows."""
         asked_s = time.monotonic()
-        signals: dict[str, Any] = {
-            "arrivals_per_s": self._window.arrivals_per_s(),
-            "ttft_p90_s": self._window.ttft_s(),
-            "tpot_p90_s": self._window.tpot_s(),
-        }
-        if not await self.refresh() or self._status is None:
-            return signals
-        status = self._status
-        return {
-            **signals,
-            "running": status.running,
-            "waiting": status.waiting,
-            "waiting_prompt_tokens": status.waiting_prompt_tokens,
-            "oldest_waiting_s": status.oldest_waiting_s,
-            "kv_usage": status.kv_usage,
-            "step_time_s": status.step_time_s.get(status.current),
-            "tokens_fp16": status.tokens.get(FP16, 0),
-            "tokens_fp8": status.tokens.get(FP8, 0),
-            "flips": status.flips,
-            "strict_running": status.strict_running,
-            "age_s": time.monotonic() - asked_s,
-        }
+        status = self._status if await self.refresh() else None
+        signals = report_signals(self._window, self._slo, status, age_s=time.monotonic() - asked_s)
+        # Those that the engine holds are all in its batch or queue; these wait before it.
+        return {**signals, "strict_waiting": self._door.strict_waiting}
 
     async def request_tokens(self, request_id: str) -> Mapping[str, int] | None:
         """Tokens of a finished request by precision; None where they are not known."""
@@ -145,25 +135,6 @@ class EngineApp:
     def shutdown(self) -> None:
         """Stop the engine's processes."""
         self._engine.shutdown()
-
-    def _wrap(self, openai: App, settings: DeploymentSettings, replica: str, served: Served) -> App:
-        http = settings.http
-        keys = [key for key in os.environ.get(http.api_keys_variable, "").split(",") if key]
-        report = PrecisionReport(
-            openai,
-            replica=replica,
-            precision=lambda: self.precision,
-            tokens=self.request_tokens,
-            arrived=self._window.arrived,
-            served=served,
-        )
-        classes = PrecisionClass(
-            report,
-            limit=http.max_strict_requests,
-            retry_after_s=http.retry_after_s,
-            nested=settings.engine.nested,
-        )
-        return KnownRoutes(ApiKeys(BodyLimit(classes, http.max_body_bytes), keys))
 
 
 def _arguments(engine: EngineSettings) -> Namespace:

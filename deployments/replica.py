@@ -1,4 +1,4 @@
-"""The Serve replica: one vLLM engine behind vLLM's own OpenAI routes, following the policy actor.
+"""The Serve replica: one engine behind the OpenAI routes, following the policy actor.
 
 The engine lives in the replica's event loop and serves requests there; its own processes are children of the
 replica. If the engine dies, the replica exits at once: a replica that answers every request with an error is
@@ -16,13 +16,11 @@ from typing import Any, Final
 from ray import serve
 
 from nestedfp.deployments.asgi import App
-from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.config import SIMULATED, SIMULATED_PREFIX, DeploymentSettings
 from nestedfp.deployments.control_loop import ControlLoop
-from nestedfp.deployments.engine_app import EngineApp
 from nestedfp.deployments.metrics import ReplicaMetrics
 from nestedfp.deployments.policy_actor import PolicyLink
 from nestedfp.deployments.router import PRECISION_STAT
-from nestedfp.deployments.vllm_openai import ray_stat_logger
 from nestedfp.policies.config import PolicyConfig
 
 _ENGINE_DEAD: Final = 70
@@ -39,14 +37,10 @@ class EngineReplica:
         self._settings = DeploymentSettings.from_dict(settings)
         context = serve.get_replica_context()
         self._app_name = context.app_name
-        self._replica: str = context.replica_id.unique_id
+        simulated = self._settings.engine.device == SIMULATED
+        self._replica = f"{SIMULATED_PREFIX if simulated else ''}{context.replica_id.unique_id}"
         self._metrics = ReplicaMetrics(self._replica)
-        self._engine = await EngineApp.start(
-            self._settings,
-            replica=self._replica,
-            served=self._metrics.request,
-            stat_loggers=[ray_stat_logger()],
-        )
+        self._engine = await _start(self._settings, self._replica, self._metrics)
         self._death_watch = asyncio.create_task(self._exit_with_the_engine())
         self._loop: ControlLoop | None = None
         self._following: asyncio.Task[None] | None = None
@@ -83,6 +77,7 @@ class EngineReplica:
         status = self._engine.status
         return {
             "replica": self._replica,
+            "simulated": self._settings.engine.device == SIMULATED,
             "pid": os.getpid(),
             "control": None if self._loop is None else self._loop.status(),
             "engine": None if status is None else status.to_dict(),
@@ -108,6 +103,20 @@ class EngineReplica:
         await self._engine.died()
         logger.error("the engine is dead: the replica exits, Serve starts another one")
         os._exit(_ENGINE_DEAD)
+
+
+async def _start(settings: DeploymentSettings, replica: str, metrics: ReplicaMetrics) -> Any:
+    """The engine that `engine.device` names. Only here is decided whether this process imports vLLM."""
+    if settings.engine.device == SIMULATED:
+        from nestedfp.deployments.simulated_app import SimulatedApp
+
+        return await SimulatedApp.start(settings, replica=replica, served=metrics.request)
+    from nestedfp.deployments.engine_app import EngineApp
+    from nestedfp.deployments.vllm_openai import ray_stat_logger
+
+    return await EngineApp.start(
+        settings, replica=replica, served=metrics.request, stat_loggers=[ray_stat_logger()]
+    )
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -8,6 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from nestedfp.policies.config import Slo
+from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.vllm.status import EngineStatus
+
 
 class RequestWindow:
     """Recent arrivals and latencies; all durations in seconds, `clock` monotonic.
@@ -23,6 +27,7 @@ class RequestWindow:
         self._clock = clock
         self._started_s = clock()
         self._arrivals: deque[tuple[float, float]] = deque()
+        self._prompt_tokens: deque[tuple[float, float]] = deque()
         self._ttft_s: deque[tuple[float, float]] = deque()
         self._tpot_s: deque[tuple[float, float]] = deque()
         self._step_itl_s: deque[tuple[float, float]] = deque()
@@ -34,6 +39,8 @@ class RequestWindow:
         """Takes the statistics of one engine step, as vLLM's stat loggers get them."""
         if iteration_stats is None:
             return
+        if iteration_stats.num_prompt_tokens:
+            self._add(self._prompt_tokens, (float(iteration_stats.num_prompt_tokens),))
         self._add(self._ttft_s, iteration_stats.time_to_first_tokens_iter)
         self._add(
             self._tpot_s,
@@ -49,8 +56,11 @@ class RequestWindow:
 
     def arrivals_per_s(self) -> float:
         """Requests per second over the window, or since the start where that is shorter (at least 1 s)."""
-        span_s = min(self._window_s, max(1.0, self._clock() - self._started_s))
-        return len(self._recent(self._arrivals)) / span_s
+        return len(self._recent(self._arrivals)) / self._span_s()
+
+    def prompt_tokens_per_s(self) -> float:
+        """Prompt tokens per second, over the same time, of requests that got their first token in it."""
+        return sum(self._recent(self._prompt_tokens)) / self._span_s()
 
     def ttft_s(self) -> float | None:
         """The percentile of TTFT over the window; None where no first token fell into it."""
@@ -69,6 +79,18 @@ class RequestWindow:
         ]
         return max(known, default=None)
 
+    def missed_share(self, slo: Slo) -> float | None:
+        """Share of the window's requests over a limit of `slo`, 0 to 1; None where there were none."""
+        ttft, tpot = self._recent(self._ttft_s), self._recent(self._tpot_s)
+        if not ttft and not tpot:
+            return None
+        late = sum(value > slo.ttft_s for value in ttft) / max(1, len(ttft))
+        slow = sum(value > slo.tpot_s for value in tpot) / max(1, len(tpot))
+        return min(1.0, late + slow)
+
+    def _span_s(self) -> float:
+        return min(self._window_s, max(1.0, self._clock() - self._started_s))
+
     def _add(self, series: deque[tuple[float, float]], values: Iterable[float]) -> None:
         now = self._clock()
         series.extend((now, value) for value in values)
@@ -81,6 +103,35 @@ class RequestWindow:
     def _drop_old(self, series: deque[tuple[float, float]], now: float) -> None:
         while series and series[0][0] < now - self._window_s:
             series.popleft()
+
+
+def report_signals(
+    window: RequestWindow, slo: Slo, status: EngineStatus | None, *, age_s: float
+) -> dict[str, Any]:
+    """The signals of a report; without a `status` (`age_s` old) only what the window knows."""
+    signals: dict[str, Any] = {
+        "arrivals_per_s": window.arrivals_per_s(),
+        "arriving_prompt_tokens_per_s": window.prompt_tokens_per_s(),
+        "ttft_p90_s": window.ttft_s(),
+        "tpot_p90_s": window.tpot_s(),
+        "slo_miss_share": window.missed_share(slo),
+    }
+    if status is None:
+        return signals
+    return {
+        **signals,
+        "running": status.running,
+        "waiting": status.waiting,
+        "waiting_prompt_tokens": status.waiting_prompt_tokens,
+        "oldest_waiting_s": status.oldest_waiting_s,
+        "kv_usage": status.kv_usage,
+        "step_time_s": status.step_time_s.get(status.current),
+        "tokens_fp16": status.tokens.get(FP16, 0),
+        "tokens_fp8": status.tokens.get(FP8, 0),
+        "flips": status.flips,
+        "strict_running": status.strict_running,
+        "age_s": age_s,
+    }
 
 
 def percentile(values: list[float], percent: float) -> float | None:

@@ -156,8 +156,8 @@ async def test_the_application_still_sees_the_disconnect_after_the_body() -> Non
     assert seen == ["http.request", "http.disconnect"]
 
 
-def door(inner: App, limit: int = 1, *, nested: bool = True) -> PrecisionClass:
-    return PrecisionClass(inner, limit=limit, retry_after_s=3, nested=nested)
+def door(inner: App, limit: int = 1, *, nested: bool = True, wait_s: float = 0.0) -> PrecisionClass:
+    return PrecisionClass(inner, limit=limit, wait_s=wait_s, retry_after_s=3, nested=nested)
 
 
 STRICT = [(b"x-nestedfp-precision", b"FP16"), (b"content-length", b"2")]
@@ -226,6 +226,61 @@ async def test_strict_places_are_bounded_and_given_back() -> None:
     assert (await first).status == 200
     assert entry.running == 0
     assert (await ask(entry, "POST", CHAT, headers=STRICT, body=(b"{}",))).status == 200
+
+
+class Slow:
+    """An application that holds every request until it is released."""
+
+    def __init__(self) -> None:
+        self.release = asyncio.Event()
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await self.release.wait()
+        await send_json(send, 200, b"{}")
+
+
+def strict_request(entry: PrecisionClass) -> asyncio.Task[Answer]:
+    return asyncio.create_task(ask(entry, "POST", CHAT, headers=STRICT, body=(b"{}",)))
+
+
+async def until(entry: PrecisionClass, *, running: int, waiting: int) -> None:
+    async with asyncio.timeout(5.0):
+        while (entry.running, entry.waiting) != (running, waiting):
+            await asyncio.sleep(0.001)
+
+
+async def test_a_strict_request_waits_for_a_place_and_is_then_served() -> None:
+    inner = Slow()
+    entry = door(inner, wait_s=60.0)
+    requests = [strict_request(entry) for _ in range(3)]
+    await until(entry, running=1, waiting=2)
+    inner.release.set()
+    assert [answer.status for answer in await asyncio.gather(*requests)] == [200, 200, 200]
+    assert (entry.running, entry.waiting) == (0, 0)
+
+
+async def test_the_wait_is_bounded_and_ends_with_retry_after() -> None:
+    inner = Slow()
+    entry = door(inner, wait_s=0.05)
+    first, second = strict_request(entry), strict_request(entry)
+    refused = await second
+    assert refused.status == 503
+    assert refused.headers["retry-after"] == "3"
+    assert "0.05 s" in error_of(refused)["message"]
+    inner.release.set()
+    assert (await first).status == 200
+
+
+async def test_who_leaves_while_waiting_takes_no_place() -> None:
+    inner = Slow()
+    entry = door(inner, wait_s=60.0)
+    first, second, third = strict_request(entry), strict_request(entry), strict_request(entry)
+    await until(entry, running=1, waiting=2)
+    second.cancel()
+    await until(entry, running=1, waiting=1)
+    inner.release.set()
+    assert ((await first).status, (await third).status) == (200, 200)
+    assert (await strict_request(entry)).status == 200
 
 
 async def test_a_place_is_given_back_after_a_failure() -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestedfp.deployments.signals import RequestWindow, percentile
+from nestedfp.deployments.signals import RequestWindow, percentile, report_signals
+from nestedfp.policies.config import Slo
 
 
 class Clock:
@@ -22,11 +23,17 @@ class Clock:
 
 
 def step(
-    ttft: list[float] | None = None, itl: list[float] | None = None, tpot: list[float] | None = None
+    ttft: list[float] | None = None,
+    itl: list[float] | None = None,
+    tpot: list[float] | None = None,
+    prompt: int = 0,
 ) -> Any:
     finished = [SimpleNamespace(mean_time_per_output_token=t, num_generation_tokens=5) for t in tpot or []]
     return SimpleNamespace(
-        time_to_first_tokens_iter=ttft or [], inter_token_latencies_iter=itl or [], finished_requests=finished
+        num_prompt_tokens=prompt,
+        time_to_first_tokens_iter=ttft or [],
+        inter_token_latencies_iter=itl or [],
+        finished_requests=finished,
     )
 
 
@@ -88,3 +95,26 @@ def test_one_token_has_no_tpot(window: RequestWindow) -> None:
     window.record(None, iteration)
     window.record(None, None)
     assert window.tpot_s() is None
+
+
+def test_prompt_tokens_and_misses_over_the_window(window: RequestWindow, clock: Clock) -> None:
+    slo = Slo(ttft_s=1.0, tpot_s=0.03)
+    assert window.missed_share(slo) is None
+    assert window.prompt_tokens_per_s() == 0.0
+    clock.now += 5.0
+    window.record(None, step(ttft=[0.5, 2.0, 0.5, 0.5], prompt=400))
+    assert window.prompt_tokens_per_s() == 400 / 5
+    assert window.missed_share(slo) == 0.25
+    window.record(None, step(tpot=[0.02, 0.04]))
+    assert window.missed_share(slo) == 0.75
+    clock.now += 11.0
+    assert window.missed_share(slo) is None
+    assert window.prompt_tokens_per_s() == 0.0
+
+
+def test_a_report_without_an_answer_of_the_engine_says_only_what_is_known(window: RequestWindow) -> None:
+    window.arrived()
+    signals = report_signals(window, Slo(), None, age_s=0.1)
+    assert signals["arrivals_per_s"] == 1.0
+    assert "running" not in signals
+    assert "age_s" not in signals
