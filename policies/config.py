@@ -49,8 +49,12 @@ class Prediction:
     """Predicted 16-bit pressure that asks for FP8."""
     low: float = 0.6
     """Predicted 16-bit pressure at which 16 bits may return."""
+    between: str = AUTO
+    """The rung between 16 bits and FP8: ``auto``, a named plan whose costs are known, or empty for none."""
+    rest_s: float = 60.0
+    """How long the load must be light before ``auto`` gives way to 16 bits."""
     tolerance: float = 0.01
-    """Share of requests that 16 bits may cost the SLO beyond what FP8 misses; the margin adapts to it."""
+    """Share of requests missed at which the controller stops taking liberties; all levels adapt to it."""
     horizon_s: float = 0.5
     """How far ahead a burst in progress is projected."""
     shed: bool = False
@@ -61,6 +65,9 @@ class Prediction:
         checks.number("prediction.low", self.low, above=0.0)
         if self.low >= self.high:
             raise InvalidField("prediction.low", self.low, f"give less than high, {self.high:g}")
+        if self.between:
+            checks.name("prediction.between", self.between)
+        checks.number("prediction.rest_s", self.rest_s)
         checks.number("prediction.horizon_s", self.horizon_s)
         checks.number("prediction.tolerance", self.tolerance, above=0.0, maximum=1.0)
         checks.flag("prediction.shed", self.shed)
@@ -115,6 +122,11 @@ class PolicyConfig:
             )
         for plan in self.plans:
             checks.name("plans", plan)
+        between = self.prediction.between
+        if between and between != AUTO:
+            checks.one_of("prediction.between", between, (AUTO, *self.plans))
+            if self.latency is None or between not in self.latency.costs:
+                raise InvalidField("prediction.between", between, "give its step costs in latency.costs")
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from nestedfp.policies.controllers.base import Controller, Memory, Wish, by_load
 from nestedfp.policies.controllers.predictive import PredictiveController
 from nestedfp.policies.controllers.static import StaticController
 from nestedfp.policies.controllers.threshold import ThresholdController
-from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.snapshot import Override, Snapshot
 
 FLIP_WINDOW_S: Final = 60.0
@@ -32,6 +32,8 @@ class ReplicaState:
     flips: tuple[float, ...] = ()
     """Times of its mode changes within the last 60 s."""
     reason: str = "as found"
+    limits: Mapping[str, float] | None = None
+    """Limits sent with the mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +121,14 @@ class Policy:
             wish = _pin(pin, now) if pin else wishes.get(key)
             refusal = None if pin else faults[key] or self._refusal(wish, before, last_return_s, now)
             if wish is None or wish.mode == before.mode or refusal is not None:
-                targets[key] = _stay(before, wish, refusal)
-                after[key] = before
+                stay = targets[key] = _stay(before, wish, refusal)
+                after[key] = before if stay.limits is before.limits else replace(before, limits=stay.limits)
                 continue
             if _returns(wish.mode, before.mode):
                 last_return_s = now
             targets[key] = _move(before, wish)
-            after[key] = ReplicaState(wish.mode, now, (*_recent(before.flips, now), now), wish.reason)
+            flips = (*_recent(before.flips, now), now)
+            after[key] = ReplicaState(wish.mode, now, flips, wish.reason, wish.limits)
         return targets, PolicyState(after, last_return_s, memory)
 
     def _refusal(
@@ -137,6 +140,7 @@ class Policy:
         dwell_left = before.since_s + self.config.min_dwell_s - now
         if dwell_left > 0 and not wish.urgent:
             return f"dwell time, {dwell_left:.2f} s left"
+        # One at a time only to 16 bits or a plan: within auto the engine still takes FP8 where it must.
         returns = _returns(wish.mode, before.mode)
         gap_left = last_return_s + self.config.return_gap_s - now
         if returns and gap_left > 0 and not wish.urgent:
@@ -164,7 +168,9 @@ def _recent(flips: tuple[float, ...], now: float) -> tuple[float, ...]:
 
 
 def _returns(mode: str, before: str) -> bool:
-    """Whether ``mode`` gives up speed for precision."""
+    """Whether ``mode`` gives up speed for precision, for good."""
+    if mode == AUTO:
+        return False
     speed = {FP16: 0, FP8: 2}
     return speed.get(mode, 1) < speed.get(before, 1)
 
@@ -189,7 +195,9 @@ def _move(before: ReplicaState, wish: Wish) -> Assignment:
 def _stay(before: ReplicaState, wish: Wish | None, refusal: str | None) -> Assignment:
     mode = before.mode
     same = wish is None or wish.mode == mode
-    limits = wish.limits if wish is not None and same else None
+    limits = wish.limits if wish is not None else None
+    if refusal is not None or limits == before.limits:
+        limits = before.limits
     held = None
     if refusal is not None:
         held = refusal if wish is None or same else f"{wish.mode} ({wish.reason}): {refusal}"

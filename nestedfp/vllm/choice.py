@@ -1,12 +1,30 @@
 """The choice between FP16 and FP8 for one step, while the target is `auto`. Pure.
 
 The policy decides the mode in tenths of a second from what clients see; inside `auto` the scheduler
-answers within one step to what it alone sees first: the step's own size, its queue and its KV cache.
+answers within one step to what it alone sees first: the step's own size, its queue, its KV cache, and how
+far each running request is.
+
+Two rules. By default thresholds with hysteresis on size, queue and cache. Where the policy sends a
+`pace_s`, FP8 is spent only on the steps that need it: those that in 16 bits would leave a running request
+further than `debt_s` behind its pace, and those that meet a queue or a prompt that has waited too long.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
+
+PACE_LIMITS = (
+    "pace_s",
+    "debt_s",
+    "queue_tokens",
+    "wait_s",
+    "overhead_s",
+    "weights_s",
+    "token_s",
+    "sequence_s",
+    "waiting_prompt_tokens",
+)
+"""Limits that the policy's controllers send."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +42,26 @@ class Limits:
     kv_low: float = 0.75
     min_steps: int = 16
     """Steps that a choice is kept at least before the engine returns to FP16."""
+    pace_s: float = 0.0
+    """Mean time per output token that every running request is kept to; 0: the marks above decide."""
+    debt_s: float = 0.0
+    """What a request may be behind its pace."""
+    queue_tokens: float = float("inf")
+    """Queued prompt tokens from which on steps are in FP8."""
+    wait_s: float = float("inf")
+    """Age of the oldest prompt without a first token from which on steps are in FP8."""
+    overhead_s: float = 0.0
+    weights_s: float = 0.0
+    token_s: float = 0.0
+    sequence_s: float = 0.0
+    """A 16-bit step takes overhead + max(weights, tokens * token) + requests * sequence."""
+    waiting_prompt_tokens: float = float("inf")
+    """Bound of the queue, above which the replica refuses requests; not the scheduler's concern."""
 
     def __post_init__(self) -> None:
+        for name in PACE_LIMITS:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"limits: {name} is {getattr(self, name)}, expected at least 0")
         for signal in ("tokens", "waiting", "kv"):
             low, high = getattr(self, f"{signal}_low"), getattr(self, f"{signal}_high")
             if not 0 <= low <= high:
@@ -57,6 +93,11 @@ class StepFacts:
     tokens: int
     waiting: int
     kv_usage: float
+    running: Sequence[tuple[int, float]] = ()
+    """Of each request that decodes: output tokens and seconds since it was first seen."""
+    waiting_prompt_tokens: int = 0
+    oldest_wait_s: float = 0.0
+    """Age of the oldest prompt without a first token, queued or in the step."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +111,11 @@ class Choice:
 
 def choose(facts: StepFacts, last: Choice, limits: Limits) -> Choice:
     """The choice for this step, given the one for the step before."""
+    if limits.pace_s > 0:
+        reason = _behind(facts, limits)
+        fp8 = reason is not None
+        steps = last.steps + 1 if fp8 == last.fp8 else 1
+        return Choice(fp8, steps, reason or "auto: every request keeps its pace in 16 bits")
     signals = (
         ("tokens", facts.tokens, limits.tokens_low, limits.tokens_high),
         ("waiting", facts.waiting, limits.waiting_low, limits.waiting_high),
@@ -82,3 +128,19 @@ def choose(facts: StepFacts, last: Choice, limits: Limits) -> Choice:
     elif last.steps >= limits.min_steps and all(value < low for _, value, low, _ in signals):
         return Choice(False, 1, "auto: tokens, waiting and kv_usage below their low marks")
     return replace(last, steps=last.steps + 1)
+
+
+def _behind(facts: StepFacts, limits: Limits) -> str | None:
+    """Which limit a 16-bit step would break; None if it would break none."""
+    if facts.kv_usage >= limits.kv_high:
+        return f"auto: kv_usage {facts.kv_usage:.6g} >= {limits.kv_high:.6g}"
+    if facts.waiting_prompt_tokens >= limits.queue_tokens:
+        return f"auto: waiting_prompt_tokens {facts.waiting_prompt_tokens} >= {limits.queue_tokens:.6g}"
+    if facts.oldest_wait_s >= limits.wait_s:
+        return f"auto: oldest_wait_s {facts.oldest_wait_s:.3f} >= {limits.wait_s:.6g}"
+    step_s = limits.overhead_s + max(limits.weights_s, facts.tokens * limits.token_s)
+    step_s += len(facts.running) * limits.sequence_s
+    for made, since_s in facts.running:
+        if since_s + step_s > (made + 1) * limits.pace_s + limits.debt_s:
+            return f"auto: {made} tokens in {since_s:.3f} s, behind a pace of {limits.pace_s:.4g} s"
+    return None

@@ -14,6 +14,7 @@ from nestedfp.vllm.accounting import RequestTokens, StepCounts
 from nestedfp.vllm.choice import StepFacts
 from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.control import PRECISION_ARGUMENT
+from nestedfp.vllm.progress import Progress, queued_tokens
 from nestedfp.vllm.selection import PlanSelection
 from nestedfp.vllm.status import EngineStatus
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
@@ -38,6 +39,7 @@ class PrecisionMixin:
         super().__init__(*args, **kwargs)
         settings = settings_of(self.vllm_config)  # type: ignore[attr-defined]
         self.selection = PlanSelection(settings)
+        self.progress = Progress()
         self.counts = StepCounts(settings.plans)
         self.request_tokens = RequestTokens()
 
@@ -50,10 +52,11 @@ class PrecisionMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self.selection.unpin(output.finished_req_ids)
+        self.progress.forget(output.finished_req_ids)
         if output.total_num_scheduled_tokens:
             scheduled = output.num_scheduled_tokens
             plan, reason = self.selection.select(
-                scheduled, lambda: self._facts(output.total_num_scheduled_tokens)
+                scheduled, lambda: self._facts(output.total_num_scheduled_tokens, scheduled)
             )
             setattr(output, TAG, StepTag(plan, reason, time.monotonic()))
         return output
@@ -102,9 +105,26 @@ class PrecisionMixin:
             **worker_facts,
         )
 
-    def _facts(self, tokens: int) -> StepFacts:
+    def _facts(self, tokens: int, scheduled: Mapping[str, int]) -> StepFacts:
         _, waiting = self.get_request_counts()  # type: ignore[attr-defined]
-        return StepFacts(tokens, waiting, self.kv_cache_manager.usage)
+        usage = self.kv_cache_manager.usage
+        limits = self.selection.limits
+        if limits.pace_s <= 0:
+            self.progress.clear()
+            return StepFacts(tokens, waiting, usage)
+        wall = time.time()
+        oldest_s = self.progress.oldest_prompt_s(scheduled, self.requests, wall)
+        first = next(iter(self.waiting), None)
+        if first is not None:
+            oldest_s = max(oldest_s, wall - first.arrival_time)
+        return StepFacts(
+            tokens,
+            waiting,
+            usage,
+            running=self.progress.running(scheduled, self.requests, time.monotonic()),
+            waiting_prompt_tokens=queued_tokens(self.waiting, limits.queue_tokens),
+            oldest_wait_s=oldest_s,
+        )
 
 
 def is_strict(sampling_params: Any) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nestedfp.precision import Precision
-from nestedfp.vllm.choice import Choice, StepFacts, choose
+from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
 from nestedfp.vllm.plan import AUTO
 from nestedfp.vllm.settings import Settings
 
@@ -26,6 +26,10 @@ class PlanSelection:
     @property
     def strict_count(self) -> int:
         return len(self._strict)
+
+    @property
+    def limits(self) -> Limits:
+        return self._limits
 
     def set_target(
         self, mode: str, epoch: int, reason: str = "", limits: Mapping[str, Any] | None = None

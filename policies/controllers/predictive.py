@@ -2,92 +2,76 @@
 
 For every replica and mode the latency model predicts, from the queue and the recent load, the TTFT of the
 request that waits longest from now on and the TPOT of the requests being served. The larger of the two over
-its SLO limit is the *pressure* of that mode. Pressure in 16 bits at ``high`` asks for FP8; pressure in 16
-bits that stayed at ``low`` or below for ``calm_s`` asks for 16 bits again, whichever mode is in force:
-returning does not need to be tried out.
+its SLO limit is the *pressure* of that mode. A burst shows in the queue within one report. Its inflow over
+the last second, where it exceeds what 16 bits can prefill, is projected ``horizon_s`` ahead, so that relief
+comes before the queue is too long to recover.
 
-A burst shows in the queue within one report. Its inflow over the last second, where it exceeds what 16 bits
-can prefill, is projected ``horizon_s`` ahead, so that the flip comes before the queue is too long to
-recover.
+The ladder has a rung for each mode, 16 bits first and FP8 last; a replica goes down to the first rung whose
+pressure is below its high level, and up again to the first whose pressure has stayed at or below its low
+level for long enough, whichever mode is in force: returning does not need to be tried out.
 
-Both levels carry a factor learned from the outcome: where requests served in 16 bits miss the SLO more
-often than those in FP8, by more than ``tolerance`` of all requests, the factor falls, and rises again when
-they do not.
+- With ``between: auto`` the middle rung leaves the choice of single steps to the engine, under limits that
+  follow the load (``nestedfp.policies.controllers.pace``). As it costs next to no FP8 while the load is
+  light, it is taken early and given up late. FP8 is ordered where even the tightest limits leave no reserve.
+- With a named plan the middle rung is that plan, under the same levels as 16 bits.
+- Without one there are only 16 bits and FP8.
+
+All levels carry a factor learned from the outcome: it falls while requests miss the SLO.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nestedfp.policies.config import PolicyConfig
-from nestedfp.policies.controllers.base import Controller, Memory, Wish, by_load
+from nestedfp.policies.config import PolicyConfig, Slo
+from nestedfp.policies.controllers.base import Controller, Memory, Wish
+from nestedfp.policies.controllers.facts import (
+    FIRST_OUTPUT_TOKENS,
+    Facts,
+    Floats,
+    Seen,
+    columns_of,
+    gather,
+    mean_output,
+    see,
+)
+from nestedfp.policies.controllers.pace import QUEUE_MEMORY_S, Confidence, Room, auto_limits, room, watch
 from nestedfp.policies.latency import LatencyModel, StepCosts, TokenLoad
-from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
-Floats = NDArray[np.float64]
-
-INFLOW_WINDOW_S: Final = 1.0
-MISS_WINDOW_S: Final = 60.0
-ADAPTATION_S: Final = 20.0
-FACTOR_RANGE: Final = (0.2, 1.2)
-LOAD_WINDOW_S: Final = 2.0
 SHORTEST_OUTPUT: Final = 4.0
+LIGHT: Final = (0.4, 0.3)
+"""16-bit pressure from which ``auto`` takes over, and up to which it gives way."""
+OVERLOAD_S: Final = 5.0
+"""How long no pace must have left a reserve before FP8 is ordered outright: bursts pass within ``auto``."""
+RETURN_PACE: Final = 0.5
+"""Pace, as a share of the TPOT limit, at which ``auto`` may take over from FP8."""
 _MAX_REASON_PRESSURE: Final = 99.0
-
-
-class _Seen(NamedTuple):
-    """What is remembered of one replica."""
-
-    at_s: float
-    waiting_prompt_tokens: int
-    executed_tokens: int
-    inflow_per_s: float
-    """Prompt tokens arriving per second, averaged over about a second."""
-    running: float
-    """Running requests, averaged over about two seconds."""
-
-
-class _Guard(NamedTuple):
-    """What 16 bits cost the SLO lately, and the factor on both pressure levels that follows from it."""
-
-    at_s: float = -math.inf
-    missed_fp8: float = 0.0
-    """Share of requests that missed the SLO on replicas in FP8, averaged over about a minute."""
-    excess: float = 0.0
-    """Share of all requests that missed it because of 16 bits, averaged over about a minute."""
-    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    seen: Mapping[str, _Seen]
-    calm_since: Mapping[str, float]
+    seen: Seen | None
+    calm_since: Mapping[str, tuple[str, float]]
+    """The rung above that a replica could take, and since when."""
+    strained_since: Mapping[str, float]
+    """Since when a replica has been beyond the rung it is on."""
+    queued_at: Mapping[str, float]
+    """When a replica last had more in its queue than one step takes."""
     shedding: frozenset[str]
     model: LatencyModel
-    guard: _Guard
+    confidence: Confidence
+    output_tokens: float
     turn: int
     """Counts decisions; chooses whose step corrects the model."""
-
-
-class _Facts(NamedTuple):
-    """The reports as columns, one row a replica."""
-
-    running: Floats
-    waiting: Floats
-    oldest_s: Floats
-    context: Floats
-    arrivals: Floats
-    prompt_per_s: Floats
-    inflow: Floats
-    decode_per_s: Floats
 
 
 class _Forecast(NamedTuple):
@@ -95,6 +79,19 @@ class _Forecast(NamedTuple):
 
     ttft_s: Floats
     tpot_s: Floats
+
+
+class _Rung(NamedTuple):
+    """One mode of the ladder: its pressure on every replica, and the levels to leave it and to return."""
+
+    mode: str
+    pressure: Floats
+    high: float
+    low: float
+    calm_s: float
+    """How long the pressure must be at ``low`` before a replica returns."""
+    strain_s: float = 0.0
+    """How long it must be at ``high`` before a replica leaves."""
 
 
 class PredictiveController(Controller):
@@ -107,7 +104,7 @@ class PredictiveController(Controller):
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
-        return _Memory({}, {}, frozenset(), self._model, _Guard(), 0)
+        return _Memory(None, {}, {}, {}, frozenset(), self._model, Confidence(), FIRST_OUTPUT_TOKENS, 0)
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
@@ -116,50 +113,116 @@ class PredictiveController(Controller):
         views = snapshot.replicas
         if not views:
             return {}, before
-        model = _learn(before.model, views, modes, before.turn)
-        seen = {view.replica_id: _see(view, before.seen.get(view.replica_id), now) for view in views}
-        facts = _facts(views, modes, seen, model)
-        slow = self._forecast(model.of(FP16), facts)
-        fast = self._forecast(model.of(FP8), facts)
-        slow_pressure, fast_pressure = self._pressure(slow), self._pressure(fast)
-        guard = _watch(before.guard, views, modes, self._settings.tolerance, now)
-        high, low = self._settings.high * guard.factor, self._settings.low * guard.factor
-        kept = _kept_for_strict(views, modes)
-        wishes: dict[str, Wish] = {}
-        calm_since: dict[str, float] = {}
-        shedding: set[str] = set()
-        for row, view in enumerate(views):
-            replica_id = view.report.replica_id
-            mode = modes[replica_id]
-            pressure = float(slow_pressure[row])
-            if pressure >= high and replica_id not in kept:
-                if mode != FP8:
-                    wishes[replica_id] = self._relief(slow, row, pressure, high)
-                elif self._sheds(float(fast_pressure[row]), replica_id in before.shedding):
-                    shedding.add(replica_id)
-                    wishes[replica_id] = self._shed(model, facts, row, float(fast_pressure[row]))
-            elif pressure <= low or replica_id in kept:
-                since = calm_since[replica_id] = before.calm_since.get(replica_id, now)
-                if mode != FP16 and now - since >= self._calm_s:
-                    wishes[replica_id] = self._return(slow, row, pressure, low, now - since)
-        return wishes, _Memory(seen, calm_since, frozenset(shedding), model, guard, before.turn + 1)
+        ids = [view.report.replica_id for view in views]
+        ordered = [modes[replica_id] for replica_id in ids]
+        columns = columns_of(views)
+        seen = see(ids, columns, before.seen, now)
+        model = _learn(before.model, views, seen, before.turn)
+        facts = gather(columns, ordered, seen, model)
+        elapsed_s = now - before.seen.at_s if before.seen is not None else 0.0
+        state = replace(
+            before,
+            seen=seen,
+            model=model,
+            confidence=watch(before.confidence, _missed(views), self._settings.tolerance, now),
+            output_tokens=mean_output(before.output_tokens, facts, elapsed_s),
+            turn=before.turn + 1,
+            queued_at=_queued_at(before.queued_at, ids, facts.waiting >= model.chunk_tokens, now),
+        )
+        return self._climb(views, ids, ordered, facts, state, now)
 
-    def _forecast(self, costs: StepCosts, facts: _Facts) -> _Forecast:
+    def _climb(
+        self,
+        views: tuple[ReplicaView, ...],
+        ids: list[str],
+        modes: list[str],
+        facts: Facts,
+        memory: _Memory,
+        now: float,
+    ) -> tuple[dict[str, Wish], Memory]:
+        """Every replica's place on the ladder."""
+        slow = self._forecast(memory.model.of(FP16), facts)
+        fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
+        freedom = room(facts, memory.model, memory.output_tokens, memory.confidence.value, self._slo)
+        rungs = self._rungs(slow, freedom, facts, memory)
+        places = {rung.mode: place for place, rung in enumerate(rungs)}
+        kept = _kept_for_strict(views, ids, modes)
+        needed = _first_rung([rung.pressure < rung.high for rung in rungs])
+        able = _first_rung([rung.pressure <= rung.low for rung in rungs])
+        wishes: dict[str, Wish] = {}
+        calm_since: dict[str, tuple[str, float]] = {}
+        strained_since: dict[str, float] = {}
+        shedding: set[str] = set()
+        in_auto = _InAuto(self._slo, memory, freedom, now)
+        for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
+            place = places.get(mode, 0)
+            goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
+            wish: Wish | None = None
+            if goal > place:
+                since = strained_since[replica_id] = memory.strained_since.get(replica_id, now)
+                if now - since >= rungs[place].strain_s:
+                    # A rung that takes strain for a while is not passed over.
+                    goal = place + 1 if rungs[place + 1].strain_s else goal
+                    wish = self._relief(rungs, place, goal, slow, freedom, row)
+            elif best < place:
+                rung = rungs[best]
+                last = memory.calm_since.get(replica_id, ("", now))
+                since = last[1] if last[0] == rung.mode else now
+                calm_since[replica_id] = (rung.mode, since)
+                if now - since >= rung.calm_s:
+                    wish = self._return(rung, slow, row, now - since)
+            if wish is None and mode == AUTO:
+                wish = in_auto(row, replica_id)
+            elif wish is not None and wish.mode == AUTO:
+                wish = wish._replace(limits=in_auto(row, replica_id).limits)
+            elif wish is None and mode == FP8 and self._settings.shed:
+                pressure = float(fast_pressure[row])
+                if pressure >= (self._settings.high if replica_id in memory.shedding else 1.0):
+                    shedding.add(replica_id)
+                    wish = self._shed(memory.model, facts, row, pressure)
+            if wish is not None:
+                wishes[replica_id] = wish
+        return wishes, replace(
+            memory, calm_since=calm_since, strained_since=strained_since, shedding=frozenset(shedding)
+        )
+
+    def _rungs(self, slow: _Forecast, freedom: Room, facts: Facts, memory: _Memory) -> list[_Rung]:
+        """The ladder with today's pressures; FP8, the last resort, has none."""
+        settings = self._settings
+        slow_pressure = self._pressure(slow)
+        last = _Rung(FP8, np.full_like(slow_pressure, -math.inf), 0.0, 0.0, 0.0)
+        if settings.between == AUTO:
+            # 1 without any reserve, 0 where auto may return.
+            auto = np.where(~freedom.reserved, 1.0, np.where(freedom.pace < RETURN_PACE, 0.5, 0.0))
+            return [
+                _Rung(FP16, slow_pressure, LIGHT[0], LIGHT[1], settings.rest_s),
+                _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, OVERLOAD_S),
+                last,
+            ]
+        factor = _factor(memory.confidence.value)
+        high, low = settings.high * factor, settings.low * factor
+        rungs = [_Rung(FP16, slow_pressure, high, low, self._calm_s), last]
+        if settings.between:
+            plan = self._pressure(self._forecast(memory.model.of(settings.between), facts))
+            rungs.insert(1, _Rung(settings.between, plan, high, low, self._calm_s))
+        return rungs
+
+    def _forecast(self, costs: StepCosts, facts: Facts) -> _Forecast:
         """TTFT behind the queue, and TPOT over the life of a request, if every replica ran at ``costs``."""
-        prompt_tokens = facts.prompt_per_s / np.maximum(facts.arrivals, 1e-9)
-        room = np.maximum(1.0, self._model.chunk_tokens - facts.running)
+        prompt_tokens = facts.prompt_tokens
+        room_tokens = np.maximum(1.0, self._model.chunk_tokens - facts.running)
         full = costs.step_s(
-            facts.running + room,
+            facts.running + room_tokens,
             facts.running + 1.0,
             facts.context,
-            0.5 * room * np.minimum(prompt_tokens, room),
+            0.5 * room_tokens * np.minimum(prompt_tokens, room_tokens),
         )
-        burst = np.maximum(0.0, facts.inflow - room / full) * self._settings.horizon_s
-        steps = (facts.waiting + burst) / room
+        burst = np.maximum(0.0, facts.inflow - room_tokens / full) * self._settings.horizon_s
+        steps = (facts.waiting + burst) / room_tokens
         load = TokenLoad(
             prompt_per_s=facts.prompt_per_s,
             decode_per_s=facts.decode_per_s,
-            context=facts.context / np.maximum(facts.running, 1.0),
+            context=facts.context_each,
             prompt_tokens=prompt_tokens,
         )
         steady = np.minimum(costs.steady_step_s(load), full)
@@ -173,37 +236,48 @@ class PredictiveController(Controller):
         pressure: Floats = np.maximum(forecast.ttft_s / self._slo.ttft_s, forecast.tpot_s / self._slo.tpot_s)
         return pressure
 
-    def _sheds(self, fast_pressure: float, sheds_already: bool) -> bool:
-        level = self._settings.high if sheds_already else 1.0
-        return self._settings.shed and fast_pressure >= level
-
-    def _relief(self, slow: _Forecast, row: int, pressure: float, high: float) -> Wish:
+    def _relief(
+        self, rungs: list[_Rung], place: int, needed: int, slow: _Forecast, freedom: Room, row: int
+    ) -> Wish:
+        """The way down: what crossed the level of the rung in force."""
+        rung = rungs[place]
+        pressure = float(rung.pressure[row])
+        if rung.mode == AUTO:
+            pace_s = float(freedom.pace[row]) * self._slo.tpot_s
+            return Wish(
+                mode=rungs[needed].mode,
+                reason="no pace leaves FP8 steps a reserve",
+                signal="pace_s",
+                value=pace_s,
+                threshold=RETURN_PACE * self._slo.tpot_s,
+                urgent=True,
+            )
         signal, value, limit = self._crossing(slow, row)
         return Wish(
-            mode=FP8,
-            reason=f"{signal} of {value:.4g} s in 16 bits is {_shown(pressure)} of its limit",
+            mode=rungs[needed].mode,
+            reason=f"{signal} of {value:.4g} s in 16 bits is {_shown(value / limit)} of its limit",
             signal=signal,
             value=value,
-            threshold=high * limit,
-            urgent=pressure >= 1.0,
+            threshold=rung.high * limit,
+            urgent=pressure >= 1.0 or rungs[needed].mode == AUTO,
         )
 
-    def _return(self, slow: _Forecast, row: int, pressure: float, low: float, calm_s: float) -> Wish:
+    def _return(self, rung: _Rung, slow: _Forecast, row: int, calm_s: float) -> Wish:
         signal, value, limit = self._crossing(slow, row)
         return Wish(
-            mode=FP16,
-            reason=f"{signal} in 16 bits at {_shown(pressure)} of its limit after {calm_s:.1f} s of calm",
+            mode=rung.mode,
+            reason=f"{signal} in 16 bits at {_shown(value / limit)} of its limit, calm for {calm_s:.1f} s",
             signal=signal,
             value=value,
-            threshold=low * limit,
+            threshold=rung.low * limit,
         )
 
-    def _shed(self, model: LatencyModel, facts: _Facts, row: int, pressure: float) -> Wish:
+    def _shed(self, model: LatencyModel, facts: Facts, row: int, pressure: float) -> Wish:
         """Bound the queue by what FP8 prefills within the TTFT limit."""
         running = float(facts.running[row])
-        room = max(1.0, model.chunk_tokens - running)
-        full = float(model.of(FP8).step_s(running + room, running + 1.0, float(facts.context[row])))
-        bound = room * max(1.0, self._settings.high * self._slo.ttft_s / full)
+        room_tokens = max(1.0, model.chunk_tokens - running)
+        full = float(model.of(FP8).step_s(running + room_tokens, running + 1.0, float(facts.context[row])))
+        bound = room_tokens * max(1.0, self._settings.high * self._slo.ttft_s / full)
         return Wish(
             mode=FP8,
             reason=f"FP8 is at {_shown(pressure)} of the SLO: the queue is bounded",
@@ -218,121 +292,81 @@ class PredictiveController(Controller):
         return "predicted_tpot_s", tpot_s, self._slo.tpot_s
 
 
+class _InAuto:
+    """The wish to stay in ``auto``, by row, with the limits of the moment; equal ones are one object."""
+
+    def __init__(self, slo: Slo, memory: _Memory, freedom: Room, now: float) -> None:
+        self._slo = slo
+        self._memory = memory
+        self._pace = freedom.pace.tolist()
+        self._debt_s = freedom.debt_s.tolist()
+        self._now = now
+        self._made: dict[tuple[float, float, bool], Wish] = {}
+
+    def __call__(self, row: int, replica_id: str) -> Wish:
+        queued = self._now - self._memory.queued_at.get(replica_id, -math.inf) < QUEUE_MEMORY_S
+        key = (self._pace[row], self._debt_s[row], queued)
+        wish = self._made.get(key)
+        if wish is None:
+            memory = self._memory
+            limits = auto_limits(*key, memory.confidence.value, self._slo, memory.model)
+            wish = self._made[key] = Wish(AUTO, "the engine chooses step by step", limits=limits)
+        return wish
+
+
 def _shown(pressure: float) -> str:
     return f"{100 * min(pressure, _MAX_REASON_PRESSURE):.0f} %"
 
 
-def _learn(
-    model: LatencyModel, views: tuple[ReplicaView, ...], modes: Mapping[str, str], turn: int
-) -> LatencyModel:
-    """The model corrected by the latest step of one replica; they take turns."""
-    report = views[turn % len(views)].report
-    if not report.step_time_s or not report.batch_tokens or report.context_tokens is None:
+def _factor(confidence: float) -> float:
+    """The factor on all levels: 1.2 where nothing is missed, 0.2 where misses are frequent."""
+    return 0.8 + (0.4 if confidence > 0.0 else 0.6) * confidence
+
+
+def _first_rung(passes: list[NDArray[np.bool_]]) -> list[int]:
+    """The first rung that passes, by row; the last passes always."""
+    first: list[int] = np.argmax(np.stack(passes), axis=0).tolist()
+    return first
+
+
+def _queued_at(
+    before: Mapping[str, float], ids: list[str], queued: NDArray[np.bool_], now: float
+) -> dict[str, float]:
+    """When each replica last had a step's worth of queue; what is long past is forgotten."""
+    lately = {key: at for key, at in before.items() if 0.0 <= now - at < QUEUE_MEMORY_S}
+    for row in np.flatnonzero(queued).tolist():
+        lately[ids[row]] = now
+    return lately
+
+
+def _missed(views: tuple[ReplicaView, ...]) -> list[tuple[float, float]]:
+    return [
+        (view.report.slo_miss_share, view.report.arrivals_per_s)
+        for view in views
+        if view.report.slo_miss_share is not None
+    ]
+
+
+def _learn(model: LatencyModel, views: tuple[ReplicaView, ...], seen: Seen, turn: int) -> LatencyModel:
+    """The model corrected by the latest step of one replica, where its precision is known."""
+    row = turn % len(views)
+    report = views[row].report
+    mode = FP16 if seen.only_fp16[row] else FP8 if seen.only_fp8[row] else None
+    if mode is None or not report.step_time_s or not report.batch_tokens or report.context_tokens is None:
         return model
-    mode = modes[report.replica_id]
     predicted = model.of(mode).step_s(report.batch_tokens, report.running, report.context_tokens)
     return model.corrected(mode, float(predicted), report.step_time_s)
 
 
-def _watch(
-    guard: _Guard, views: tuple[ReplicaView, ...], modes: Mapping[str, str], tolerance: float, now: float
-) -> _Guard:
-    """The guard after these reports; its factor falls while 16 bits cost more than ``tolerance``."""
-    rows = [
-        (view.report.slo_miss_share, view.report.arrivals_per_s, modes[view.report.replica_id] == FP16)
-        for view in views
-        if view.report.slo_miss_share is not None
-    ]
-    arrivals = sum(rate for _, rate, _ in rows)
-    elapsed_s = now - guard.at_s
-    if not rows or arrivals <= 0.0 or elapsed_s <= 0.0:
-        return guard._replace(at_s=max(now, guard.at_s))
-    slow = [(missed, rate) for missed, rate, in_16_bits in rows if in_16_bits]
-    fast = [(missed, rate) for missed, rate, in_16_bits in rows if not in_16_bits]
-    step_s = min(elapsed_s, 1.0)
-    blend = -math.expm1(-step_s / MISS_WINDOW_S)
-    missed_fp8 = guard.missed_fp8
-    if fast:
-        share = sum(missed * rate for missed, rate in fast) / max(sum(rate for _, rate in fast), 1e-9)
-        missed_fp8 += blend * (min(1.0, share) - missed_fp8)
-    excess = sum(max(0.0, missed - missed_fp8) * rate for missed, rate in slow) / arrivals
-    excess = guard.excess + blend * (excess - guard.excess)
-    # It falls up to ten times as fast as it rises: a burst costs more than caution does.
-    push = min(0.5, max(-5.0, (0.8 * tolerance - excess) / tolerance))
-    low, high = FACTOR_RANGE
-    factor = min(high, max(low, guard.factor * math.exp(push * step_s / ADAPTATION_S)))
-    return _Guard(now, missed_fp8, excess, factor)
+def _kept_for_strict(views: tuple[ReplicaView, ...], ids: list[str], modes: list[str]) -> frozenset[str]:
+    """Replicas that stay in 16 bits for requests that demand it: their share of all requests, rounded up.
 
-
-def _see(view: ReplicaView, before: _Seen | None, now: float) -> _Seen:
-    """The running averages of one replica after this report."""
-    report = view.report
-    executed = report.tokens_fp16 + report.tokens_fp8
-    if before is None or now <= before.at_s:
-        inflow = report.arriving_prompt_tokens_per_s or 0.0
-        return _Seen(now, report.waiting_prompt_tokens, executed, inflow, float(report.running))
-    elapsed_s = now - before.at_s
-    # What arrived is what was executed and what the queue grew by; decode tokens are few beside a burst's
-    # prompts.
-    grown = report.waiting_prompt_tokens - before.waiting_prompt_tokens
-    inflow = max(0.0, (executed - before.executed_tokens + grown) / elapsed_s)
-    fast, slow = -math.expm1(-elapsed_s / INFLOW_WINDOW_S), -math.expm1(-elapsed_s / LOAD_WINDOW_S)
-    return _Seen(
-        now,
-        report.waiting_prompt_tokens,
-        executed,
-        before.inflow_per_s + fast * (inflow - before.inflow_per_s),
-        before.running + slow * (report.running - before.running),
-    )
-
-
-def _facts(
-    views: tuple[ReplicaView, ...], modes: Mapping[str, str], seen: Mapping[str, _Seen], model: LatencyModel
-) -> _Facts:
-    rows = [
-        (
-            view.report.running,
-            view.report.waiting_prompt_tokens,
-            view.report.oldest_waiting_s,
-            view.report.context_tokens or 0,
-            view.report.arrivals_per_s,
-            view.report.arriving_prompt_tokens_per_s or 0.0,
-            seen[view.report.replica_id].inflow_per_s,
-            seen[view.report.replica_id].running,
-            modes[view.report.replica_id] == FP8,
-        )
-        for view in views
-    ]
-    running, waiting, oldest_s, context, arrivals, prompt, inflow, mean_running, fast = np.array(
-        rows, float
-    ).T
-    per_request = context / np.maximum(running, 1.0)
-    decode = np.zeros_like(running)
-    for mode, chosen in ((FP8, fast > 0), (FP16, fast == 0)):
-        step = _loaded_step(
-            model.of(mode), mean_running, per_request, prompt, prompt / np.maximum(arrivals, 1e-9)
-        )
-        decode = np.where(chosen, mean_running / step, decode)
-    return _Facts(running, waiting, oldest_s, context, arrivals, prompt, inflow, decode)
-
-
-def _loaded_step(
-    costs: StepCosts, running: Floats, per_request: Floats, prompt_per_s: Floats, prompt_tokens: Floats
-) -> Floats:
-    """Mean step time at a known batch: the steady step with the number of requests given, not derived."""
-    linear = np.maximum(costs.weights_s, running * costs.token_s)
-    base = costs.overhead_s + linear + running * (costs.sequence_s + per_request * costs.context_token_s)
-    lump_s = np.maximum(0.0, (running + prompt_tokens) * costs.token_s - linear)
-    step: Floats = base / (1.0 - np.minimum(0.9, prompt_per_s / np.maximum(prompt_tokens, 1.0) * lump_s))
-    return step
-
-
-def _kept_for_strict(views: tuple[ReplicaView, ...], modes: Mapping[str, str]) -> frozenset[str]:
-    """Replicas that stay in 16 bits for requests that demand it: their share of all requests, rounded up."""
+    ``views`` come least loaded first; among equals those already in 16 bits are kept.
+    """
     strict = sum(view.report.strict_running + view.report.strict_waiting for view in views)
     if strict == 0:
         return frozenset()
     everything = sum(view.report.running + view.report.waiting for view in views)
     count = math.ceil(len(views) * min(1.0, strict / max(everything, 1)))
-    ordered = sorted(by_load(views), key=lambda view: modes[view.report.replica_id] != FP16)
-    return frozenset(view.report.replica_id for view in ordered[:count])
+    ordered = sorted(range(len(ids)), key=lambda row: modes[row] != FP16)
+    return frozenset(ids[row] for row in ordered[:count])

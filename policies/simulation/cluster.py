@@ -15,6 +15,7 @@ from nestedfp.policies.policy import Policy, PolicyState
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.state import (
+    AUTO_LIMITS,
     MODES,
     Engines,
     EngineSettings,
@@ -72,7 +73,7 @@ class Cluster:
         checks.integer("seed", seed)
         engine.seed(seed)
         self.requests = requests_of(workload)
-        self.engines = engines_of(replicas, settings.max_sequences)
+        self.engines = engines_of(replicas, settings.max_sequences, seed)
         self.now = 0.0
         self._costs = costs_of(settings)
         self._following = 0
@@ -136,13 +137,15 @@ class Cluster:
         return tuple(ReplicaView(self._report(*row), 0.0) for row in columns if row[1])
 
     def order(self, replica_id: str, mode: str, limits: Any) -> None:
-        """Set the mode of one replica, and its shedding limit where one is given."""
+        """Set the mode of one replica and its limits; one that is not given is lifted."""
         if mode not in _NUMBER:
             raise InvalidField("mode", mode, f"the simulator serves {', '.join(MODES)}")
         number = self._numbers[replica_id]
         self.engines.replicas["mode"][number] = _NUMBER[mode]
-        shed = (limits or {}).get("waiting_prompt_tokens")
-        self.engines.replicas["shed_above"][number] = np.inf if shed is None else shed
+        given = limits or {}
+        for name in AUTO_LIMITS:
+            self.engines.replicas[name][number] = given.get(name, np.inf)
+        self.engines.replicas["shed_above"][number] = given.get("waiting_prompt_tokens", np.inf)
 
     def _report(
         self,
@@ -231,6 +234,7 @@ def simulate(
     state: PolicyState = policy.start()
     timeline = Timeline()
     flips: list[dict[str, Any]] = []
+    limits: dict[str, Any] = {}
     last_arrival_s = float(cluster.requests["arrival_s"][-1])
     decisions = 0
     arrived = 0
@@ -251,8 +255,9 @@ def simulate(
                         "threshold": target.threshold,
                     }
                 )
-            if target.changed or target.limits is not None:
+            if target.changed or target.limits is not limits.get(replica_id):
                 cluster.order(replica_id, target.mode, target.limits)
+                limits[replica_id] = target.limits
         if not timeline.t_s or cluster.now - timeline.t_s[-1] >= 1.0 - 1e-6:
             arrived = _sample(timeline, cluster, arrived)
         cluster.tick(decisions * config.decide_interval_s)

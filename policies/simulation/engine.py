@@ -3,8 +3,8 @@
 A step serves running requests first, oldest first, one token each once their prompt is computed, and gives
 what is left of ``chunk_tokens`` to prompts. Where the KV cache is full the youngest running request is
 preempted: its cache is dropped and it returns to the head of the queue, to be computed anew. A step that
-holds a strict request runs in 16 bits whatever the mode ordered. A request goes to the less loaded of two
-replicas drawn at random.
+holds a strict request runs in 16 bits whatever the mode ordered; in ``auto`` each step runs in 16 bits
+unless that breaks a limit. A request goes to the less loaded of two replicas drawn at random.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ def njit(function: F) -> F:
 
 SHED = -2
 NEVER_FITS = -3
+AUTO_NUMBER = 2
+KV_HIGH = 0.9
+"""Share of the KV cache in use from which on ``auto`` takes FP8, as the engine's default has it."""
 
 
 @njit
@@ -57,7 +60,7 @@ def advance(until_s: float, following: int, requests: Requests, cluster: Engines
         if min(step_end_s, arrival_s) > until_s:
             return following
         if arrival_s <= step_end_s:
-            _arrive(following, arrival_s, requests, cluster, costs)
+            arrive(following, arrival_s, requests, cluster, costs)
             following += 1
         else:
             _finish_step(first, step_end_s, requests, cluster)
@@ -98,11 +101,12 @@ def _recent_percentile(since_s: float, share: float, values: Floats, times: Floa
 
 
 @njit
-def _arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> None:
+def arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> None:
+    """Queue request ``r`` on a replica; where none takes it, its ``replica`` says why."""
     if requests[r].prompt + requests[r].output > costs.kv_tokens:
         requests[r].replica = NEVER_FITS
         return
-    i = _route(requests[r].strict, cluster)
+    i = _route(r, requests[r].strict, cluster)
     if i < 0:
         requests[r].replica = SHED
         return
@@ -127,26 +131,43 @@ def _arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Cos
 
 
 @njit
-def _route(strict: bool, cluster: Engines) -> int:
-    """The less loaded of two random candidates; a strict request prefers replicas in 16 bits. -1 if none."""
-    one = _draw(strict, cluster)
+def _route(r: int, strict: bool, cluster: Engines) -> int:
+    """The less loaded of two random candidates; a strict request prefers replicas in 16 bits. -1 if none.
+
+    The candidates depend on seed and request alone, so that policies are compared on the same draws.
+    """
+    one = _draw(_hash(cluster.seed, 2 * r), strict, cluster)
     if one < 0 and strict:
         strict = False
-        one = _draw(strict, cluster)
+        one = _draw(_hash(cluster.seed, 2 * r), strict, cluster)
     if one < 0:
         return -1
-    other = _draw(strict, cluster)
+    other = _draw(_hash(cluster.seed, 2 * r + 1), strict, cluster)
     one_load = cluster.replicas[one].running + cluster.replicas[one].waiting
     other_load = cluster.replicas[other].running + cluster.replicas[other].waiting
     return one if one_load <= other_load else other
 
 
 @njit
-def _draw(only_16_bits: bool, cluster: Engines) -> int:
-    """A random replica that takes requests, in 16 bits if asked; -1 if there is none."""
+def _hash(seed: int, number: int) -> int:
+    """A hash of both, 63 bits (the finaliser of MurmurHash3 over their mix)."""
+    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(number + 1) * np.uint64(
+        0xD1B54A32D192ED03
+    )
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0xFF51AFD7ED558CCD)
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0xC4CEB9FE1A85EC53)
+    x ^= x >> np.uint64(33)
+    return int(x >> np.uint64(1))
+
+
+@njit
+def _draw(start: int, only_16_bits: bool, cluster: Engines) -> int:
+    """The first replica from place ``start`` on that takes requests, in 16 bits if asked; -1 if none does."""
     count = cluster.replicas.shape[0]
-    for attempt in range(16 + count):
-        i = np.random.randint(count) if attempt < 16 else attempt - 16
+    for offset in range(count):
+        i = (start + offset) % count
         replica = cluster.replicas[i]
         if replica.active and (replica.mode == 0 or not only_16_bits):
             return i
@@ -201,11 +222,14 @@ def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs:
     if tokens == 0:
         _set_step_end(i, math.inf, cluster)
         return
-    mode = 0 if replica.strict_running > 0 else replica.mode
-    duration = costs.overhead_s[mode]
-    duration += max(costs.weights_s[mode], tokens * costs.token_s[mode])
-    duration += replica.running * costs.sequence_s[mode]
-    duration += context * costs.context_token_s[mode] + pairs * costs.pair_s[mode]
+    slow_s = _step_s(0, tokens, replica.running, context, pairs, costs)
+    mode = replica.mode
+    if replica.strict_running > 0:
+        mode = 0
+    elif mode == AUTO_NUMBER:
+        crowded = replica.kv >= KV_HIGH * costs.kv_tokens
+        mode = 1 if crowded or _too_slow(i, now, slow_s, requests, cluster) else 0
+    duration = slow_s if mode == 0 else _step_s(mode, tokens, replica.running, context, pairs, costs)
     if costs.noise > 0:
         duration *= math.exp(costs.noise * np.random.standard_normal())
     if mode != replica.step_mode:
@@ -218,6 +242,42 @@ def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs:
     replica.context = context
     replica.pairs = pairs
     _set_step_end(i, now + duration, cluster)
+
+
+@njit
+def _step_s(mode: int, tokens: int, sequences: int, context: int, pairs: float, costs: Costs) -> float:
+    """Duration of a step by the latency model's formula."""
+    return float(
+        costs.overhead_s[mode]
+        + max(costs.weights_s[mode], tokens * costs.token_s[mode])
+        + sequences * costs.sequence_s[mode]
+        + context * costs.context_token_s[mode]
+        + pairs * costs.pair_s[mode]
+    )
+
+
+@njit
+def _too_slow(i: int, now: float, duration: float, requests: Requests, cluster: Engines) -> bool:
+    """The choice within ``auto``: whether a step of ``duration`` in 16 bits would break one of its limits.
+
+    That is: the queue beyond the step holds ``queue_tokens``, a prompt has waited ``wait_s`` for its first
+    token, or a running request would end the step more than ``debt_s`` behind its pace.
+    """
+    replica = cluster.replicas[i]
+    if replica.waiting_tokens >= replica.queue_tokens:
+        return True
+    if replica.head >= 0 and now - requests[replica.head].arrival_s >= replica.wait_s:
+        return True
+    end_s = now + duration
+    for k in range(replica.running):
+        r = cluster.slots[i, k]
+        made = requests[r].generated
+        if made == 0:
+            if now - requests[r].arrival_s >= replica.wait_s:
+                return True
+        elif end_s - requests[r].first_s > made * replica.pace_s + replica.debt_s:
+            return True
+    return False
 
 
 @njit

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from nestedfp.policies import checks, roofline
 from nestedfp.policies.latency import LatencyModel
-from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.protocol import AUTO, FP8, FP16
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-MODES: Final = (FP16, FP8)
+MODES: Final = (FP16, FP8, AUTO)
 """Modes by their number in the columns."""
+AUTO_LIMITS: Final = ("pace_s", "debt_s", "queue_tokens", "wait_s")
+"""Limits of ``auto``; without them it runs in 16 bits."""
 WINDOW: Final = 256
 """Latest TTFT and TPOT values kept per replica for its percentiles."""
 
@@ -87,6 +89,10 @@ REPLICA: Final = np.dtype(
     [
         ("mode", np.int64),  # mode ordered, an index of MODES
         ("active", np.bool_),  # takes new requests
+        ("pace_s", np.float64),  # limits of `auto`, as are the three that follow
+        ("debt_s", np.float64),
+        ("queue_tokens", np.float64),
+        ("wait_s", np.float64),
         ("shed_above", np.float64),  # queued prompt tokens above which an arrival is refused
         ("step_end_s", np.float64),  # end of the step in progress; infinite when idle
         ("step_mode", np.int64),  # of the latest step, as are the five that follow
@@ -134,6 +140,8 @@ class Engines(NamedTuple):
 
     Its leaves are the second half; -1 stands beyond the last replica.
     """
+    seed: int
+    """Of the routing."""
 
 
 class Costs(NamedTuple):
@@ -187,11 +195,11 @@ def requests_of(workload: Workload) -> Requests:
     return requests
 
 
-def engines_of(count: int, max_sequences: int) -> Engines:
+def engines_of(count: int, max_sequences: int, seed: int = 0) -> Engines:
     """``count`` fresh replicas, all idle in 16 bits and taking requests."""
     replicas = np.zeros(count, dtype=REPLICA)
     replicas["active"] = True
-    for column in ("shed_above", "step_end_s"):
+    for column in ("shed_above", "step_end_s", *AUTO_LIMITS):
         replicas[column] = np.inf
     for column in ("head", "tail"):
         replicas[column] = -1
@@ -202,7 +210,7 @@ def engines_of(count: int, max_sequences: int) -> Engines:
         tree[node] = tree[2 * node]
     recent = np.full((count, 4, WINDOW), -np.inf)
     slots = np.zeros((count, max_sequences), dtype=np.int64)
-    return Engines(replicas, slots, np.zeros_like(slots), recent, tree)
+    return Engines(replicas, slots, np.zeros_like(slots), recent, tree, seed)
 
 
 def costs_of(settings: EngineSettings) -> Costs:

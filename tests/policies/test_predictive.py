@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
@@ -22,8 +23,12 @@ BUSY: dict[str, Any] = {
 
 
 class Run:
-    def __init__(self, **changes: Any) -> None:
-        self.policy = Policy(PolicyConfig.from_dict({"controller": "predictive", **changes}))
+    """A predictive policy over time; without ``between`` there are only 16 bits and FP8."""
+
+    def __init__(self, between: str = "", **changes: Any) -> None:
+        prediction = {"between": between, **changes.pop("prediction", {})}
+        settings = {"controller": "predictive", "prediction": prediction, **changes}
+        self.policy = Policy(PolicyConfig.from_dict(settings))
         self.state = self.policy.start()
 
     def at(self, now: float, *views: ReplicaView) -> dict[str, Assignment]:
@@ -88,13 +93,13 @@ def test_the_burst_projection_acts_before_the_queue_is_critical(view: MakeView) 
 
 
 def misses(run: Run, view: MakeView, mode: str, seconds: int, share: float) -> float:
-    """Report a miss share on a replica whose load keeps it in ``mode``; the factor after it."""
+    """Report a miss share on a replica whose load keeps it in ``mode``; the confidence after it."""
     load = (
         BUSY if mode == "fp16" else {**BUSY, "arriving_prompt_tokens_per_s": 40_000.0, "arrivals_per_s": 40.0}
     )
     for second in range(seconds):
         assert run.at(float(second), view(**load, slo_miss_share=share))["a"].mode == mode
-    return float(run.state.memory.guard.factor)
+    return float(run.state.memory.confidence.value)
 
 
 def test_misses_in_16_bits_lower_the_levels_until_fp8_takes_over(view: MakeView) -> None:
@@ -104,16 +109,17 @@ def test_misses_in_16_bits_lower_the_levels_until_fp8_takes_over(view: MakeView)
     assert modes[-1] == "fp8"
 
 
-def test_no_misses_raise_the_levels_and_misses_of_fp8_are_not_held_against_16_bits(view: MakeView) -> None:
-    assert misses(Run(), view, "fp16", 60, 0.0) == pytest.approx(1.2)
-    assert misses(Run(), view, "fp8", 60, 0.5) >= 1.0
+def test_confidence_follows_the_misses(view: MakeView) -> None:
+    assert misses(Run(), view, "fp16", 60, 0.0) == pytest.approx(1.0, abs=0.01)
+    assert misses(Run(), view, "fp8", 60, 0.01) == pytest.approx(0.0, abs=0.01)
+    assert misses(Run(), view, "fp8", 60, 0.5) == -1.0
 
 
 def test_unknown_misses_teach_nothing(view: MakeView) -> None:
     run = Run()
     for second in range(60):
         run.at(float(second), view(**BUSY))
-    assert run.state.memory.guard.factor == 1.0
+    assert run.state.memory.confidence.value == 0.5
 
 
 def test_enough_replicas_stay_in_16_bits_for_strict_requests(view: MakeView) -> None:
@@ -151,15 +157,120 @@ def test_a_slower_engine_is_learnt_from_its_steps(view: MakeView) -> None:
     run = Run()
     step_s = 3 * float(run.policy.start().memory.model.of("fp16").step_s(60, 30, 36_000))
     slow = {**BUSY, "step_time_s": step_s, "batch_tokens": 60}
-    modes = [run.at(step * 0.1, view(**slow))["a"].mode for step in range(200)]
+    modes = [run.at(step * 0.1, view(**slow, tokens_fp16=step * 60))["a"].mode for step in range(200)]
     assert modes[0] == "fp16"
     assert modes[-1] == "fp8"
     assert 1.5 < run.state.memory.model.correction["fp16"] <= 3.0
 
 
+LIGHT: dict[str, Any] = {
+    "running": 1,
+    "context_tokens": 1_000,
+    "arrivals_per_s": 0.2,
+    "arriving_prompt_tokens_per_s": 100.0,
+}
+LOADED: dict[str, Any] = {**BUSY, "arrivals_per_s": 18.0, "arriving_prompt_tokens_per_s": 18_000.0}
+HEAVY: dict[str, Any] = {**BUSY, "arrivals_per_s": 60.0, "arriving_prompt_tokens_per_s": 60_000.0}
+
+
+def test_auto_takes_over_as_soon_as_there_is_load_and_not_before(view: MakeView) -> None:
+    run = Run("auto")
+    assert run.at(0.0, view(**LIGHT))["a"].mode == "fp16"
+    target = run.at(10.0, view(**LOADED))["a"]
+    assert target.mode == "auto"
+    assert target.limits is not None
+    assert target.limits["pace_s"] == pytest.approx(0.033)
+    assert target.limits["token_s"] > 0
+
+
+def test_the_debt_falls_with_the_load_and_then_the_pace(view: MakeView) -> None:
+    def limits(**load: Any) -> dict[str, float]:
+        given = Run("auto").at(0.0, view(**{**LOADED, **load}))["a"].limits
+        assert given is not None
+        return dict(given)
+
+    calm = limits()
+    busy = limits(arrivals_per_s=32.0, arriving_prompt_tokens_per_s=32_000.0)
+    heavy = limits(
+        arrivals_per_s=32.0, arriving_prompt_tokens_per_s=36_000.0, running=110, context_tokens=130_000
+    )
+    assert calm["debt_s"] > busy["debt_s"] == heavy["debt_s"] == 0.0
+    assert calm["pace_s"] >= busy["pace_s"] > heavy["pace_s"] > 0.0
+
+
+def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
+    run = Run("auto")
+    modes = [run.at(step * 0.1, view(**HEAVY))["a"].mode for step in range(80)]
+    assert modes[0] == modes[40] == "auto"
+    assert modes[-1] == "fp8"
+    modes = [run.at(8.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(80)]
+    assert modes[0] == "fp8"
+    assert modes[-1] == "auto"
+
+
+def test_auto_gives_way_only_after_a_long_rest(view: MakeView) -> None:
+    run = Run("auto", prediction={"rest_s": 20.0})
+    run.at(0.0, view(**LOADED))
+    modes = [run.at(1.0 + second, view(**LIGHT))["a"].mode for second in range(30)]
+    assert modes[15] == "auto"
+    assert modes[-1] == "fp16"
+
+
+def test_where_requests_are_missed_a_queue_is_served_in_fp8(view: MakeView) -> None:
+    trusting, cautious = Run("auto"), Run("auto")
+    queue = {**LOADED, "waiting": 4, "waiting_prompt_tokens": 4_000}
+    for second in range(40):
+        last_trusting = trusting.at(float(second), view(**queue, slo_miss_share=0.0))["a"].limits
+        last_cautious = cautious.at(float(second), view(**queue, slo_miss_share=0.1))["a"].limits
+    assert last_trusting is not None
+    assert last_cautious is not None
+    assert last_trusting["queue_tokens"] > 1_000
+    assert last_cautious["queue_tokens"] == 1.0
+    assert last_cautious["pace_s"] < 0.5 * last_trusting["pace_s"]
+
+
+def test_limits_hold_while_signals_are_unusable(view: MakeView) -> None:
+    run = Run("auto")
+    first = run.at(0.0, view(**LOADED))["a"]
+    assert run.at(5.0, view(**LOADED, stale_s=4.0))["a"].limits == first.limits is not None
+
+
+def test_strict_requests_keep_replicas_out_of_auto(view: MakeView) -> None:
+    views = [view(str(number), **LOADED, strict_running=10 if number == 0 else 0) for number in range(4)]
+    targets = Run("auto").at(0.0, *views)
+    assert sorted(target.mode for target in targets.values()) == ["auto", "auto", "auto", "fp16"]
+
+
+PLANNED: dict[str, Any] = {
+    "plans": ["mlp-fp8"],
+    "calm_s": 1.0,
+    "latency": {
+        "costs": {
+            name: {"overhead_s": 0.002, "weights_s": 0.006 * scale, "token_s": 23e-6 * scale}
+            for name, scale in (("fp16", 1.0), ("mlp-fp8", 0.7), ("fp8", 0.5))
+        }
+    },
+}
+
+
+def test_a_named_plan_is_the_rung_between(view: MakeView) -> None:
+    run = Run("mlp-fp8", **PLANNED)
+    queue = {**BUSY, "waiting": 30}
+    assert run.at(0.0, view(**queue, waiting_prompt_tokens=40_000))["a"].mode == "mlp-fp8"
+    assert run.at(5.0, view(**queue, waiting_prompt_tokens=90_000))["a"].mode == "fp8"
+    calm = [run.at(10.0 + second, view(**BUSY, tokens_fp8=9))["a"].mode for second in range(30)]
+    assert calm[-1] == "fp16"
+
+
+def test_a_plan_without_costs_is_refused() -> None:
+    with pytest.raises(InvalidField, match=r"prediction\.between"):
+        Run("mlp-fp8", plans=["mlp-fp8"])
+
+
+@pytest.mark.parametrize("between", ["", "auto"])
 def test_a_thousand_replicas_are_decided_within_the_bound(
-    view: MakeView, least_cpu_s: Callable[..., float]
+    view: MakeView, least_cpu_s: Callable[..., float], between: str
 ) -> None:
-    run = Run()
+    run = Run(between)
     views = [view(f"r{n}", **{**BUSY, "waiting_prompt_tokens": 100 * (n % 400)}) for n in range(1000)]
     assert least_cpu_s(lambda step: run.at(step * 0.1, *views)) < 0.010

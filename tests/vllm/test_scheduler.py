@@ -112,6 +112,19 @@ def test_a_strict_request_pins_its_steps_until_it_is_finished(scheduler: Schedul
     assert scheduler.selection.strict_count == 0
 
 
+def test_a_pace_puts_only_steps_in_fp8_that_would_break_it(scheduler: Scheduler) -> None:
+    scheduler.selection.set_target("auto", 1, limits={"pace_s": 0.03, "token_s": 1e-4})
+    scheduler.add_request(request("a"))
+    scheduler.requests["a"].num_output_tokens = 1
+    scheduler.waiting.clear()
+    assert getattr(scheduler.step(a=1), TAG).plan == "fp16"
+    large = getattr(scheduler.step(a=1, b=400), TAG)
+    assert (large.plan, large.reason[:5]) == ("fp8", "auto:")
+    scheduler.selection.set_target("auto", 2, limits={"pace_s": 0.03, "token_s": 1e-4, "wait_s": 1.0})
+    scheduler.waiting.append(request("b"))
+    assert "oldest_wait_s" in getattr(scheduler.step(a=1), TAG).reason
+
+
 def test_an_unknown_precision_class_is_no_pin(scheduler: Scheduler) -> None:
     scheduler.add_request(request("a", nestedfp_precision="fp4"))
     assert scheduler.selection.strict_count == 0

@@ -44,31 +44,48 @@ def calm_burst_calm(seed: int = 1) -> Columns:
     return Columns(arrival[order], *columns)
 
 
-@pytest.mark.parametrize("controller", ["threshold", "predictive"])
-def test_a_burst_is_served_in_fp8_and_calm_in_16_bits(controller: str) -> None:
+def settings(controller: str, between: str = "auto") -> PolicyConfig:
+    return PolicyConfig.from_dict({"controller": controller, "prediction": {"between": between}})
+
+
+@pytest.mark.parametrize(
+    ("controller", "between", "share"),
+    [("threshold", "", 0.2), ("predictive", "", 0.2), ("predictive", "auto", 0.01)],
+)
+def test_a_burst_is_served_in_fp8_and_calm_in_16_bits(controller: str, between: str, share: float) -> None:
+    """``share`` bounds the requests missed, of those that 16 bits alone miss."""
     load = calm_burst_calm()
-    policy = Policy(PolicyConfig(controller=controller))
-    outcome = simulate(load, policy, replicas=2, seed=1)
-    fixed = simulate(load, Policy(PolicyConfig(controller="static-fp16")), replicas=2, seed=1)
+    outcome = simulate(load, Policy(settings(controller, between)), replicas=2, seed=1)
+    fixed = simulate(load, Policy(settings("static-fp16")), replicas=2, seed=1)
     slo = Slo()
     missed = 1.0 - attained(outcome.requests, slo).mean()
     missed_fixed = 1.0 - attained(fixed.requests, slo).mean()
     assert missed_fixed > 0.2
-    assert missed <= 0.1 * missed_fixed
+    assert missed <= share * missed_fixed
+    requests = outcome.requests
+    burst = (requests["arrival_s"] > 32.0) & (requests["arrival_s"] < 48.0)
+    calm = requests["arrival_s"] < 25.0
+    in_fp8 = requests["fp8"] / (requests["fp8"] + requests["fp16"])
+    assert in_fp8[burst].mean() > 0.5 > 0.1 > in_fp8[calm].mean()
+    assert busiest_minute(outcome.flips) <= 6
+    assert all(flip["signal"] and flip["value"] is not None for flip in outcome.flips)
+    if between == "auto":
+        return
     to_fp8 = [flip["at"] for flip in outcome.flips if flip["to"] == "fp8"]
     back = [flip["at"] for flip in outcome.flips if flip["to"] == "fp16"]
     assert 30.0 < min(to_fp8) < 40.0
     assert max(back) > max(to_fp8) > 30.0
     assert set(outcome.timeline.modes[20]) == {0}
     assert set(outcome.timeline.modes[-1]) == {0}
-    assert busiest_minute(outcome.flips) <= 6
-    assert all(flip["signal"] and flip["value"] is not None for flip in outcome.flips)
 
 
-@pytest.mark.parametrize("controller", ["threshold", "predictive"])
-def test_steady_load_flips_nothing(controller: str) -> None:
-    outcome = simulate(steady(7.0, 300.0, 2), Policy(PolicyConfig(controller=controller)), replicas=1, seed=1)
-    assert outcome.flips == []
+@pytest.mark.parametrize(
+    ("controller", "between"), [("threshold", ""), ("predictive", ""), ("predictive", "auto")]
+)
+def test_steady_load_flips_at_most_once(controller: str, between: str) -> None:
+    outcome = simulate(steady(7.0, 300.0, 2), Policy(settings(controller, between)), replicas=1, seed=1)
+    assert len(outcome.flips) <= (1 if between else 0)
+    assert outcome.requests["fp8"].sum() <= 0.01 * outcome.requests["fp16"].sum()
 
 
 def test_actor_replica_and_simulator_run_the_same_decide(
