@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.protocol import ReplicaReport, Target
@@ -91,7 +92,7 @@ class PolicyActor:
         self._config = config if isinstance(config, PolicyConfig) else PolicyConfig.from_dict(config)
         self._policy = Policy(self._config)
         self._state = self._policy.start()
-        self._clock = clock
+        self._now = SteadyClock(clock)
         self._wall = wall
         self._owner = owner or uuid.uuid4().hex
         self._entries: dict[str, _Entry] = {}
@@ -99,7 +100,6 @@ class PolicyActor:
         self._log: deque[dict[str, Any]] = deque(maxlen=LOG_LENGTH)
         self._changes = 0
         self._ignored_reports = 0
-        self._latest_s = clock()
         self._decided_s = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
 
@@ -296,8 +296,3 @@ class PolicyActor:
             "faults": list(entry.report.faults),
             "report": entry.report.to_dict(),
         }
-
-    def _now(self) -> float:
-        """The clock, held still while it runs backwards."""
-        self._latest_s = max(self._latest_s, self._clock())
-        return self._latest_s

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.policy import Policy, PolicyState
 from nestedfp.policies.protocol import FP16, ReplicaReport, Target
@@ -69,15 +70,15 @@ class ReplicaControl:
         self._replica_id = replica_id
         self._boot_id = boot_id or uuid.uuid4().hex
         self._booted_at = time.time() if booted_at is None else booted_at
-        self._clock = clock
+        self._clock = SteadyClock(clock)
         self._policy = Policy(config)
-        self._state = self._fresh_state(clock())
+        self._state = self._fresh_state(self._clock())
         self._sequence = 0
         self._last_call: Call | None = None
         self._target: Target | None = None
         self._lease_until_s = float("-inf")
         self._order = Order(FP16, 0, "started")
-        self._mode_since_s = clock()
+        self._mode_since_s = self._clock()
         self._applied: tuple[int, float] | None = None
         self._refused_answers = 0
         self._lapses = 0

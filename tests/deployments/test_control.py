@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from nestedfp.deployments import policy_actor
 from nestedfp.deployments.control_loop import ControlLoop
 from nestedfp.deployments.metrics import served_by
-from nestedfp.deployments.policy_actor import PolicyLink, actor_name
+from nestedfp.deployments.policy_actor import PolicyLink, PolicyService, actor_name
 from nestedfp.policies.actor import PolicyActor
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.replica import ActorUnavailable, Order
@@ -148,6 +149,21 @@ async def test_a_lost_actor_is_found_anew(monkeypatch: pytest.MonkeyPatch) -> No
     assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
     assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
     assert found == []
+
+
+async def test_an_actor_that_nobody_calls_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    context = SimpleNamespace(current_actor="itself")
+    monkeypatch.setattr(policy_actor.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(policy_actor.ray, "kill", ended.append)
+    actor = PolicyService(CONFIG.to_dict(), lonely_s=0.1)
+    signals = await Engine().signals()
+    identity = {"replica_id": "r", "boot_id": "b", "mode": "fp16", "epoch": 0}
+    for sequence in range(1, 6):
+        await actor.sync({**signals, **identity, "sequence": sequence}, 0, 0.0)
+        await asyncio.sleep(0.05)
+        assert ended == []
+    await eventually(lambda: ended == ["itself"])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The protocol under any interleaving hypothesis can find.
 
 One replica and its successive boots talk to successive actors over a network that delays, repeats, reorders
-and loses messages. Old actors stay alive and go on answering what still reaches them. What was delivered is
-kept by the test itself, apart from the code under test, and the invariants are checked against it.
+and loses messages, and clocks are set back. Old actors stay alive and go on answering what still reaches
+them. What was delivered is kept by the test itself, apart from the code under test, and the invariants are
+checked against it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Request:
     message: dict[str, Any]
     actor: PolicyActor
     control: ReplicaControl
+    sent_s: float
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Reply:
     call: Call
     message: dict[str, Any]
     control: ReplicaControl
+    sent_s: float
 
 
 class ProtocolMachine(RuleBasedStateMachine):
@@ -57,6 +60,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.now = 100.0
+        self.set_back_s = 0.0
         self.actors = 0
         self.boots = 0
         self.requests: list[Request] = []
@@ -64,6 +68,10 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.loop.close()
+
+    def clock(self) -> float:
+        """What both sides read; ``now`` is the truth."""
+        return self.now - self.set_back_s
 
     @initialize()
     def begin(self) -> None:
@@ -74,13 +82,13 @@ class ProtocolMachine(RuleBasedStateMachine):
     def start_actor(self) -> None:
         """A new actor under the name; the one before is unreachable for new calls but not dead."""
         self.actors += 1
-        self.actor = PolicyActor(CONFIG, clock=lambda: self.now, owner=f"owner-{self.actors}")
+        self.actor = PolicyActor(CONFIG, clock=self.clock, owner=f"owner-{self.actors}")
 
     @rule()
     def boot_replica(self) -> None:
         self.boots += 1
         self.control = ReplicaControl(
-            "a", CONFIG, clock=lambda: self.now, boot_id=f"boot-{self.boots}", booted_at=float(self.boots)
+            "a", CONFIG, clock=self.clock, boot_id=f"boot-{self.boots}", booted_at=float(self.boots)
         )
         self.delivered: list[tuple[float, dict[str, Any]]] = []
         self.orders: dict[int, tuple[str, str]] = {}
@@ -90,12 +98,16 @@ class ProtocolMachine(RuleBasedStateMachine):
     def advance(self, dt: float) -> None:
         self.now += dt
 
+    @rule(dt=st.sampled_from([0.1, LEASE_S, 1e6]))
+    def set_the_clock_back(self, dt: float) -> None:
+        self.set_back_s += dt
+
     @rule(waiting=st.sampled_from([0, 0, 5, 9, 40]))
     def call(self, waiting: int) -> None:
         unknown = dict.fromkeys(("ttft_p90_s", "tpot_p90_s", "step_time_s"))
         signals = {**dict.fromkeys(COUNTS, 0), **dict.fromkeys(TIMES, 0.0), **unknown, "waiting": waiting}
         call = self.control.begin(signals)
-        self.requests.append(Request(call, call.report.to_dict(), self.actor, self.control))
+        self.requests.append(Request(call, call.report.to_dict(), self.actor, self.control, self.now))
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), repeat=st.booleans())
@@ -109,7 +121,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         except RetiredReplica:
             assert request.control is not self.control, "the living process must never be refused"
             return
-        self.replies.append(Reply(request.call, answer, request.control))
+        self.replies.append(Reply(request.call, answer, request.control, request.sent_s))
 
     @precondition(lambda self: self.replies)
     @rule(data=st.data(), repeat=st.booleans())
@@ -118,7 +130,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         if not repeat:
             self.replies.remove(reply)
         if reply.control is self.control:
-            self.delivered.append((reply.call.sent_s, reply.message))
+            self.delivered.append((reply.sent_s, reply.message))
         reply.control.finish(reply.call, reply.message)
 
     @precondition(lambda self: self.requests or self.replies)
@@ -138,7 +150,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         sync = request.actor.sync(request.message, request.call.known_epoch, 0.0)
         answer = self.loop.run_until_complete(sync)
         self.now += back_s
-        self.delivered.append((request.call.sent_s, answer))
+        self.delivered.append((request.sent_s, answer))
         self.control.finish(request.call, answer)
 
     @rule(there_s=st.floats(0.0, 2.0), back_s=st.floats(0.0, 2.0))
