@@ -6,13 +6,9 @@ All tests share one application. They run in the order of the file: the last one
 from __future__ import annotations
 
 import json
-import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,22 +16,13 @@ import openai
 import psutil
 import pytest
 
-from nestedfp.deployments.cluster import RunningApp, running
-from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.cluster import RunningApp
+
+from .serving import ANSWER_S, eventually, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-ANSWER_S = 60.0
-"""Nothing may take longer than this, on a machine with other work too."""
-
 PROMPT = "Once upon a time there was a"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def settings(model: str) -> dict[str, Any]:
@@ -73,25 +60,8 @@ def settings(model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def app(model_path: str) -> Iterator[RunningApp]:
-    file = ServeFile.from_dict(
-        {
-            "http_options": {"host": "127.0.0.1", "port": free_port(), "request_timeout_s": ANSWER_S},
-            "applications": [
-                {"import_path": "nestedfp.deployments.app:build_app", "args": settings(model_path)}
-            ],
-        }
-    )
-    # Ray's sockets lie under this folder, and the path of a socket is short.
-    folder = Path(tempfile.mkdtemp(prefix="nfp-", dir="/tmp"))
-    before = set(psutil.Process().children(recursive=True))
-    try:
-        with running(file, temp_dir=folder) as started:
-            yield started
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    left = set(psutil.Process().children(recursive=True)) - before
-    _, alive = psutil.wait_procs(left, timeout=10)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    with serving(settings(model_path)) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +75,6 @@ def complete(http: httpx.Client, *, strict: bool = False, **more: Any) -> httpx.
     body = {"model": "smol", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True, **more}
     headers = {"x-nestedfp-precision": "fp16"} if strict else {}
     return http.post("/completions", json=body, headers=headers)
-
-
-def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def start_of(http: httpx.Client) -> str:
