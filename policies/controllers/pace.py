@@ -6,11 +6,11 @@ So FP8 is spent on the steps that need it, and one number says how many do:
 
 - the pace is the TPOT limit as long as FP8 could win lost time back, and falls where it could not: the
   slower requests are served the more of them run at once, and the longer every step takes, FP8 steps too.
-  It is the largest pace at whose batch a mean FP8 step stays within a share of the limit, the *reserve*;
-- the debt is what a request may be behind in passing, where 16 bits alone would soon win it back;
-- both widen while requests are met and close in when they are missed: what counts as lost in 16 bits cannot
-  be told from outside, so any miss counts. Where misses are frequent a queue is served in FP8 altogether,
-  for a second beyond its end.
+  It falls with the *load*: the engine seconds that the requests of one second take in 16 bits;
+- the debt is what a request may be behind in passing, where 16 bits would win it back; it falls with the
+  load, earlier, and while requests are missed. What was lost because of 16 bits cannot be told from outside,
+  so any miss counts;
+- where misses are frequent, a queue is served close to FP8 altogether, for a moment beyond its end.
 """
 
 from __future__ import annotations
@@ -23,26 +23,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestedfp.policies.config import Slo
-from nestedfp.policies.controllers.facts import Facts, Floats, loaded_step
-from nestedfp.policies.latency import LatencyModel, TokenLoad
+from nestedfp.policies.controllers.facts import Facts, Floats
+from nestedfp.policies.latency import LatencyModel, StepCosts
 from nestedfp.policies.protocol import FP8, FP16
 
-STEPS: Final = np.array([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3])
-"""Paces to choose from, as shares of the TPOT limit."""
-FLOOR: Final = 0.2
-"""Pace where even the least of ``STEPS`` leaves no reserve."""
+PACE_FALLS: Final = (1.0, 1.4)
+"""16-bit load from which the pace falls, and at which it is at its least."""
+LEAST_PACE: Final = 0.2
+"""Share of the TPOT limit; where FP8 itself is no faster, every step that decodes is in FP8."""
+LARGEST_DEBT_S: Final = 0.25
+DEBT_STEPS: Final = 16
+DEBT_FALLS: Final = (0.8, 1.1)
+"""16-bit load up to which the whole debt is allowed, and from which none is."""
+FP8_OVERLOAD: Final = 0.9
+"""FP8 load from which nothing is left to give away."""
 CAUTIOUS_PACE: Final = 0.15
 """Pace in a queue where requests are often missed."""
-RESERVE: Final = (0.35, 0.6)
-"""Share of the TPOT limit that a mean FP8 step may take, at confidence 0 and 1."""
-LARGEST_DEBT_S: Final = 0.25
-DEBT_STEPS: Final = 8
-EASE: Final = (0.8, 0.4)
-"""Debt is allowed below this 16-bit pressure, and in full below the second."""
 QUEUE_SHARE: Final = 0.1
 AGE_SHARE: Final = 0.2
 """Shares of the TTFT limit: of queued 16-bit prefill, and of waiting, from which on steps are in FP8."""
-QUEUE_MEMORY_S: Final = 1.0
+QUEUE_MEMORY_S: Final = 1.5
+MEMORY_SHARE: Final = 0.5
+"""Part of a replica's arrivals over some seconds that counts even when the last second brought fewer."""
 MISS_WINDOW_S: Final = 10.0
 
 
@@ -60,8 +62,8 @@ class Room(NamedTuple):
     pace: Floats
     """Share of the TPOT limit."""
     debt_s: Floats
-    reserved: NDArray[np.bool_]
-    """Whether any pace leaves the reserve."""
+    overloaded: NDArray[np.bool_]
+    """Whether even FP8 has nothing to spare."""
 
 
 def watch(before: Confidence, missed: list[tuple[float, float]], tolerance: float, now: float) -> Confidence:
@@ -78,31 +80,39 @@ def watch(before: Confidence, missed: list[tuple[float, float]], tolerance: floa
     return Confidence(now, average, max(-1.0, min(1.0, 1.0 - average / tolerance)))
 
 
-def room(facts: Facts, model: LatencyModel, output_tokens: float, confidence: float, slo: Slo) -> Room:
-    """Pace and debt of every replica, from the load of the last second or of its window, the higher."""
-    fast, slow = model.of(FP8), model.of(FP16)
+def room(facts: Facts, model: LatencyModel, output_tokens: float, confidence: float) -> Room:
+    """Pace and debt of every replica, from the load of the present moment."""
     prompt_tokens = np.maximum(facts.prompt_tokens, 1.0)
-    recent = np.maximum(facts.inflow, facts.prompt_per_s) / prompt_tokens
-    arrivals = np.maximum(recent, facts.arrivals) + facts.waiting / prompt_tokens
-    arrivals = np.where(facts.prompt_per_s > 0, arrivals, facts.arrivals)
-    decode = arrivals * output_tokens
-    each = np.where(facts.running > 0, facts.context_each, prompt_tokens + 0.5 * output_tokens)
-    batch = np.maximum(facts.running, STEPS[:, None] * slo.tpot_s * decode)
-    low, high = RESERVE
-    reserve = low + (high - low) * max(0.0, confidence)
-    holds = loaded_step(fast, batch, each, arrivals, prompt_tokens) <= reserve * slo.tpot_s
-    any_holds: NDArray[np.bool_] = np.any(holds, axis=0)
-    pace = np.where(any_holds, STEPS[holds.argmax(axis=0)], FLOOR)
-    load = TokenLoad(
-        prompt_per_s=arrivals * prompt_tokens,
-        decode_per_s=decode,
-        context=each,
-        prompt_tokens=prompt_tokens,
+    # The router spreads a burst evenly, so that all replicas together tell of it sooner than each alone.
+    burst = float(facts.inflow.mean()) / max(float(facts.prompt_per_s.mean()), 1e-9)
+    recent = np.where(facts.prompt_per_s > 0, float(facts.arrivals.mean()) * burst, 0.0)
+    arrivals = np.maximum(recent, MEMORY_SHARE * facts.arrivals) + facts.waiting / prompt_tokens
+    context = np.where(facts.running > 0, facts.context_each, prompt_tokens + 0.5 * output_tokens)
+    load = arrivals * _work_s(model.of(FP16), prompt_tokens, output_tokens, context)
+    fast_load = arrivals * _work_s(model.of(FP8), prompt_tokens, output_tokens, context)
+    pace = np.clip(1.0 - (1.0 - LEAST_PACE) * _rise(load, PACE_FALLS), LEAST_PACE, 1.0)
+    debt = (1.0 - np.clip(_rise(load, DEBT_FALLS), 0.0, 1.0)) * max(0.0, confidence)
+    overloaded: NDArray[np.bool_] = np.greater_equal(fast_load, FP8_OVERLOAD)
+    return Room(
+        pace=np.round(pace, 1),
+        debt_s=np.floor(debt * DEBT_STEPS) / DEBT_STEPS * LARGEST_DEBT_S,
+        overloaded=overloaded,
     )
-    none, all_of_it = EASE
-    ease = (none - slow.steady_step_s(load) / slo.tpot_s) / (none - all_of_it)
-    debt = np.clip(ease, 0.0, 1.0) * max(0.0, confidence)
-    return Room(pace, np.floor(debt * DEBT_STEPS) / DEBT_STEPS * LARGEST_DEBT_S, any_holds)
+
+
+def _work_s(costs: StepCosts, prompt_tokens: Floats, output_tokens: float, context: Floats) -> Floats:
+    """Engine seconds that one request takes, fixed costs of steps left out."""
+    decode_s = costs.token_s + costs.sequence_s + context * costs.context_token_s
+    prompt_s = costs.token_s + 0.5 * prompt_tokens * costs.pair_s
+    work: Floats = prompt_tokens * prompt_s + output_tokens * decode_s
+    return work
+
+
+def _rise(load: Floats, span: tuple[float, float]) -> Floats:
+    """How far ``load`` has come along ``span``: 0 at its start, 1 at its end."""
+    low, high = span
+    rise: Floats = (load - low) / (high - low)
+    return rise
 
 
 def auto_limits(
@@ -119,8 +129,7 @@ def auto_limits(
     if queued_lately and confidence < 0.0:
         cautious = min(pace, 1.0 + confidence * (1.0 - CAUTIOUS_PACE))
         pace, debt_s = round(10 * cautious) / 10, 0.0
-        if confidence < -0.5:
-            queue_tokens = 1.0
+        queue_tokens = max(1.0, queue_tokens * (1.0 + confidence))
     return {
         "pace_s": max(pace, CAUTIOUS_PACE) * slo.tpot_s,
         "debt_s": debt_s,

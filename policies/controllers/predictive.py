@@ -143,7 +143,7 @@ class PredictiveController(Controller):
         """Every replica's place on the ladder."""
         slow = self._forecast(memory.model.of(FP16), facts)
         fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
-        freedom = room(facts, memory.model, memory.output_tokens, memory.confidence.value, self._slo)
+        freedom = room(facts, memory.model, memory.output_tokens, memory.confidence.value)
         rungs = self._rungs(slow, freedom, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
         kept = _kept_for_strict(views, ids, modes)
@@ -193,7 +193,7 @@ class PredictiveController(Controller):
         last = _Rung(FP8, np.full_like(slow_pressure, -math.inf), 0.0, 0.0, 0.0)
         if settings.between == AUTO:
             # 1 without any reserve, 0 where auto may return.
-            auto = np.where(~freedom.reserved, 1.0, np.where(freedom.pace < RETURN_PACE, 0.5, 0.0))
+            auto = np.where(freedom.overloaded, 1.0, np.where(freedom.pace < RETURN_PACE, 0.5, 0.0))
             return [
                 _Rung(FP16, slow_pressure, LIGHT[0], LIGHT[1], settings.rest_s),
                 _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, OVERLOAD_S),

@@ -47,6 +47,12 @@ class Timeline:
     active: list[int] = field(default_factory=list)
     modes: list[list[int]] = field(default_factory=list)
     """Mode number of each replica."""
+    pace_s: list[list[float]] = field(default_factory=list)
+    """Pace of ``auto`` that each replica was ordered; infinite without one."""
+    debt_s: list[list[float]] = field(default_factory=list)
+    fp16: list[int] = field(default_factory=list)
+    fp8: list[int] = field(default_factory=list)
+    """Tokens executed so far."""
 
 
 @dataclass(slots=True)
@@ -285,4 +291,8 @@ def _sample(timeline: Timeline, cluster: Cluster, arrived_before: int) -> int:
     timeline.running.append(int(replicas["running"].sum()))
     timeline.active.append(int(replicas["active"].sum()))
     timeline.modes.append(replicas["mode"].tolist())
+    timeline.pace_s.append(replicas["pace_s"].tolist())
+    timeline.debt_s.append(replicas["debt_s"].tolist())
+    timeline.fp16.append(int(replicas["fp16"].sum()))
+    timeline.fp8.append(int(replicas["fp8"].sum()))
     return arrived

@@ -170,7 +170,7 @@ LIGHT: dict[str, Any] = {
     "arriving_prompt_tokens_per_s": 100.0,
 }
 LOADED: dict[str, Any] = {**BUSY, "arrivals_per_s": 18.0, "arriving_prompt_tokens_per_s": 18_000.0}
-HEAVY: dict[str, Any] = {**BUSY, "arrivals_per_s": 60.0, "arriving_prompt_tokens_per_s": 60_000.0}
+HEAVY: dict[str, Any] = {**BUSY, "arrivals_per_s": 90.0, "arriving_prompt_tokens_per_s": 90_000.0}
 
 
 def test_auto_takes_over_as_soon_as_there_is_load_and_not_before(view: MakeView) -> None:
@@ -190,9 +190,9 @@ def test_the_debt_falls_with_the_load_and_then_the_pace(view: MakeView) -> None:
         return dict(given)
 
     calm = limits()
-    busy = limits(arrivals_per_s=32.0, arriving_prompt_tokens_per_s=32_000.0)
+    busy = limits(arrivals_per_s=36.0, arriving_prompt_tokens_per_s=36_000.0)
     heavy = limits(
-        arrivals_per_s=32.0, arriving_prompt_tokens_per_s=36_000.0, running=110, context_tokens=130_000
+        arrivals_per_s=42.0, arriving_prompt_tokens_per_s=42_000.0, running=110, context_tokens=130_000
     )
     assert calm["debt_s"] > busy["debt_s"] == heavy["debt_s"] == 0.0
     assert calm["pace_s"] >= busy["pace_s"] > heavy["pace_s"] > 0.0
