@@ -7,10 +7,12 @@ return at a time, manual pin, unusable signals) is decided once for all controll
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from nestedfp.policies.protocol import FP16
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
 Memory = Any
@@ -60,3 +62,17 @@ def by_load(views: Sequence[ReplicaView]) -> list[ReplicaView]:
             view.replica_id,
         ),
     )
+
+
+def kept_for_strict(views: Sequence[ReplicaView], modes: Sequence[str]) -> frozenset[str]:
+    """Replicas that stay in 16 bits for requests that demand it: their share of all requests, rounded up.
+
+    ``views``, with the mode of each, come least loaded first; among equals those already in 16 bits are kept.
+    """
+    strict = sum(view.report.strict_running + view.report.strict_waiting for view in views)
+    if strict == 0:
+        return frozenset()
+    everything = sum(view.report.running + view.report.waiting for view in views)
+    count = math.ceil(len(views) * min(1.0, strict / max(everything, 1)))
+    ordered = sorted(range(len(views)), key=lambda row: modes[row] != FP16)
+    return frozenset(views[row].replica_id for row in ordered[:count])

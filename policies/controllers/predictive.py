@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestedfp.policies.config import PolicyConfig, Slo
-from nestedfp.policies.controllers.base import Controller, Memory, Wish
+from nestedfp.policies.controllers.base import Controller, Memory, Wish, kept_for_strict
 from nestedfp.policies.controllers.facts import (
     FIRST_OUTPUT_TOKENS,
     Facts,
@@ -146,7 +146,7 @@ class PredictiveController(Controller):
         freedom = room(facts, memory.model, memory.output_tokens, memory.confidence.value)
         rungs = self._rungs(slow, freedom, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
-        kept = _kept_for_strict(views, ids, modes)
+        kept = kept_for_strict(views, modes)
         needed = _first_rung([rung.pressure < rung.high for rung in rungs])
         able = _first_rung([rung.pressure <= rung.low for rung in rungs])
         wishes: dict[str, Wish] = {}
@@ -356,17 +356,3 @@ def _learn(model: LatencyModel, views: tuple[ReplicaView, ...], seen: Seen, turn
         return model
     predicted = model.of(mode).step_s(report.batch_tokens, report.running, report.context_tokens)
     return model.corrected(mode, float(predicted), report.step_time_s)
-
-
-def _kept_for_strict(views: tuple[ReplicaView, ...], ids: list[str], modes: list[str]) -> frozenset[str]:
-    """Replicas that stay in 16 bits for requests that demand it: their share of all requests, rounded up.
-
-    ``views`` come least loaded first; among equals those already in 16 bits are kept.
-    """
-    strict = sum(view.report.strict_running + view.report.strict_waiting for view in views)
-    if strict == 0:
-        return frozenset()
-    everything = sum(view.report.running + view.report.waiting for view in views)
-    count = math.ceil(len(views) * min(1.0, strict / max(everything, 1)))
-    ordered = sorted(range(len(ids)), key=lambda row: modes[row] != FP16)
-    return frozenset(ids[row] for row in ordered[:count])

@@ -3,6 +3,7 @@
 A replica goes to FP8 as soon as one watched signal reaches its high water, and back to 16 bits once all of
 them have stayed at or below low water for ``calm_s``. The queue (length, age of its oldest request) is
 watched as well as the measured percentiles: percentiles speak only of requests that were already served.
+Replicas that are kept for requests that demand 16 bits count as calm whatever their signals say.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 from nestedfp.policies.config import PolicyConfig
-from nestedfp.policies.controllers.base import Controller, Memory, Wish
+from nestedfp.policies.controllers.base import Controller, Memory, Wish, kept_for_strict
 from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.snapshot import Snapshot
 
@@ -42,16 +43,18 @@ class ThresholdController(Controller):
         calm_before = cast(Mapping[str, float], memory)
         calm_since: dict[str, float] = {}
         wishes: dict[str, Wish] = {}
-        for view in snapshot.replicas:
+        views = snapshot.replicas
+        kept = kept_for_strict(views, [modes[view.report.replica_id] for view in views])
+        for view in views:
             replica_id = view.report.replica_id
             worst, calm = self._read(view.report)
-            if worst is not None and worst.value >= worst.high:
+            if worst is not None and worst.value >= worst.high and replica_id not in kept:
                 if modes[replica_id] != FP8:
                     wishes[replica_id] = self._relief(worst)
-            elif calm:
+            elif calm or replica_id in kept:
                 since = calm_since[replica_id] = calm_before.get(replica_id, now)
                 if now - since >= self._calm_s and modes[replica_id] != FP16:
-                    wishes[replica_id] = _return(worst, now - since)
+                    wishes[replica_id] = _return(worst, now - since, kept=replica_id in kept)
         return wishes, calm_since
 
     def _read(self, report: ReplicaReport) -> tuple[_Reading | None, bool]:
@@ -79,10 +82,11 @@ class ThresholdController(Controller):
         )
 
 
-def _return(highest: _Reading | None, calm_s: float) -> Wish:
+def _return(highest: _Reading | None, calm_s: float, *, kept: bool) -> Wish:
+    why = "kept for requests that demand 16 bits" if kept else "every signal at or below low water"
     return Wish(
         mode=FP16,
-        reason=f"every signal at or below low water for {calm_s:.1f} s",
+        reason=f"{why} for {calm_s:.1f} s",
         signal=highest.signal if highest else None,
         value=highest.value if highest else None,
         threshold=highest.low if highest else None,

@@ -214,3 +214,26 @@ def test_a_thousand_replicas_are_decided_within_the_bound(
     run = Run(view)
     views = [view(f"r{index}", waiting=index % 12, running=index % 7) for index in range(1000)]
     assert least_cpu_s(lambda step: run.all_at(step * 0.1, views)) < 0.010
+
+
+def test_the_threshold_controller_keeps_replicas_for_strict_requests(view: MakeView) -> None:
+    """A quarter of the requests demand 16 bits: one of four replicas stays there whatever its queue."""
+    run = Run(view)
+    modes = ["fp16"] * 4
+    for second in range(5):
+        views = [
+            view(str(n), waiting=40, running=10, strict_running=50 if n == 3 else 0, mode=modes[n])
+            for n in range(4)
+        ]
+        targets = run.all_at(float(second), views)
+        modes = [targets[str(n)].mode for n in range(4)]
+        assert modes.count("fp16") == 1
+
+
+def test_a_replica_in_fp8_returns_for_strict_requests(view: MakeView) -> None:
+    run = Run(view)
+    pressed = {"waiting": 40, "running": 10, "mode": "fp8", "strict_waiting": 1}
+    seen = [run.at(float(second), **pressed) for second in range(10)]
+    assert seen[0].mode == "fp8"
+    assert seen[-1].mode == "fp16"
+    assert "demand 16 bits" in seen[-1].reason
