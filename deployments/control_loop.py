@@ -42,16 +42,27 @@ class Metrics(Protocol):
 
 
 class ControlLoop:
-    """One replica's loop; :meth:`run` ends by being cancelled, or with the error of an engine that fails."""
+    """One replica's loop; :meth:`run` ends by being cancelled, or with the error of an engine that fails.
+
+    One that takes over from another, which has ended, is given the order that the engine follows.
+    """
 
     def __init__(
-        self, replica: str, config: PolicyConfig, engine: Engine, sync: Sync, metrics: Metrics
+        self,
+        replica: str,
+        config: PolicyConfig,
+        engine: Engine,
+        sync: Sync,
+        metrics: Metrics,
+        found: Order | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._sync = sync
         self._metrics = metrics
-        self._control = ReplicaControl(replica, config)
+        self._control = ReplicaControl(replica, config, found=found)
+        self.applied = found
+        """The order that the engine has taken; None before the first."""
         self._signals: Mapping[str, Any] = {}
 
     async def run(self) -> None:
@@ -79,4 +90,5 @@ class ControlLoop:
     async def _apply(self, order: Order) -> None:
         came_s = time.monotonic()
         await self._engine.apply(order)
+        self.applied = order
         self._metrics.order(order, time.monotonic() - came_s)

@@ -44,7 +44,7 @@ class EngineReplica:
         self._death_watch = asyncio.create_task(self._exit_with_the_engine())
         self._loop: ControlLoop | None = None
         self._following: asyncio.Task[None] | None = None
-        self._follow(self._settings.policy)
+        await self._follow(self._settings.policy)
 
     async def __serve_build_asgi_app__(self) -> App:
         return self._engine.asgi
@@ -52,7 +52,7 @@ class EngineReplica:
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
         """Take over changed policy settings (`{"policy": {...}}`) without a restart."""
         if user_config and "policy" in user_config:
-            self._follow(PolicyConfig.from_dict(user_config["policy"]))
+            await self._follow(PolicyConfig.from_dict(user_config["policy"]))
 
     async def check_health(self) -> None:
         """Raises where the control loop has ended; the engine's death ends the process before Serve asks."""
@@ -89,13 +89,16 @@ class EngineReplica:
                 task.cancel()
         self._engine.shutdown()
 
-    def _follow(self, policy: PolicyConfig) -> None:
+    async def _follow(self, policy: PolicyConfig) -> None:
         if not self._settings.engine.nested:
             return
         if self._following is not None:
+            # Two loops at once would give the engine orders in turn.
             self._following.cancel()
+            await asyncio.wait((self._following,))
         link = PolicyLink(self._app_name, policy)
-        self._loop = ControlLoop(self._replica, policy, self._engine, link.sync, self._metrics)
+        found = None if self._loop is None else self._loop.applied
+        self._loop = ControlLoop(self._replica, policy, self._engine, link.sync, self._metrics, found=found)
         self._following = asyncio.create_task(self._loop.run())
         self._following.add_done_callback(_log_failure)
 

@@ -18,7 +18,7 @@ from typing import Any
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
-from nestedfp.policies.policy import Policy, PolicyState
+from nestedfp.policies.policy import Policy
 from nestedfp.policies.protocol import FP16, ReplicaReport, Target
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
@@ -54,7 +54,8 @@ class ReplicaControl:
     """Holds the target, its lease and its owner, and decides alone when there is none.
 
     ``clock`` is monotonic; ``booted_at`` (Unix seconds, now by default) orders the boots of one replica. A
-    new control starts in ``fp16`` with epoch 0 and no owner.
+    new control starts without an owner, in ``fp16`` with epoch 0, or with the order ``found`` in force where
+    it takes over an engine from another.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ReplicaControl:
         clock: Callable[[], float] = time.monotonic,
         boot_id: str | None = None,
         booted_at: float | None = None,
+        found: Order | None = None,
     ) -> None:
         self.config = config
         self._replica_id = replica_id
@@ -72,12 +74,15 @@ class ReplicaControl:
         self._booted_at = time.time() if booted_at is None else booted_at
         self._clock = SteadyClock(clock)
         self._policy = Policy(config)
-        self._state = self._fresh_state(self._clock())
+        self._order = found or Order(FP16, 0, "started")
+        self._found_epoch = self._order.epoch
+        self._state = self._policy.start().adopt(
+            replica_id, self._order.mode, self._clock(), fresh=found is None
+        )
         self._sequence = 0
         self._last_call: Call | None = None
         self._target: Target | None = None
         self._lease_until_s = float("-inf")
-        self._order = Order(FP16, 0, "started")
         self._mode_since_s = self._clock()
         self._applied: tuple[int, float] | None = None
         self._refused_answers = 0
@@ -127,7 +132,7 @@ class ReplicaControl:
                 "applied_epoch": applied_epoch,
                 "applied_s_ago": max(0.0, self._clock() - applied_s),
             }
-        epoch = self._target.epoch if self._target is not None else 0
+        epoch = self._epoch
         identity = {
             "replica_id": self._replica_id,
             "boot_id": self._boot_id,
@@ -194,6 +199,11 @@ class ReplicaControl:
             "refused_answers": self._refused_answers,
         }
 
+    @property
+    def _epoch(self) -> int:
+        """Epoch of the last target accepted, here or by whoever was before."""
+        return self._found_epoch if self._target is None else self._target.epoch
+
     def _leased(self) -> bool:
         return self._clock() < self._lease_until_s
 
@@ -207,19 +217,15 @@ class ReplicaControl:
         held = self._target
         if held is not None and target.epoch == held.epoch:
             return (target.mode, target.owner) == (held.mode, held.owner)
-        return held is None or target.epoch > held.epoch
+        return target.epoch > self._epoch
 
     def _decide_alone(self, now: float) -> Order:
-        epoch = self._target.epoch if self._target is not None else 0
         view = self.view()
         if view is None or self.config.dry_run:
-            return Order(self._order.mode, epoch, "on its own: keeps the mode it has")
+            return Order(self._order.mode, self._epoch, "on its own: keeps the mode it has")
         assignments, self._state = self._policy.decide(Snapshot((view,)), self._state, now)
         assignment = assignments[self._replica_id]
-        return Order(assignment.mode, epoch, f"on its own: {assignment.reason}", assignment.limits)
-
-    def _fresh_state(self, now: float) -> PolicyState:
-        return self._policy.start().adopt(self._replica_id, FP16, now, fresh=True)
+        return Order(assignment.mode, self._epoch, f"on its own: {assignment.reason}", assignment.limits)
 
 
 Sync = Callable[[dict[str, Any], int, float], Awaitable[Mapping[str, Any]]]

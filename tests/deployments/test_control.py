@@ -108,6 +108,27 @@ async def test_a_queue_flips_the_engine_through_the_actor_and_without_it() -> No
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_a_new_loop_goes_on_from_the_order_of_the_one_before() -> None:
+    engine, line = Engine(), Line()
+    loop = ControlLoop("r1", CONFIG, engine, line.sync, Metrics())
+    engine.waiting = 10
+    task = asyncio.create_task(loop.run())
+    await eventually(lambda: loop.applied is not None and loop.applied.mode == "fp8")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    before = engine.orders[-1]
+    line.actor = PolicyActor(CONFIG)
+    after = ControlLoop("r1", CONFIG, engine, line.sync, Metrics(), found=loop.applied)
+    task = asyncio.create_task(after.run())
+    try:
+        await eventually(lambda: after.status()["source"] == "actor")
+        later = engine.orders[engine.orders.index(before) + 1 :]
+        assert all(order.mode == "fp8" and order.epoch >= before.epoch for order in later)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 def test_the_actors_name_changes_with_the_settings_and_the_application() -> None:
     other = PolicyConfig.from_dict({**CONFIG.to_dict(), "lease_s": 0.4})
     names = {actor_name("a", CONFIG), actor_name("b", CONFIG), actor_name("a", other)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,9 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve
 
+from nestedfp.deployments import policy_actor
+from nestedfp.deployments.app import build_app
 from nestedfp.deployments.cluster import DEPLOYMENT, RunningApp
+from nestedfp.deployments.config import DeploymentSettings
 
 from .serving import ANSWER_S, eventually, serving
 
@@ -81,6 +86,13 @@ class App:
 
     def policy(self) -> dict[str, Any]:
         return self.running.policy_status()
+
+    def redeploy(self, args: dict[str, Any]) -> None:
+        """Deploy `args` over what runs; their policy names the actor from then on."""
+        settings = DeploymentSettings.from_dict(args)
+        file = dataclasses.replace(self.running.file, settings=settings)
+        serve.run(build_app(settings.to_dict()), name=file.app_name, route_prefix=file.route_prefix)
+        self.running.file = file
 
     def pin(self, mode: str) -> None:
         self.running.pin(mode, 120.0)
@@ -228,3 +240,19 @@ def test_orders_reach_the_engine_quickly(app: App) -> None:
     app.running.unpin()
     # On an idle machine a few milliseconds; what is excluded is a wait for the next poll or the next report.
     assert sorted(seen)[len(seen) // 2] < 0.2
+
+
+def test_a_redeployed_policy_meets_an_actor_of_its_own(app: App, http: httpx.Client) -> None:
+    old, known = app.running.file, set(app.policy()["replicas"])
+    policy = {**SETTINGS["policy"], "controller": "static-fp8"}
+    app.redeploy({**SETTINGS, "policy": policy})
+    eventually(lambda: bool(set(app.policy()["replicas"]) - known))
+    assert app.policy()["controller"] == "static-fp8"
+    assert not set(app.policy()["replicas"]) & known
+    eventually(lambda: complete(http).headers["x-nestedfp-precision-at-start"] == "fp8")
+    # The old one is still there, with the class and the settings it was made with, and nobody calls it.
+    name = policy_actor.actor_name(old.app_name, old.settings.policy)
+    stale = ray.get(ray.get_actor(name, namespace=policy_actor.NAMESPACE).status.remote())
+    assert stale["controller"] == "threshold"
+    assert set(stale["replicas"]) <= known
+    policy_actor.end(old.app_name, old.settings.policy)

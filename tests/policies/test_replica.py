@@ -84,6 +84,18 @@ def test_a_new_owner_takes_over_with_a_newer_epoch(control: ReplicaControl, idle
     assert control.owner == "new"
 
 
+def test_a_control_that_takes_an_engine_over_goes_on_from_its_order(clock: Any, idle: dict[str, Any]) -> None:
+    found = Order("fp8", 7, "r", None, "actor")
+    control = ReplicaControl("a", CONFIG, clock=clock, found=found)
+    assert (control.order().mode, control.order().epoch, control.owner) == ("fp8", 7, None)
+    call = control.begin(idle)
+    assert (call.report.mode, call.report.epoch, call.known_epoch) == ("fp8", 7, 0)
+    assert not control.finish(call, answer(call, 7, "fp16"))
+    call = control.begin(idle)
+    assert control.finish(call, answer(call, 8, "fp8"))
+    assert control.order().source == "actor"
+
+
 @pytest.mark.parametrize("bad", [{"mode": "int4"}, {"mode": None}, {"lease_s": -1}, {"epoch": "x"}])
 def test_a_malformed_answer_is_an_error(
     control: ReplicaControl, idle: dict[str, Any], bad: dict[str, Any]
