@@ -29,8 +29,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     A row with NaN or infinity has NaN codes; a row of zeros has zero codes.
     """
     amax = x.float().abs().amax(dim=1).clamp_min(SMALLEST_AMAX)
-    codes = (x.float() * (E4M3_MAX / amax)[:, None]).to(torch.float8_e4m3fn)
-    return codes, amax / E4M3_MAX
+    largest = torch.full_like(amax, E4M3_MAX)
+    codes = (x.float() * (largest / amax)[:, None]).to(torch.float8_e4m3fn)
+    return codes, amax / largest
 
 
 def linear_16bit(

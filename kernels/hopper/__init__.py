@@ -1,6 +1,19 @@
-"""Products on Hopper GPUs (compute capability 9.0), in Gluon."""
+"""Products on Hopper GPUs (compute capability 9.0)."""
 
+from nestedfp.kernels.dispatch import Config, Mode
+from nestedfp.kernels.hopper import choose_16bit, fp8
 from nestedfp.kernels.hopper.fp8 import linear_fp8
 from nestedfp.kernels.hopper.gemm_16bit import linear_16bit
 
-__all__ = ["linear_16bit", "linear_fp8"]
+__all__ = ["candidates", "linear_16bit", "linear_fp8"]
+
+
+def candidates(mode: Mode, M: int, N: int, K: int, dtype: str) -> list[Config]:
+    """Configurations worth timing for a product, as `linear_16bit` and `linear_fp8` take them.
+
+    They are what a table stores. The first is the rule's own, where the mode has one. dtype: "float16" or
+    "bfloat16".
+    """
+    if mode is Mode.FP8:
+        return [config.to_dict() for config in fp8.candidates(M, N, K)]
+    return [config.to_mapping() for config in choose_16bit.candidates(M, N, K, dtype)]

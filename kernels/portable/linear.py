@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nestedfp.kernels.dispatch import Capability, Config
+from nestedfp.kernels.dispatch import Capability, Config, Mode
 from nestedfp.kernels.layout import KOrder
 from nestedfp.kernels.portable.gemm import gemm_kernel, quantize_kernel
 
@@ -64,10 +64,35 @@ def _has_capability(device: torch.device, least: Capability) -> bool:
 def default_config(M: int) -> Config:
     """Tiles for M tokens: the names of `gemm_kernel`'s constants, and of Triton's launch options."""
     if M <= 16:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+        return _tile(16, 32, 128, warps=4, stages=4)
     if M <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "GROUP": 8, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+        return _tile(64, 64, 64, warps=4, stages=4)
+    return _tile(128, 128, 64, warps=8, stages=3)
+
+
+def candidates(mode: Mode, M: int, N: int, K: int, dtype: str) -> list[Config]:
+    """Configurations worth timing for a product, `default_config`'s own first; either mode takes any."""
+    if M <= 16:
+        tiles = [_tile(16, rows, k, warps=4, stages=4) for rows in (32, 64, 128) for k in (64, 128)]
+    elif M <= 64:
+        tokens = 32 if M <= 32 else 64
+        tiles = [_tile(tokens, rows, k, warps=4, stages=4) for rows in (32, 64, 128) for k in (64, 128)]
+    else:
+        tiles = [_tile(64, 64, 64, warps=4, stages=4), _tile(64, 128, 64, warps=4, stages=4)]
+        tiles += [_tile(128, 64, 64, warps=4, stages=4), _tile(128, 256, 64, warps=8, stages=3)]
+    first = default_config(M)
+    return [first, *(tile for tile in tiles if tile != first)]
+
+
+def _tile(tokens: int, rows: int, k: int, *, warps: int, stages: int) -> Config:
+    return {
+        "BLOCK_M": tokens,
+        "BLOCK_N": rows,
+        "BLOCK_K": k,
+        "GROUP": 8,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def _launch(
