@@ -7,6 +7,7 @@ a break; the rule has delays of its own and asks once, so Serve's are zero.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -39,7 +40,8 @@ class JointScaling:
         self._stale_s = stale_s
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        rows = latest_rows(context.raw_metrics or {}, context.current_time, self._stale_s)
+        now = time.time() if context.current_time is None else context.current_time
+        rows = latest_rows(context.raw_metrics or {}, now, self._stale_s)
         remembered = context.policy_state.get("scaling", {})
         scaling, state = desired_replicas(
             rows,
@@ -50,7 +52,7 @@ class JointScaling:
             config=self._config,
             slo=self._slo,
             model=self._model,
-            now=context.current_time,
+            now=now,
         )
         remember = {name: getattr(state, name) for name in ScalingState.__dataclass_fields__}
         return scaling.replicas, {"scaling": remember, "reason": scaling.reason}
@@ -86,7 +88,7 @@ def autoscaling_config(settings: DeploymentSettings) -> AutoscalingConfig:
         look_back_period_s=_WINDOW_INTERVALS * autoscaling.interval_s,
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,
-        policy=AutoscalingPolicy(
+        policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
             policy_function=JointScaling,
             policy_kwargs={
                 "scaling": autoscaling.scaling,

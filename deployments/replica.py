@@ -47,7 +47,8 @@ class EngineReplica:
         await self._follow(self._settings.policy)
 
     async def __serve_build_asgi_app__(self) -> App:
-        return self._engine.asgi
+        app: App = self._engine.asgi
+        return app
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
         """Take over changed policy settings (`{"policy": {...}}`) without a restart."""
