@@ -78,8 +78,12 @@ class SimulatedOpenAI:
         if path == HEALTH:
             await send_json(send, 200, b"{}")
         elif path == MODELS:
-            card = {"id": self._model, "object": "model", "owned_by": self._label}
-            card["max_model_len"] = self._max_model_len
+            card = {
+                "id": self._model,
+                "object": "model",
+                "owned_by": self._label,
+                "max_model_len": self._max_model_len,
+            }
             await send_json(send, 200, _dump({"object": "list", "data": [card]}))
         elif path in (CHAT, COMPLETIONS):
             await self._generate(scope, receive, send, chat=path == CHAT)
