@@ -46,13 +46,18 @@ def split(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     if w.dtype != torch.float16:
         raise TypeError(f"split: w has dtype {w.dtype}, expected torch.float16; convert or nest() it first")
-    bits = w.view(torch.int16).to(torch.int32) & 0xFFFF
-    magnitude = bits & 0x7FFF
-    if bool((magnitude >= _EXACT_BITS).any()):
+    if bool(((w.view(torch.int16) & 0x7FFF) >= _EXACT_BITS).any()):
         raise ValueError(
             "split: w holds a magnitude of 1.875 or more, NaN or infinity, expected |w| < 1.875; "
             "scale the row by a power of two first, as nest() does"
         )
+    return split_unchecked(w)
+
+
+def split_unchecked(w: Tensor) -> tuple[Tensor, Tensor]:
+    """`split` of a float16 `w` that the caller knows to be below 1.875: waits for no device."""
+    bits = w.view(torch.int16).to(torch.int32) & 0xFFFF
+    magnitude = bits & 0x7FFF
     code = (magnitude + 63 + ((magnitude >> 7) & 1)) >> 7
     upper = (bits >> 15) << 7 | code.clamp_(max=_TOP_CODE)
     return upper.to(torch.uint8), (bits & 0xFF).to(torch.uint8)
@@ -77,8 +82,17 @@ def row_exponents(w: Tensor) -> Tensor:
     `w` is finite float16 or bfloat16. A row of zeros gets 0, and s is never below -64. Raises ValueError
     for a row beyond 1.75 * 2^127.
     """
+    return exponents_of(row_maxima(w))
+
+
+def row_maxima(w: Tensor) -> Tensor:
+    """max|w| of each row of `w` [N, K], float32 [N]; NaN for a row that holds one."""
+    return w.abs().amax(dim=1).to(torch.float32)
+
+
+def exponents_of(largest: Tensor) -> Tensor:
+    """`row_exponents` of rows whose largest magnitudes are `largest` [N], finite float32."""
     lowest, highest = ROW_EXPONENT_RANGE
-    largest = w.abs().amax(dim=1).to(torch.float32)
     mantissa, exponent = torch.frexp(largest)
     # largest = (2 * mantissa) * 2^(exponent - 1) with 1 <= 2 * mantissa < 2
     s = exponent - (2 * mantissa <= MAX_MAGNITUDE).to(exponent.dtype)

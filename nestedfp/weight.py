@@ -18,15 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nestedfp.format import FP8_EXPONENT_OFFSET, rebuild, row_exponents, split
+from nestedfp.format import FP8_EXPONENT_OFFSET, exponents_of, rebuild, row_maxima, split_unchecked
 from nestedfp.kernels.layout import KOrder, check_order, to_natural, to_order
 
 DTYPES = (torch.float16, torch.bfloat16)
 
-# Temporaries of one block are at most some forty bytes a weight: 1/512 of the layer, or 64 Ki weights
-# for small layers, keeps them to a few per cent.
+# Temporaries of one block are at most some forty bytes a weight. On a CPU a block is 1/512 of the layer, or
+# 64 Ki weights for small layers, which keeps them to a few per cent of the layer. A GPU takes some forty
+# launches a block, so there a block is what fills it: 80 MB of temporaries, whatever the layer.
 _BLOCKS_PER_LAYER = 512
 _SMALLEST_BLOCK = 1 << 16
+_GPU_BLOCK = 1 << 21
 
 
 class NonFiniteWeightError(ValueError):
@@ -86,7 +88,7 @@ class NestedWeight:
     def merge(self) -> Tensor:
         """w [N, K], contiguous, natural order: bit for bit what was nested wherever `exactness` says so."""
         w = torch.empty(self.shape, dtype=self.dtype, device=self.upper.device)
-        for rows in _row_blocks(*self.shape):
+        for rows in _row_blocks(w):
             w[rows] = to_natural(
                 _merge_rows(self.upper[rows], self.lower[rows], self.row_exponent[rows], self.dtype),
                 self.order,
@@ -117,15 +119,17 @@ def nest(w: Tensor, *, order: KOrder = KOrder.NATURAL, require_exact: bool = Tru
     check_order(order, K)
     upper = torch.empty((N, K), dtype=torch.uint8, device=w.device)
     lower = torch.empty_like(upper)
-    exponents = torch.empty(N, dtype=torch.int8, device=w.device)
+    largest = torch.empty(N, dtype=torch.float32, device=w.device)
     errors = torch.empty(N, dtype=torch.float32, device=w.device)
     inexact = torch.empty(N, dtype=torch.bool, device=w.device)
-    for rows in _row_blocks(N, K):
+    for rows in _row_blocks(w):
+        largest[rows] = row_maxima(w[rows])
+    _check_finite(w, largest)
+    exponents = exponents_of(largest)
+    for rows in _row_blocks(w):
         block = w[rows]
-        _check_finite(block, rows.start)
-        exponents[rows] = row_exponents(block)
         scaled = torch.ldexp(block.float(), -exponents[rows, None].int()).half()
-        high, low = split(scaled)
+        high, low = split_unchecked(scaled)
         rebuilt = _merge_rows(high, low, exponents[rows], w.dtype)
         inexact[rows] = (rebuilt.view(torch.int16) != block.contiguous().view(torch.int16)).any(dim=1)
         errors[rows] = (rebuilt.float() - block.float()).abs().amax(dim=1)
@@ -136,18 +140,22 @@ def nest(w: Tensor, *, order: KOrder = KOrder.NATURAL, require_exact: bool = Tru
     return NestedWeight(upper, lower, exponents, w.dtype, order, report)
 
 
-def _row_blocks(N: int, K: int) -> Iterator[slice]:
-    step = max(1, max(_SMALLEST_BLOCK, N * K // _BLOCKS_PER_LAYER) // K)
+def _row_blocks(w: Tensor) -> Iterator[slice]:
+    N, K = w.shape
+    weights = max(_SMALLEST_BLOCK, N * K // _BLOCKS_PER_LAYER) if w.device.type == "cpu" else _GPU_BLOCK
+    step = max(1, weights // K)
     for start in range(0, N, step):
         yield slice(start, min(start + step, N))
 
 
-def _check_finite(block: Tensor, first_row: int) -> None:
-    finite = torch.isfinite(block)
+def _check_finite(w: Tensor, largest: Tensor) -> None:
+    """Raises NonFiniteWeightError where a row's largest magnitude is not finite; one wait for the device."""
+    finite = torch.isfinite(largest)
     if not bool(finite.all()):
-        row, column = (~finite).nonzero()[0].tolist()
+        row = int((~finite).int().argmax())
+        column = int((~torch.isfinite(w[row])).int().argmax())
         raise NonFiniteWeightError(
-            f"nest: w[{first_row + row}, {column}] is {float(block[row, column])}, expected finite weights; "
+            f"nest: w[{row}, {column}] is {float(w[row, column])}, expected finite weights; "
             "the checkpoint is damaged or overflowed when it was converted"
         )
 
@@ -157,12 +165,13 @@ def _merge_rows(upper: Tensor, lower: Tensor, exponents: Tensor, dtype: torch.dt
 
 
 def _report(exponents: Tensor, inexact: Tensor, errors: Tensor) -> Exactness:
-    count = int(inexact.sum())
+    found = (inexact.sum(), inexact.int().argmax(), (exponents > 0).sum(), exponents.max(), errors.max())
+    count, first, over_limit, largest, error = torch.stack([value.double() for value in found]).tolist()
     return Exactness(
         rows=exponents.numel(),
-        rows_over_limit=int((exponents > 0).sum()),
-        largest_exponent=int(exponents.max()),
-        inexact_rows=count,
-        first_inexact_row=int(inexact.int().argmax()) if count else None,
-        max_error=float(errors.max()),
+        rows_over_limit=int(over_limit),
+        largest_exponent=int(largest),
+        inexact_rows=int(count),
+        first_inexact_row=int(first) if count else None,
+        max_error=error,
     )
