@@ -7,7 +7,7 @@ bench/data/serve-policy.json.
     python bench/serve_policy.py minute --trace FILE  the first minute of a trace on one simulated replica
 
 `minute` keeps so many of the trace's requests that static FP16 violates 19 of its 60 seconds, found once with
-the engine alone and confirmed live, and then runs each controller on the same requests. A second violates if
+the engine alone and confirmed live, and then runs each policy on the same requests. A second violates if
 the 90th percentile of TPOT, over the requests that finish in it, exceeds 33 ms. Simulated times are those of
 the engine's clock; the wall's is the same, late by what this machine adds.
 """
@@ -54,7 +54,7 @@ TPOT_LIMIT_S: Final = 0.033
 WANTED_VIOLATIONS: Final = 19
 TOLERANCE: Final = 1
 LIVE_TRIES: Final = 4
-CONTROLLERS: Final = ("static-fp16", "static-fp8", "predictive")
+POLICIES: Final = ("static-fp16", "static-fp8", "predictive", "predictive:tolerance=0.02")
 _ORDER_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 300.0
 _REGISTER_S: Final = 30.0
@@ -190,10 +190,15 @@ def application(file: ServeFile) -> Iterator[RunningApp]:
         yield app
 
 
-def with_policy(file: ServeFile, replicas: int, **policy: Any) -> ServeFile:
+def under(file: ServeFile, policy: str) -> ServeFile:
+    """One replica under `CONTROLLER` or `predictive:NAME=NUMBER`, a setting of its block `prediction`."""
+    controller, _, change = policy.partition(":")
     settings = file.settings.to_dict()
-    settings["replicas"]["count"] = replicas
-    settings["policy"] |= policy
+    settings["replicas"]["count"] = 1
+    settings["policy"]["controller"] = controller
+    if change:
+        name, _, value = change.partition("=")
+        settings["policy"]["prediction"] |= {name: float(value)}
     return dataclasses.replace(file, settings=DeploymentSettings.from_dict(settings))
 
 
@@ -213,7 +218,8 @@ async def play(url: str, model: str, minute: Minute) -> tuple[list[Served], dict
             if response.status_code != 200:
                 _say(f"HTTP status {response.status_code}: {response.text[:200]}")
                 return None
-            return response.json()["usage"]["simulated"], time.monotonic() - sent_s
+            usage = response.json()["usage"]
+            return {**usage["simulated"], **usage["nestedfp"]}, time.monotonic() - sent_s
 
         answers = await asyncio.gather(*(one(*request) for request in zip(*minute, strict=True)))
     good = [
@@ -228,7 +234,9 @@ async def play(url: str, model: str, minute: Minute) -> tuple[list[Served], dict
         for _, fact, _ in good
     ]
     added = [whole_s - (fact["token_s"][-1] - fact["arrival_s"]) for _, fact, whole_s in good]
+    executed = {mode: sum(fact[mode] for _, fact, _ in good) for mode in (FP16, FP8)}
     view = {
+        "tokens_in_fp16": executed[FP16] / max(1, sum(executed.values())),
         "failed": len(answers) - len(good),
         "client_lag_p99_s": percentile(lags, 99.0),
         "added_by_serve_p50_s": percentile(added, 50.0),
@@ -237,13 +245,13 @@ async def play(url: str, model: str, minute: Minute) -> tuple[list[Served], dict
     return served, view
 
 
-def live(file: ServeFile, minute: Minute, controller: str) -> dict[str, Any]:
-    """The minute through Ray Serve under one controller."""
-    _say(f"{controller}: {len(minute.arrival_s)} requests in {SECONDS} s")
-    with application(with_policy(file, 1, controller=controller)) as app:
+def live(file: ServeFile, minute: Minute, policy: str) -> dict[str, Any]:
+    """The minute through Ray Serve under one policy (see :func:`under`)."""
+    _say(f"{policy}: {len(minute.arrival_s)} requests in {SECONDS} s")
+    with application(under(file, policy)) as app:
         served, view = asyncio.run(play(app.url, app.model, minute))
         changes = app.policy_status()["changes"]
-    result = {"controller": controller, **summary(served), "mode_changes": changes, **view}
+    result = {"policy": policy, **summary(served), "mode_changes": changes, **view}
     _say(json.dumps(result))
     return result
 
@@ -272,9 +280,7 @@ def run_minute(args: argparse.Namespace) -> dict[str, Any]:
         # Around the wanted number about three seconds more violate for one per cent more requests.
         scale *= 1.0 - 0.003 * missed
     runs += [
-        {"scale": scale, **live(file, minute, controller)}
-        for controller in args.controllers
-        if controller != "static-fp16"
+        {"scale": scale, **live(file, minute, policy)} for policy in args.policies if policy != "static-fp16"
     ]
     return {
         "trace": args.trace.name,
@@ -396,7 +402,7 @@ def main() -> int:
     minute.add_argument("--config", type=Path, default=CONFIG)
     minute.add_argument("--trace", type=Path, required=True, help="an Azure CSV file")
     minute.add_argument("--scale", type=float, help="share of the requests to keep (default: found)")
-    minute.add_argument("--controllers", nargs="+", default=list(CONTROLLERS))
+    minute.add_argument("--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:NAME=NUMBER]")
     args = parser.parse_args()
     raise_on_signals()
     try:
