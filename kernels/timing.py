@@ -1,7 +1,7 @@
 """Times of GPU work under CUDA graphs: contenders interleaved, inputs rotated past the L2 cache.
 
-A contender is a function of the index of an input set. One graph holds one call for each set, so that a
-weight is read again only after all the others; the host's launch cost does not enter.
+A contender is a function of the index of an input set. A graph holds at least one call for each set, so that
+a weight is read again only after all the others; the host's launch cost does not enter.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ def copies_past_cache(bytes_per_set: int) -> int:
     return max(2, -(-ROTATED_BYTES // bytes_per_set))
 
 
-def capture(contender: Contender, sets: int, calls: int) -> torch.cuda.CUDAGraph:
-    """A graph of `calls` calls, walking through the sets."""
+def capture(contender: Contender, sets: int, calls: int, *, warm_up: int = 0) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls, walking through the sets, after `warm_up` calls outside it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for i in range(_WARM_UP_CALLS):
+        for i in range(warm_up):
             contender(i % sets)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -49,6 +49,15 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int, repeats: int) -> float:
     return median(a.elapsed_time(b) * 1e3 / calls for a, b in pairwise(events))
 
 
+def sized_graph(contender: Contender, sets: int, graph_us: float) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of about `graph_us` of work, or one call for each set where that takes longer; its calls."""
+    graph = capture(contender, sets, sets, warm_up=_WARM_UP_CALLS)
+    rounds = round(graph_us / (replay_us(graph, sets, 1) * sets))
+    if rounds < 2:
+        return graph, sets
+    return capture(contender, sets, sets * rounds), sets * rounds
+
+
 def measure(
     contenders: Mapping[str, Contender],
     sets: int,
@@ -57,15 +66,8 @@ def measure(
     repeats: int = 3,
     graph_us: float = 400.0,
 ) -> dict[str, list[float]]:
-    """Microseconds a call of each contender, one number a pass; every pass visits all contenders in turn.
-
-    A graph holds at least one call for each set and about `graph_us` of work.
-    """
-    graphs = {}
-    for name, contender in contenders.items():
-        rough = replay_us(capture(contender, sets, sets), sets, 1)
-        calls = sets * max(1, round(graph_us / (rough * sets)))
-        graphs[name] = capture(contender, sets, calls), calls
+    """Microseconds a call of each contender, one number a pass; every pass visits all contenders in turn."""
+    graphs = {name: sized_graph(contender, sets, graph_us) for name, contender in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(passes):
         for name, (graph, calls) in graphs.items():

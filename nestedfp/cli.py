@@ -30,6 +30,12 @@ COMMANDS: dict[str, Command] = {
     "simulate": Command(
         "nestedfp.deployments.simulate", "replay a trace on simulated replicas under a policy"
     ),
+    "bench kernels": Command(
+        "nestedfp.kernels.bench", "time both products beside cuBLAS and the FP8 products of torch and vLLM"
+    ),
+    "tune kernels": Command(
+        "nestedfp.kernels.tune", "time the kernels' configurations on this GPU and write the best as a table"
+    ),
     "bench engine": Command(
         "nestedfp.vllm.bench", "time vLLM engines: plain 16 bits, online FP8, NestedFP in both"
     ),
@@ -45,7 +51,8 @@ def build_parser(selected: str | None = None) -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         group, _, leaf = name.rpartition(" ")
         if group not in groups:
-            parent = groups[""].add_parser(group, help=f"{group} kernels or engines")
+            leaves = " or ".join(other.split()[1] for other in COMMANDS if other.split()[0] == group)
+            parent = groups[""].add_parser(group, help=f"{group} {leaves}")
             groups[group] = parent.add_subparsers(metavar="WHAT", required=True)
         child = groups[group].add_parser(leaf, help=command.help, description=command.help)
         if name == selected:

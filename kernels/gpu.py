@@ -1,0 +1,132 @@
+"""The GPU that figures come from: its name, versions, clocks while it worked, and its two ceilings."""
+
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from tempfile import TemporaryFile
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestedfp.kernels.timing import measure
+
+_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+_SAMPLE_MS = 250
+_COPY_BYTES = 4 << 30
+_SQUARE = 8192
+
+
+def require_gpu(command: str) -> None:
+    """Raises SystemExit, naming the remedy, where torch sees no CUDA device."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"{command}: torch {torch.__version__} sees no CUDA device; run it on a GPU host")
+
+
+def slug() -> str:
+    """The device's name for file names."""
+    return "-".join(torch.cuda.get_device_name().lower().split())
+
+
+def describe() -> dict[str, Any]:
+    """Device, driver and versions; `vllm` is null where it is not installed."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "driver": _query(["driver_version"])[0],
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "vllm": _version("vllm"),
+        "date": now(),
+    }
+
+
+def now() -> str:
+    """The time, to the second, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _query(fields: list[str]) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", "0"]
+    line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    return [value.strip() for value in line.split(",")]
+
+
+class ClockMonitor:
+    """Samples clocks, power and temperature in the background while its block runs."""
+
+    def __enter__(self) -> "ClockMonitor":
+        command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
+        self._file = TemporaryFile("w+")
+        self._process = subprocess.Popen([*command, "-i", "0", "-lms", str(_SAMPLE_MS)], stdout=self._file)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+        self._file.close()
+
+    def seen(self) -> str:
+        """The range of what was sampled so far, in words. Call it inside the block."""
+        self._file.seek(0)
+        samples = [_numbers(line) for line in self._file]
+        columns = list(zip(*(sample for sample in samples if sample), strict=True))
+        if not columns:
+            return "not sampled"
+        sm, memory, watts, celsius = columns
+        return (
+            f"SM {min(sm):.0f} to {max(sm):.0f} MHz (median {median(sm):.0f}), memory {median(memory):.0f} "
+            f"MHz, up to {max(watts):.0f} W and {max(celsius):.0f} C; {len(sm)} samples, "
+            f"one every {_SAMPLE_MS} ms"
+        )
+
+
+def _numbers(line: str) -> list[float] | None:
+    """The fields of a complete line; the last one may have been cut."""
+    try:
+        values = [float(value) for value in line.split(",")]
+    except ValueError:
+        return None
+    return values if len(values) == len(_FIELDS) else None
+
+
+def ceilings() -> dict[str, float]:
+    """Measured: bytes read plus written a second of a large copy, and operations a second of large products.
+
+    Keys `copy_tb_s`, `float16_tflop_s`, `bfloat16_tflop_s`, `fp8_tflop_s` (row-wise, without the quantiser).
+    """
+    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy = _least_us(lambda _: target.copy_(source))
+    found = {"copy_tb_s": round(2 * _COPY_BYTES / copy / 1e6, 3)}
+    operations = 2 * _SQUARE**3
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = (torch.randn(_SQUARE, _SQUARE, device="cuda", dtype=dtype) for _ in range(2))
+        us = _least_us(lambda _, a=a, b=b: torch.mm(a, b.T))  # type: ignore[misc]
+        found[f"{str(dtype).removeprefix('torch.')}_tflop_s"] = round(operations / us / 1e6, 1)
+    found["fp8_tflop_s"] = round(operations / _least_us(_fp8_square()) / 1e6, 1)
+    return found
+
+
+def _fp8_square() -> Any:
+    def codes() -> Tensor:
+        return (torch.randn(_SQUARE, _SQUARE, device="cuda") * 64).to(torch.float8_e4m3fn)
+
+    a, b, ones = codes(), codes(), torch.ones(_SQUARE, device="cuda")
+    return lambda _: torch._scaled_mm(
+        a, b.T, ones[:, None], ones[None], out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def _least_us(work: Any) -> float:
+    return min(measure({"work": work}, 2, passes=3)["work"])

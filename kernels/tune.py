@@ -1,0 +1,154 @@
+"""`nestedfp tune kernels`: times each backend's candidates on this GPU and writes the table dispatch reads.
+
+A table is `{"header": ..., "rows": [...]}`, one row a shape: {mode, dtype, M, N, K, us, config}, the fastest
+configuration and its microseconds a call, FP8 with the quantiser. Candidates are timed once; those near the
+best again, by turns. One that is wrong or does not run is reported and left out.
+
+A run that was cut off goes on where it stopped: what the file holds is kept, unless `--anew`.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from triton.errors import TritonError
+
+from nestedfp.kernels import contest, gpu, rowfile
+from nestedfp.kernels.compile_ahead import Job, compile_ahead
+from nestedfp.kernels.contest import Operands
+from nestedfp.kernels.dispatch import Backend, Config, Mode
+from nestedfp.kernels.shapes import SHAPES, TOKENS, by_size, parse_shapes, parse_tokens
+from nestedfp.kernels.timing import Contender, measure
+
+_KEY = ("mode", "dtype", "M", "N", "K")
+_GPU_BACKENDS = [str(Backend.HOPPER), str(Backend.PORTABLE)]
+_ROUGH_US = 200.0
+# Candidates within this of the best of the first pass are timed again.
+_NEAR = 1.08
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    modes = [str(mode) for mode in Mode]
+    what = "models, layers, MODEL/LAYER or NxK, comma-separated (default: all)"
+    parser.add_argument("--backend", choices=_GPU_BACKENDS, default=str(Backend.HOPPER))
+    parser.add_argument("--shapes", type=parse_shapes, default=list(SHAPES), metavar="NAMES", help=what)
+    parser.add_argument("--tokens", type=parse_tokens, default=list(TOKENS), metavar="M,M")
+    parser.add_argument("--dtypes", nargs="+", choices=list(contest.DTYPES), default=list(contest.DTYPES))
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument("--passes", type=int, default=3, help="over the candidates near the best")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="start no cell after so many seconds")
+    parser.add_argument("--anew", action="store_true", help="begin the table anew")
+    parser.add_argument("--out", type=Path, help="default: kernels/tables/BACKEND-smXX.json of this tree")
+
+
+def run(args: argparse.Namespace) -> int:
+    gpu.require_gpu("nestedfp tune kernels")
+    if args.passes < 1:
+        raise SystemExit(f"--passes is {args.passes}, expected 1 or more")
+    start = time.monotonic()
+    out = args.out or default_path(Backend(args.backend))
+    header = gpu.describe() | {"method": _method(args.passes)}
+    rows = [] if args.anew else rowfile.read_rows(out, header)
+    known = {tuple(row[name] for name in _KEY) for row in rows}
+    todo = [cell for cell in cells(args) if cell not in known]
+    print(f"{len(todo)} cells to tune, {len(known)} in {out}", flush=True)
+    backend = import_module(f"nestedfp.kernels.{args.backend}")
+    for complaint in compile_ahead(_jobs(backend, Backend(args.backend), todo)):
+        print("compilation:", complaint)
+    print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
+    operands: Operands | None = None
+    with gpu.ClockMonitor() as clocks:
+        for mode, dtype, M, N, K in todo:
+            if args.time_limit and time.monotonic() - start > args.time_limit:
+                print(f"time limit of {args.time_limit:g} s: stopped before {mode} {dtype} {M}x{N}x{K}")
+                break
+            if operands is None or (operands.N, operands.K, operands.dtype) != (N, K, dtype):
+                operands = None
+                torch.cuda.empty_cache()
+                operands = Operands(N, K, dtype, max(args.tokens))
+            configs = backend.candidates(Mode(mode), M, N, K, dtype)
+            best = fastest(backend, Mode(mode), configs, operands, M, args.passes)
+            if best is None:
+                print(f"{mode} {dtype} {M}x{N}x{K}: no candidate runs", flush=True)
+                continue
+            config, us = best
+            row = {"mode": mode, "dtype": dtype, "M": M, "N": N, "K": K, "us": us, "config": dict(config)}
+            rows = rowfile.merged(rows, [row], _KEY)
+            rowfile.write(out, header | {"clocks": clocks.seen()}, rows)
+            print(f"{mode} {dtype} {M}x{N}x{K}: {us:.2f} us of {len(configs)}: {dict(config)}", flush=True)
+    print(f"{out}: {len(rows)} rows after {time.monotonic() - start:.0f} s")
+    return 0
+
+
+def default_path(backend: Backend) -> Path:
+    """Where `dispatch.table` looks for the table of this device."""
+    major, minor = torch.cuda.get_device_capability()
+    return Path(__file__).parent / "tables" / f"{backend}-sm{major}{minor}.json"
+
+
+def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, int, int]]:
+    """(mode, dtype, M, N, K) to tune; those that share operands follow one another."""
+    for N, K in by_size(args.shapes):
+        for dtype in args.dtypes:
+            for mode in args.modes:
+                for M in args.tokens:
+                    yield mode, dtype, M, N, K
+
+
+def _jobs(backend: ModuleType, kind: Backend, todo: list[tuple[str, str, int, int, int]]) -> list[Job]:
+    return [
+        Job(kind, Mode(mode), dtype, M, N, K, config)
+        for mode, dtype, M, N, K in todo
+        for config in backend.candidates(Mode(mode), M, N, K, dtype)
+    ]
+
+
+def fastest(
+    backend: ModuleType, mode: Mode, configs: list[Config], operands: Operands, M: int, passes: int
+) -> tuple[Config, float] | None:
+    """The fastest of `configs` and its microseconds, None where none runs and is right."""
+    contenders: dict[str, Contender] = {}
+    for number, config in enumerate(configs):
+        contender = _product(backend, mode, config, operands, M)
+        try:
+            error = contest.error(contender, operands, M)
+        # What a launch raises where a configuration does not fit; a faulting one ends the process.
+        except (RuntimeError, ValueError, TritonError) as failure:
+            print(f"  left out, {failure}: {dict(config)}", flush=True)
+            continue
+        if error < contest.tolerance(mode, operands.dtype):
+            contenders[str(number)] = contender
+        else:
+            print(f"  WRONG, relative error {error:.2g}: {dict(config)}", flush=True)
+    if not contenders:
+        return None
+    rough = measure(contenders, operands.sets, passes=1, repeats=1, graph_us=_ROUGH_US)
+    least = min(times[0] for times in rough.values())
+    near = {name: work for name, work in contenders.items() if rough[name][0] <= _NEAR * least}
+    times = {name: median(taken) for name, taken in measure(near, operands.sets, passes=passes).items()}
+    name = min(times, key=lambda name: times[name])
+    return configs[int(name)], round(times[name], 3)
+
+
+def _product(backend: ModuleType, mode: Mode, config: Config, operands: Operands, M: int) -> Contender:
+    linear: Callable[..., Tensor] = backend.linear_fp8 if mode is Mode.FP8 else backend.linear_16bit
+
+    def call(i: int) -> Tensor:
+        w = operands.nested(i)
+        weight = (w.upper,) if mode is Mode.FP8 else (w.upper, w.lower)
+        return linear(operands.x(i, M), *weight, w.row_exponent, order=w.order, config=config)
+
+    return call
+
+
+def _method(passes: int) -> str:
+    return (
+        "CUDA graphs, random normal data, inputs rotated past the L2, candidates by turns; "
+        f"us is the median of {passes} passes, FP8 with the quantiser"
+    )
