@@ -1,84 +1,203 @@
 """Policies against each other on the same loads, simulated. Writes bench/data/policy.json.
 
-Every load is scaled to a share of the cluster's capacity: the highest Poisson rate of that load's lengths
-at which static FP16 meets the SLO. Every policy sees the same requests and the same seed.
+    NESTEDFP_TRACES=FOLDER python bench/policy.py [--replicas 4] [--seed 1] [--parts loads,...]
 
-    NESTEDFP_TRACES=FOLDER python bench/policy.py [--replicas 4] [--seed 1] [--limit 20000]
+Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed, without),
+`steady`, `paper`, `scaling`, `decide`, `million`. A part that is not named keeps the figures it has.
 """
 
 import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from policy_loads import BURSTS, TRACES, Load, loads, policy
+from policy_paper import experiment
+from policy_scaling import compare_scaling
+
 from nestedfp.loadtests.readers import read_trace
-from nestedfp.loadtests.synthetic import Lengths, gamma, square_wave
-from nestedfp.policies.config import PolicyConfig
-from nestedfp.policies.policy import Policy
-from nestedfp.policies.simulation.capacity import capacity_rps
-from nestedfp.policies.simulation.cluster import simulate
-from nestedfp.policies.simulation.state import EngineSettings, Workload, poisson, rescaled
-from nestedfp.policies.simulation.summary import summarize
+from nestedfp.policies.config import Slo
+from nestedfp.policies.protocol import ReplicaReport
+from nestedfp.policies.simulation.cluster import Outcome, simulate
+from nestedfp.policies.simulation.oracle import LEVELS, schedule_of, search, share_bound
+from nestedfp.policies.simulation.state import EngineSettings, poisson
+from nestedfp.policies.simulation.summary import summarize, ttft_s
+from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
 POLICIES = ("static-fp16", "static-fp8", "threshold", "predictive")
-TRACES = {
-    "azure-code-2023": "azure_code_2023-11-16.csv",
-    "azure-conv-2023": "azure_conv_2023-11-16.csv",
-    "azure-conv-2024": "azure_conv_2024-05-14_1400_20min.csv",
-}
-SHARES = (0.6, 0.9, 1.2)
-PROMPT, OUTPUT = Lengths(1000, cv=1.0, longest=8000), Lengths(150, cv=1.0, longest=1000)
+HELD_OUT_SEED = 7
+TRIES = 600
+TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
+PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million")
 
 
-def static(mode: str) -> Policy:
-    return Policy(PolicyConfig(controller=f"static-{mode}"))
-
-
-def loads(folder: Path, limit: int, replicas: int, seed: int) -> Iterator[tuple[str, float, float, Workload]]:
-    """Name, share of capacity, capacity in requests per second, and the load."""
-    for name, file in TRACES.items():
-        trace = read_trace(folder / file, limit=limit)
-        capacity = capacity_rps(trace, static("fp16"), replicas=replicas, seed=seed)
-        for share in SHARES:
-            yield name, share, capacity, rescaled(trace, share * capacity)
-    even = gamma(PROMPT, OUTPUT, rate_rps=10.0, duration_s=400.0, seed=seed)
-    capacity = capacity_rps(even, static("fp16"), replicas=replicas, seed=seed)
-    for share in (0.8, 1.0):
-        burst, calm = 1.5 * share * capacity, 0.5 * share * capacity
-        wave = square_wave(
-            PROMPT, OUTPUT, calm_rps=calm, burst_rps=burst, calm_s=40.0, burst_s=15.0, bursts=5, seed=seed
-        )
-        yield "square-wave", share, capacity, wave
-    for share in SHARES:
-        bursts = gamma(PROMPT, OUTPUT, rate_rps=share * capacity, duration_s=240.0, cv=4.0, seed=seed)
-        yield "gamma-cv4", share, capacity, bursts
-
-
-def compare(load: Workload, replicas: int, seed: int) -> dict[str, Any]:
-    """Every policy's summary on one load, and the bars that follow."""
+def run(load: Load, name: str, replicas: int, seed: int) -> tuple[dict[str, Any], Outcome]:
     settings = EngineSettings()
-    results: dict[str, Any] = {}
-    for name in POLICIES:
-        config = PolicyConfig(controller=name)
-        started = time.perf_counter()
-        outcome = simulate(load, Policy(config), replicas=replicas, seed=seed, settings=settings)
-        results[name] = summarize(outcome, config.slo, settings.label)
-        print(
-            f"    {name:12s} attainment {results[name]['attainment']:.4f}, 16-bit tokens"
-            f" {results[name]['fp16_token_share']:.3f}, flips {results[name]['flips']}"
-            f" ({time.perf_counter() - started:.1f} s)",
-            flush=True,
-        )
+    outcome = simulate(load.workload, policy(name), replicas=replicas, seed=seed, settings=settings)
+    return summarize(outcome, Slo(), settings.label), outcome
+
+
+def compare(load: Load, replicas: int, seed: int, tries: int) -> dict[str, Any]:
+    """Every policy's figures on one load, what follows from them, and the oracle's (with `tries` > 0)."""
+    print(f"{load.name} at {load.share:g} of {load.capacity_rps:.2f} requests/s, seed {seed}", flush=True)
+    runs = {name: run(load, name, replicas, seed) for name in POLICIES}
+    results = {name: summary for name, (summary, _) in runs.items()}
     best, fixed = results["static-fp8"]["attainment"], results["static-fp16"]["attainment"]
     for name in POLICIES[2:]:
         reached = results[name]["attainment"]
         results[name]["points_below_static_fp8"] = 100 * (best - reached)
         results[name]["violations_cut"] = (reached - fixed) / (1 - fixed) if fixed < 1 else None
-    return results
+    row = {
+        "load": load.name,
+        "share": load.share,
+        "capacity_rps": load.capacity_rps,
+        "requests": len(load.workload.arrival_s),
+        "policies": results,
+    }
+    if tries:
+        row["oracle"] = oracle(load, results, runs["predictive"][1], replicas, seed, tries)
+    if tries and (load.name, load.share) == TIMELINE:
+        row["timeline"] = timeline(runs["predictive"][1])
+    for name in POLICIES:
+        shown = results[name]
+        print(
+            f"    {name:12s} attainment {shown['attainment']:.4f}, 16-bit tokens"
+            f" {shown['fp16_token_share']:.3f}, flips {shown['flips']}",
+            flush=True,
+        )
+    if tries:
+        print(f"    oracle       {row['oracle']}", flush=True)
+    return row
+
+
+def oracle(
+    load: Load, results: dict[str, Any], outcome: Outcome, replicas: int, seed: int, tries: int
+) -> dict[str, Any]:
+    """The best share of 16-bit tokens at the predictive policy's attainment.
+
+    Candidates are the schedules of the search and the runs of the policies themselves, since each of them is
+    a schedule too, if one of finer grain.
+    """
+    settings, slo = EngineSettings(), Slo()
+    target = results["predictive"]["attainment"]
+    found = search(
+        load.workload,
+        target,
+        replicas=replicas,
+        seed=seed,
+        settings=settings,
+        slo=slo,
+        starts=(schedule_of(outcome),),
+        tries=tries,
+    )
+    searched = found.share if found.attainment >= target - 1e-12 else None
+    reached = [row["fp16_token_share"] for row in results.values() if row["attainment"] >= target]
+    share = max([*reached, *([] if searched is None else [searched])])
+    bound = share_bound(load.workload, target, replicas=replicas, settings=settings, slo=slo)
+    ours = results["predictive"]["fp16_token_share"]
+    return {
+        "attainment": target,
+        "searched_share": searched,
+        "fp16_token_share": share,
+        "bound": bound,
+        "gap": bound - share,
+        "tried": found.tried,
+        "levels": np.bincount(found.schedule.ravel(), minlength=len(LEVELS)).tolist(),
+        "predictive_over_oracle": ours / share if share > 0 else None,
+    }
+
+
+def timeline(outcome: Outcome) -> dict[str, Any]:
+    """One burst, second by second."""
+    seen = outcome.timeline
+    seconds = slice(30, 80)
+    arrival, ttft = outcome.requests["arrival_s"], ttft_s(outcome.requests)
+    worst = [
+        float(np.nanpercentile(ttft[inside], 90)) if inside.any() else None
+        for at in seen.t_s[seconds]
+        for inside in [(arrival >= at) & (arrival < at + 1.0)]
+    ]
+    fp16, fp8 = (np.diff(np.array(column))[seconds] for column in (seen.fp16, seen.fp8))
+    return {
+        "t_s": seen.t_s[seconds],
+        "arrivals": seen.arrivals[seconds],
+        "waiting": seen.waiting[seconds],
+        "running": seen.running[seconds],
+        "replicas": seen.active[seconds],
+        "modes": seen.modes[seconds],
+        "fp8_token_share": (fp8 / np.maximum(fp16 + fp8, 1)).tolist(),
+        "ttft_p90_s": worst,
+    }
+
+
+def steady(folder: Path, capacity: float, replicas: int, seed: int) -> dict[str, Any]:
+    """An hour of Poisson arrivals at 60 % of the conversation trace's capacity."""
+    lengths = read_trace(folder / TRACES["azure-conv-2023"])
+    arrivals = poisson(lengths, 0.6 * capacity, 3600.0, seed)
+    row = compare(Load("poisson, azure-conv-2023 lengths", 0.6, capacity, arrivals), replicas, seed, 0)
+    for summary in row["policies"].values():
+        hours = summary["duration_s"] / 3600.0
+        summary["flips_per_replica_hour"] = summary["flips"] / replicas / hours
+    return row
+
+
+def decide_ms(replicas: int = 1000, rounds: int = 60) -> dict[str, float]:
+    """Milliseconds of CPU that one decision takes."""
+    rows = [
+        ReplicaReport(
+            replica_id=f"r{number}",
+            boot_id="bench",
+            sequence=1,
+            mode="auto",
+            epoch=1,
+            running=30 + number % 60,
+            waiting=number % 5,
+            waiting_prompt_tokens=700 * (number % 5),
+            oldest_waiting_s=0.02 * (number % 5),
+            kv_usage=0.3,
+            arrivals_per_s=15.0,
+            ttft_p90_s=0.2,
+            tpot_p90_s=0.02,
+            step_time_s=0.02,
+            tokens_fp16=1000,
+            tokens_fp8=1000,
+            flips=3,
+            age_s=0.0,
+            context_tokens=40_000,
+            batch_tokens=400,
+            arriving_prompt_tokens_per_s=15_000.0,
+            slo_miss_share=0.001 * (number % 7),
+        )
+        for number in range(replicas)
+    ]
+    snapshot = Snapshot(tuple(ReplicaView(report, 0.0) for report in rows))
+    decider = policy("predictive")
+    state, took = decider.start(), []
+    for turn in range(rounds):
+        started = time.process_time()
+        _, state = decider.decide(snapshot, state, 0.1 * turn)
+        took.append(1e3 * (time.process_time() - started))
+    p50, p95 = np.percentile(took, [50, 95])
+    return {"replicas": replicas, "rounds": rounds, "p50": float(p50), "p95": float(p95), "max": max(took)}
+
+
+def million(folder: Path, seed: int) -> dict[str, Any]:
+    """A million requests on 100 replicas: wall seconds by policy."""
+    lengths = read_trace(folder / TRACES["azure-conv-2023"])
+    rate = 0.6 * 19.3 * 100
+    load = poisson(lengths, rate, 1_000_000 / rate, seed)
+    took = {}
+    for name in ("static-fp16", "predictive"):
+        started = time.perf_counter()
+        simulate(load, policy(name), replicas=100, seed=seed)
+        took[name] = time.perf_counter() - started
+    print(f"a million requests: {took}", flush=True)
+    return {"requests": len(load.arrival_s), "replicas": 100, "wall_s": took}
 
 
 def main() -> None:
@@ -88,33 +207,52 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=int, default=20_000, help="first requests of each trace to use")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--tries", type=int, default=TRIES, help="simulations of the oracle's search")
     arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
     folder = Path(os.environ["NESTEDFP_TRACES"])
-    rows = []
-    for name, share, capacity, load in loads(folder, arguments.limit, arguments.replicas, arguments.seed):
-        print(f"{name} at {share:g} of {capacity:.2f} requests/s", flush=True)
-        results = compare(load, arguments.replicas, arguments.seed)
-        rows.append({"load": name, "share": share, "capacity_rps": capacity, "policies": results})
-    steady = compare_steady(rows, folder, arguments)
-    report = {
-        "label": EngineSettings().label,
-        "replicas": arguments.replicas,
-        "seed": arguments.seed,
+    replicas, seed = arguments.replicas, arguments.seed
+    report: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
+
+    def save() -> None:
+        report["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        DATA.write_text(json.dumps(report, indent=1) + "\n")
+
+    report["label"] = EngineSettings().label
+    report["settings"] = {
+        "replicas": replicas,
+        "seed": seed,
+        "held_out_seed": HELD_OUT_SEED,
         "limit": arguments.limit,
-        "loads": rows,
-        "steady": steady,
+        "slo": {"ttft_s": Slo().ttft_s, "tpot_s": Slo().tpot_s},
+        "capacity": "highest Poisson rate at which static FP16 meets the SLO for 90 % of 60 s of requests",
+        "bursts": list(BURSTS),
     }
-    DATA.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def compare_steady(rows: list[dict[str, Any]], folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """An hour of Poisson arrivals at 60 % of the conversation trace's capacity."""
-    capacity = next(row["capacity_rps"] for row in rows if row["load"] == "azure-conv-2023")
-    lengths = read_trace(folder / TRACES["azure-conv-2023"])
-    print("an hour of Poisson arrivals at 0.6", flush=True)
-    return compare(
-        poisson(lengths, 0.6 * capacity, 3600.0, arguments.seed), arguments.replicas, arguments.seed
-    )
+    for part, its_seed, tries in (("loads", seed, arguments.tries), ("held-out", HELD_OUT_SEED, 0)):
+        if part in parts:
+            rows = []
+            for load in loads(folder, arguments.limit, replicas, its_seed):
+                rows.append(compare(load, replicas, its_seed, tries))
+            report[part.replace("-", "_")] = rows
+            save()
+    if "decide" in parts:
+        report["decide_ms"] = decide_ms()
+        save()
+    if "paper" in parts:
+        report["paper"] = experiment(folder, replicas, seed)
+        save()
+    if "scaling" in parts:
+        report["scaling"] = compare_scaling(folder, seed)
+        save()
+    if "steady" in parts:
+        rows = report["loads"]
+        capacity = next(row["capacity_rps"] for row in rows if row["load"] == "azure-conv-2023")
+        report["steady"] = steady(folder, capacity, replicas, seed)
+        save()
+    if "million" in parts:
+        report["million"] = million(folder, seed)
+        save()
 
 
 if __name__ == "__main__":

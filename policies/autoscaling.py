@@ -3,7 +3,8 @@
 Precision bridges the minutes until a replica has started, so replicas are added only when FP8 is not
 enough, or has carried load for so long that it is no burst; while FP8 carries load nothing is removed; and
 one replica leaves only when all are in 16 bits and the rest is predicted to hold the SLO in 16 bits, for a
-while without a break.
+while without a break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8 where
+16 bits alone are not predicted to hold.
 
 The facts of one replica are a flat dictionary of finite numbers (:func:`scaling_stats`), as Ray Serve's
 ``record_autoscaling_stats`` wants them: a single None or NaN there would end the metric for good.
@@ -20,9 +21,13 @@ from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import Slo
 from nestedfp.policies.latency import LatencyModel, TokenLoad
-from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
+from nestedfp.policies.protocol import AUTO, FP8, FP16, ReplicaReport
 
 STATS: Final = ("in_fp8", "mode_s", "strain", "prompt_per_s", "prompt_tokens", "decode_per_s", "context")
+
+
+UNDECIDED: Final = 0.5
+"""``in_fp8`` of a replica in ``auto``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +58,12 @@ class ScalingConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """What the rule remembers: since when FP8 has been too slow, and since when a replica has been spare."""
+    """What the rule remembers: since when FP8 has been too slow, a replica spare, FP8 relied upon."""
 
     overloaded_since_s: float | None = None
     spare_since_s: float | None = None
+    relied_since_s: float | None = None
+    """Since when most replicas have relied on FP8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,8 @@ class Scaling:
 def scaling_stats(report: ReplicaReport, mode_s: float, slo: Slo) -> dict[str, float]:
     """The numbers a replica contributes; ``mode_s`` is how long it has been in its mode. Always finite.
 
-    ``strain`` is the worst of queueing, TTFT and TPOT over its SLO limit.
+    ``in_fp8`` is 0 in 16 bits, 1 in FP8 or a plan, ``UNDECIDED`` in ``auto``. ``strain`` is the worst of
+    queueing, TTFT and TPOT over its SLO limit.
     """
     strain = max(
         report.oldest_waiting_s / slo.ttft_s,
@@ -80,7 +88,7 @@ def scaling_stats(report: ReplicaReport, mode_s: float, slo: Slo) -> dict[str, f
     decode_per_s = report.running / report.step_time_s if report.step_time_s else 0.0
     prompt_per_s = report.arriving_prompt_tokens_per_s or 0.0
     stats = {
-        "in_fp8": 0.0 if report.mode == FP16 else 1.0,
+        "in_fp8": {FP16: 0.0, AUTO: UNDECIDED}.get(report.mode, 1.0),
         "mode_s": mode_s,
         "strain": strain,
         "prompt_per_s": prompt_per_s,
@@ -111,8 +119,9 @@ def desired_replicas(
     usable = [row for row in stats if _usable(row)]
     if not usable:
         return _bounded(current, "no usable reports", config), ScalingState()
-    in_fp8 = [row for row in usable if row["in_fp8"] > 0]
+    in_fp8 = [row for row in usable if _relies_on_fp8(row, config, slo, model)]
     mostly_fp8 = 2 * len(in_fp8) > len(usable)
+    state = replace(state, relied_since_s=_since(mostly_fp8, state.relied_since_s, now))
     strained = [row for row in in_fp8 if row["strain"] >= 1.0]
     overloaded = 2 * len(strained) > len(usable)
     state = replace(state, overloaded_since_s=_since(overloaded, state.overloaded_since_s, now))
@@ -121,7 +130,12 @@ def desired_replicas(
             needed = _smallest(FP8, usable, current, config, slo, model)
             wanted = max(current + 1, needed)
             return _bounded(wanted, f"FP8 too slow on {len(strained)} replicas", config), ScalingState()
-        long_in_fp8 = [row for row in in_fp8 if row["mode_s"] >= config.fp8_patience_s]
+        relied_s = 0.0 if state.relied_since_s is None else now - state.relied_since_s
+        long_in_fp8 = [
+            row
+            for row in in_fp8
+            if (relied_s if row["in_fp8"] == UNDECIDED else row["mode_s"]) >= config.fp8_patience_s
+        ]
         if 2 * len(long_in_fp8) > len(usable):
             reason = f"{len(long_in_fp8)} replicas in FP8 for {config.fp8_patience_s:g} s"
             return _bounded(current + 1, reason, config), ScalingState()
@@ -140,6 +154,13 @@ def desired_replicas(
 def _usable(row: Mapping[str, float]) -> bool:
     values = [row.get(name) for name in STATS]
     return all(isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 for value in values)
+
+
+def _relies_on_fp8(row: Mapping[str, float], config: ScalingConfig, slo: Slo, model: LatencyModel) -> bool:
+    """Whether this replica could not do without FP8 for long."""
+    if row["in_fp8"] == UNDECIDED:
+        return not _holds(FP16, [row], 1, config, slo, model)
+    return row["in_fp8"] > 0
 
 
 def _since(condition: bool, before: float | None, now: float) -> float | None:

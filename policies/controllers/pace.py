@@ -10,7 +10,7 @@ So FP8 is spent on the steps that need it, and one number says how many do:
 - the debt is what a request may be behind in passing, where 16 bits would win it back; it falls with the
   load, earlier, and while requests are missed. What was lost because of 16 bits cannot be told from outside,
   so any miss counts;
-- where misses are frequent, a queue is served close to FP8 altogether, for a moment beyond its end.
+- where misses are frequent, a queue is served in FP8 altogether, and for some seconds beyond its end.
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ DEBT_FALLS: Final = (0.8, 1.1)
 """16-bit load up to which the whole debt is allowed, and from which none is."""
 FP8_OVERLOAD: Final = 0.9
 """FP8 load from which nothing is left to give away."""
-CAUTIOUS_PACE: Final = 0.15
+CAUTIOUS_PACE: Final = 0.1
 """Pace in a queue where requests are often missed."""
 QUEUE_SHARE: Final = 0.1
 AGE_SHARE: Final = 0.2
 """Shares of the TTFT limit: of queued 16-bit prefill, and of waiting, from which on steps are in FP8."""
-QUEUE_MEMORY_S: Final = 1.5
+HOPELESS: Final = -0.75
+"""Confidence below which a queue is served in FP8 and nothing else: FP8 alone misses requests there."""
+CAUTIOUS_AGE: Final = 0.25
+"""Part of that waiting which is allowed in a queue where requests are often missed."""
+QUEUE_MEMORY_S: Final = 4.0
 MEMORY_SHARE: Final = 0.5
 """Part of a replica's arrivals over some seconds that counts even when the last second brought fewer."""
 MISS_WINDOW_S: Final = 10.0
@@ -125,16 +129,19 @@ def auto_limits(
     as configured: corrections would change every limit with every step.
     """
     costs = model.costs[FP16]
+    confidence = round(10 * confidence) / 10
+    wait_s = AGE_SHARE * slo.ttft_s
     queue_tokens = QUEUE_SHARE * slo.ttft_s / max(costs.token_s, 1e-9)
     if queued_lately and confidence < 0.0:
         cautious = min(pace, 1.0 + confidence * (1.0 - CAUTIOUS_PACE))
         pace, debt_s = round(10 * cautious) / 10, 0.0
-        queue_tokens = max(1.0, queue_tokens * (1.0 + confidence))
+        queue_tokens = 0.0 if confidence < HOPELESS else queue_tokens * (1.0 + confidence)
+        wait_s *= 1.0 + confidence * (1.0 - CAUTIOUS_AGE)
     return {
         "pace_s": max(pace, CAUTIOUS_PACE) * slo.tpot_s,
         "debt_s": debt_s,
         "queue_tokens": float(int(queue_tokens)),
-        "wait_s": AGE_SHARE * slo.ttft_s,
+        "wait_s": wait_s,
         "overhead_s": costs.overhead_s,
         "weights_s": costs.weights_s,
         "token_s": costs.token_s,

@@ -14,6 +14,7 @@ from nestedfp.policies.config import PolicyConfig, Slo
 from nestedfp.policies.policy import Policy, PolicyState
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.simulation import engine
+from nestedfp.policies.simulation.scaling import Scaler
 from nestedfp.policies.simulation.state import (
     AUTO_LIMITS,
     MODES,
@@ -66,6 +67,7 @@ class Outcome:
     timeline: Timeline
     duration_s: float
     replica_seconds: float
+    """Of all replicas that existed, those starting and those finishing included, up to the last arrival."""
     decisions: int
 
 
@@ -91,6 +93,8 @@ class Cluster:
         self._slo = slo
         self._arrived: deque[tuple[float, Ints, Ints]] = deque()
         self._sequence = 0
+        self._ready_s = np.zeros(replicas)
+        """When a replica that was ordered serves; infinite where none is ordered."""
 
     @property
     def ids(self) -> list[str]:
@@ -141,6 +145,29 @@ class Cluster:
             strict=True,
         )
         return tuple(ReplicaView(self._report(*row), 0.0) for row in columns if row[1])
+
+    @property
+    def ordered(self) -> int:
+        """Replicas that serve or start."""
+        return int(np.isfinite(self._ready_s).sum())
+
+    @property
+    def paid(self) -> int:
+        """Replicas that exist: those ordered, and those that finish what they took before they left."""
+        return int((np.isfinite(self._ready_s) | np.isfinite(self.engines.replicas["step_end_s"])).sum())
+
+    def scale(self, wanted: int, startup_s: float) -> None:
+        """Order replicas, ready after ``startup_s``, or send the last ones away once they have finished."""
+        ordered = np.isfinite(self._ready_s)
+        for number in np.flatnonzero(~ordered)[: max(0, wanted - int(ordered.sum()))]:
+            self._ready_s[number] = self.now + startup_s
+            self.engines.replicas["mode"][number] = 0
+        for number in np.flatnonzero(ordered)[::-1][: max(0, int(ordered.sum()) - wanted)]:
+            self._ready_s[number] = np.inf
+
+    def open(self) -> None:
+        """Let the replicas that are ready take requests, and no others."""
+        self.engines.replicas["active"] = self._ready_s <= self.now
 
     def order(self, replica_id: str, mode: str, limits: Any) -> None:
         """Set the mode of one replica and its limits; one that is not given is lifted."""
@@ -229,13 +256,21 @@ def simulate(
     replicas: int,
     seed: int,
     settings: EngineSettings | None = None,
+    scaler: Scaler | None = None,
+    startup_s: float = 0.0,
 ) -> Outcome:
     """Serve ``workload`` on ``replicas`` simulated engines under ``policy``.
 
     The policy decides every ``decide_interval_s`` on fresh reports and its targets hold from the next step
-    on. The same arguments give the same outcome.
+    on. With a ``scaler`` the number of replicas is its own from the start on; one that it adds takes requests
+    ``startup_s`` later, one that it removes finishes what it has. The same arguments give the same outcome.
     """
-    cluster = Cluster(workload, replicas, settings or EngineSettings(), seed, policy.config.slo)
+    most = max(replicas, scaler.max_replicas) if scaler else replicas
+    cluster = Cluster(workload, most, settings or EngineSettings(), seed, policy.config.slo)
+    cluster.scale(replicas, 0.0)
+    cluster.open()
+    scaled_s = 0.0
+    replica_seconds = 0.0
     config: PolicyConfig = policy.config
     state: PolicyState = policy.start()
     timeline = Timeline()
@@ -245,7 +280,14 @@ def simulate(
     decisions = 0
     arrived = 0
     while cluster.busy and cluster.now < last_arrival_s + DRAIN_S:
-        targets, state = policy.decide(Snapshot(cluster.views()), state, cluster.now)
+        views = cluster.views()
+        if scaler is not None:
+            if cluster.now >= scaled_s:
+                cluster.scale(scaler.replicas(views, cluster.ordered, cluster.now), startup_s)
+                scaled_s += scaler.interval_s
+            cluster.open()
+        starting = cluster.ordered - int(cluster.engines.replicas["active"].sum())
+        targets, state = policy.decide(Snapshot(views, None, starting), state, cluster.now)
         decisions += 1
         for replica_id, target in targets.items():
             if target.changed:
@@ -266,6 +308,8 @@ def simulate(
                 limits[replica_id] = target.limits
         if not timeline.t_s or cluster.now - timeline.t_s[-1] >= 1.0 - 1e-6:
             arrived = _sample(timeline, cluster, arrived)
+        if cluster.now < last_arrival_s:
+            replica_seconds += cluster.paid * min(config.decide_interval_s, last_arrival_s - cluster.now)
         cluster.tick(decisions * config.decide_interval_s)
     finishes = cluster.requests["finish_s"]
     finished = finishes[np.isfinite(finishes)]
@@ -276,7 +320,7 @@ def simulate(
         flips=flips,
         timeline=timeline,
         duration_s=duration_s,
-        replica_seconds=replicas * duration_s,
+        replica_seconds=replica_seconds,
         decisions=decisions,
     )
 

@@ -136,13 +136,13 @@ def _route(r: int, strict: bool, cluster: Engines) -> int:
 
     The candidates depend on seed and request alone, so that policies are compared on the same draws.
     """
-    one = _draw(_hash(cluster.seed, 2 * r), strict, cluster)
+    one = _draw(2 * r, strict, cluster)
     if one < 0 and strict:
         strict = False
-        one = _draw(_hash(cluster.seed, 2 * r), strict, cluster)
+        one = _draw(2 * r, strict, cluster)
     if one < 0:
         return -1
-    other = _draw(_hash(cluster.seed, 2 * r + 1), strict, cluster)
+    other = _draw(2 * r + 1, strict, cluster)
     one_load = cluster.replicas[one].running + cluster.replicas[one].waiting
     other_load = cluster.replicas[other].running + cluster.replicas[other].waiting
     return one if one_load <= other_load else other
@@ -163,11 +163,11 @@ def _hash(seed: int, number: int) -> int:
 
 
 @njit
-def _draw(start: int, only_16_bits: bool, cluster: Engines) -> int:
-    """The first replica from place ``start`` on that takes requests, in 16 bits if asked; -1 if none does."""
+def _draw(number: int, only_16_bits: bool, cluster: Engines) -> int:
+    """Candidate ``number``: a replica that takes requests, in 16 bits if asked; -1 if there is none."""
     count = cluster.replicas.shape[0]
-    for offset in range(count):
-        i = (start + offset) % count
+    for attempt in range(16 + count):
+        i = _hash(cluster.seed, 16 * number + attempt) % count if attempt < 16 else attempt - 16
         replica = cluster.replicas[i]
         if replica.active and (replica.mode == 0 or not only_16_bits):
             return i

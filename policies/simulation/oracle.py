@@ -204,9 +204,9 @@ def share_bound(
 
     The relaxed problem: replicas share all work freely, steps have no fixed cost and batches no limit, and
     the requests allowed to miss are those with the most tokens. A request that is met and whose deadline
-    (arrival, TTFT limit, one TPOT limit a token) lies within a window has all its work done in that window; what that
-    takes in 16 bits beyond the window's replica-seconds is tokens in FP8. Windows do not overlap; the best
-    of several lengths counts.
+    (arrival, TTFT limit, one TPOT limit a token) lies within a window has all its work done in that window;
+    what that takes in 16 bits beyond the window's replica-seconds is tokens in FP8. Windows do not overlap;
+    the best of several lengths counts.
     """
     slow, fast = settings.model.of(FP16), settings.model.of(FP8)
     arrival = np.asarray(workload.arrival_s, dtype=np.float64)

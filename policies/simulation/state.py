@@ -167,6 +167,36 @@ def rescaled(workload: Workload, rate: float) -> Columns:
     return Columns(arrival_s * factor, workload.prompt_tokens, workload.output_tokens, workload.strict)
 
 
+def thickened(workload: Workload, copies: int, spread_s: float, seed: int) -> Columns:
+    """Every request ``copies`` times, all but the first up to ``spread_s`` later: larger bursts."""
+    checks.integer("copies", copies, minimum=1)
+    checks.number("spread_s", spread_s)
+    count = len(workload.arrival_s)
+    later = np.random.default_rng(seed).uniform(0.0, spread_s, (copies, count))
+    later[0] = 0.0
+    arrival_s = (np.asarray(workload.arrival_s, dtype=np.float64) + later).ravel()
+    order = np.argsort(arrival_s, kind="stable")
+    drawn = order % count
+    return Columns(
+        arrival_s[order],
+        np.asarray(workload.prompt_tokens)[drawn],
+        np.asarray(workload.output_tokens)[drawn],
+        np.asarray(workload.strict)[drawn],
+    )
+
+
+def thinned(workload: Workload, share: float, seed: int) -> Columns:
+    """Each request kept with probability ``share``."""
+    checks.number("share", share, above=0.0, maximum=1.0)
+    kept = np.random.default_rng(seed).random(len(workload.arrival_s)) < share
+    return Columns(
+        np.asarray(workload.arrival_s)[kept],
+        np.asarray(workload.prompt_tokens)[kept],
+        np.asarray(workload.output_tokens)[kept],
+        np.asarray(workload.strict)[kept],
+    )
+
+
 def poisson(lengths: Workload, rate: float, seconds: float, seed: int) -> Columns:
     """Poisson arrivals at ``rate`` per second, each with the lengths of a request drawn from ``lengths``."""
     checks.number("rate", rate, above=0.0)

@@ -57,6 +57,7 @@ def summarize(outcome: Outcome, slo: Slo, label: str) -> dict[str, Any]:
         "flips": len(outcome.flips),
         "flips_per_replica_minute": len(outcome.flips) / replicas / minutes,
         "max_flips_in_a_minute": busiest_minute(outcome.flips),
+        "step_switches": int(outcome.engines.replicas["flips"].sum()),
         "preemptions": int(outcome.engines.replicas["preemptions"].sum()),
         "ttft_ms": _percentiles(ttft_s(requests)[finished]),
         "tpot_ms": _percentiles(tpot_s(requests)[finished & (requests["output"] > 1)]),

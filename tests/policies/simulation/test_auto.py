@@ -1,0 +1,90 @@
+"""``auto`` in the simulator: the same choice as the engine's scheduler makes, and its limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nestedfp.policies.config import Slo
+from nestedfp.policies.simulation import engine
+from nestedfp.policies.simulation.cluster import Cluster
+from nestedfp.policies.simulation.state import Columns, EngineSettings
+from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
+
+LIMITS: dict[str, float] = {"pace_s": 0.02, "debt_s": 0.01, "queue_tokens": 3000.0, "wait_s": 0.1}
+
+
+def cluster(rate: float, mode: str, limits: dict[str, float] | None = None) -> Cluster:
+    random = np.random.default_rng(4)
+    count = 400
+    load = Columns(
+        np.cumsum(random.exponential(1.0 / rate, count)),
+        random.integers(50, 2500, count).astype(np.int32),
+        random.integers(2, 120, count).astype(np.int32),
+        random.random(count) < 0.1 if mode == "strict" else np.zeros(count, dtype=np.bool_),
+    )
+    made = Cluster(load, 1, EngineSettings(noise=0.0), seed=0, slo=Slo())
+    made.order("replica-0", "auto", limits)
+    return made
+
+
+@pytest.mark.parametrize("rate", [4.0, 12.0, 20.0])
+def test_the_simulator_chooses_as_the_engine_does(rate: float) -> None:
+    """At many moments of a run both are asked about a step of the same length."""
+    made = cluster(rate, "auto", LIMITS)
+    limits = Limits.from_dict(LIMITS)
+    answers = []
+    for tick in range(1, 400):
+        made.tick(0.05 * tick)
+        replica, requests = made.engines.replicas[0], made.requests
+        slots = made.engines.slots[0, : int(replica["running"])]
+        decoding = slots[requests["generated"][slots] > 0]
+        prompts = [
+            *slots[requests["generated"][slots] == 0],
+            *([replica["head"]] if replica["head"] >= 0 else []),
+        ]
+        step_s = float(0.005 + 0.03 * (tick % 3))
+        facts = StepFacts(
+            tokens=100,
+            waiting=int(replica["waiting"]),
+            kv_usage=0.0,
+            running=[
+                (int(requests["generated"][r]) - 1, made.now - float(requests["first_s"][r]))
+                for r in decoding
+            ],
+            waiting_prompt_tokens=int(replica["waiting_tokens"]),
+            oldest_wait_s=max((made.now - float(requests["arrival_s"][r]) for r in prompts), default=0.0),
+        )
+        timed = Limits.from_dict({**LIMITS, "overhead_s": step_s})
+        ours = engine._too_slow(0, made.now, step_s, requests, made.engines)
+        assert ours == choose(facts, Choice(), timed).fp8
+        answers.append(ours)
+    assert limits.pace_s == LIMITS["pace_s"]
+    assert any(answers)
+    assert not all(answers)
+
+
+def tokens(made: Cluster) -> tuple[int, int]:
+    while made.busy:
+        made.tick(made.now + 1.0)
+    return int(made.requests["fp16"].sum()), int(made.requests["fp8"].sum())
+
+
+def test_without_limits_auto_is_16_bits_and_tighter_ones_mean_more_fp8() -> None:
+    assert tokens(cluster(12.0, "auto"))[1] == 0
+    shares: list[Any] = []
+    for pace in (0.033, 0.02, 0.008):
+        fp16, fp8 = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": pace, "debt_s": 0.0}))
+        shares.append(fp8 / (fp16 + fp8))
+    assert 0.0 < shares[0] < shares[1] < shares[2] < 1.0
+    always = {"pace_s": 0.0, "debt_s": 0.0, "queue_tokens": 0.0, "wait_s": 0.0}
+    assert tokens(cluster(12.0, "auto", always))[0] == 0
+
+
+def test_a_strict_request_has_no_token_in_fp8_within_auto() -> None:
+    made = cluster(12.0, "strict", {**LIMITS, "queue_tokens": 0.0})
+    _, fp8 = tokens(made)
+    assert fp8 > 0
+    assert made.requests["fp8"][made.requests["strict"]].sum() == 0
