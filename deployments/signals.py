@@ -6,15 +6,19 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 from nestedfp.policies.config import Slo
 from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.vllm.status import EngineStatus
 
+ARRIVAL_WINDOW_S: Final = 5.0
+
 
 class RequestWindow:
     """Recent arrivals and latencies; all durations in seconds, `clock` monotonic.
+
+    Rates are those of the last :data:`ARRIVAL_WINDOW_S` seconds, or of the window where that is shorter.
 
     Written from the engine's output loop on every step, so each call costs time proportional to what it adds.
     """
@@ -23,6 +27,7 @@ class RequestWindow:
         self, window_s: float, percentile: float, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._window_s = window_s
+        self._arrival_window_s = min(window_s, ARRIVAL_WINDOW_S)
         self._percentile = percentile
         self._clock = clock
         self._started_s = clock()
@@ -35,12 +40,16 @@ class RequestWindow:
     def arrived(self) -> None:
         self._add(self._arrivals, (1.0,))
 
+    def prompts_arrived(self, tokens: int) -> None:
+        """Prompt tokens became known: at arrival, or with vLLM at the first token."""
+        self._add(self._prompt_tokens, (float(tokens),))
+
     def record(self, scheduler_stats: Any, iteration_stats: Any) -> None:
         """Takes the statistics of one engine step, as vLLM's stat loggers get them."""
         if iteration_stats is None:
             return
         if iteration_stats.num_prompt_tokens:
-            self._add(self._prompt_tokens, (float(iteration_stats.num_prompt_tokens),))
+            self.prompts_arrived(iteration_stats.num_prompt_tokens)
         self._add(self._ttft_s, iteration_stats.time_to_first_tokens_iter)
         self._add(
             self._tpot_s,
@@ -55,12 +64,12 @@ class RequestWindow:
             self._add(self._step_itl_s, (sum(intervals) / len(intervals),))
 
     def arrivals_per_s(self) -> float:
-        """Requests per second over the window, or since the start where that is shorter (at least 1 s)."""
-        return len(self._recent(self._arrivals)) / self._span_s()
+        """Requests per second, lately or since the start where that is shorter (at least 1 s)."""
+        return len(self._arrived(self._arrivals)) / self._span_s()
 
     def prompt_tokens_per_s(self) -> float:
-        """Prompt tokens per second, over the same time, of requests that got their first token in it."""
-        return sum(self._recent(self._prompt_tokens)) / self._span_s()
+        """Prompt tokens per second over the same time."""
+        return sum(self._arrived(self._prompt_tokens)) / self._span_s()
 
     def ttft_s(self) -> float | None:
         """The percentile of TTFT over the window; None where no first token fell into it."""
@@ -89,7 +98,11 @@ class RequestWindow:
         return min(1.0, late + slow)
 
     def _span_s(self) -> float:
-        return min(self._window_s, max(1.0, self._clock() - self._started_s))
+        return min(self._arrival_window_s, max(1.0, self._clock() - self._started_s))
+
+    def _arrived(self, series: deque[tuple[float, float]]) -> list[float]:
+        since_s = self._clock() - self._arrival_window_s
+        return [value for at, value in series if at >= since_s]
 
     def _add(self, series: deque[tuple[float, float]], values: Iterable[float]) -> None:
         now = self._clock()
@@ -130,6 +143,7 @@ def report_signals(
         "tokens_fp8": status.tokens.get(FP8, 0),
         "flips": status.flips,
         "strict_running": status.strict_running,
+        "context_tokens": status.context_tokens,
         "age_s": age_s,
     }
 

@@ -41,6 +41,7 @@ class SimulatedApp:
             places=settings.replicas.max_ongoing_requests,
             seed=given.seed,
             stepped=self._stepped,
+            arrived=self._window.prompts_arrived,
         )
         self._openai = SimulatedOpenAI(
             self._engine,

@@ -57,6 +57,7 @@ class StepStatistics:
     """One step as vLLM's stat loggers would see it; durations in seconds."""
 
     num_prompt_tokens: int = 0
+    """0: the prompts were counted when they came."""
     time_to_first_tokens_iter: list[float] = field(default_factory=list)
     inter_token_latencies_iter: list[float] = field(default_factory=list)
     finished_requests: list[FinishedRequest] = field(default_factory=list)
@@ -95,7 +96,8 @@ class Generation:
 class SimulatedEngine:
     """A single engine; :meth:`run` must run for time to pass.
 
-    `places` is the most requests it holds, its queue included. `stepped` hears of every step.
+    `places` is the most requests it holds, its queue included. `stepped` hears of every step, `arrived` of
+    every request's prompt tokens.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class SimulatedEngine:
         places: int,
         seed: int = 0,
         stepped: Callable[[StepStatistics], None] = lambda _: None,
+        arrived: Callable[[int], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         nothing = np.zeros(places)
@@ -115,6 +118,7 @@ class SimulatedEngine:
         self._settings = settings
         self._costs = costs_of(settings)
         self._stepped = stepped
+        self._arrived = arrived
         self._clock = clock
         self._origin_s = clock()
         self._free = list(range(places))
@@ -161,6 +165,7 @@ class SimulatedEngine:
                 raise NeverFits(f"{prompt_tokens} + {output_tokens} tokens exceed the KV cache")
             raise Refused("the policy bounds the queue: FP8 is not fast enough either")
         generation = self._live[row] = Generation(row, now, prompt_tokens, output_tokens)
+        self._arrived(prompt_tokens)
         self._wake.set()
         return generation
 
@@ -226,12 +231,13 @@ class SimulatedEngine:
             plain_reasons={},
             strict_running=int(replica["strict_running"]),
             at=now,
+            context_tokens=int(replica["kv"]),
         )
 
     def extra_signals(self) -> dict[str, Any]:
-        """What a report may say beyond the status."""
+        """What a report may say beyond the status: the step in progress, and strict requests in the queue."""
         return {
-            "context_tokens": int(self._replica["kv"]),
+            "step_time_s": float(self._replica["step_s"]) or None,
             "batch_tokens": int(self._replica["tokens"]),
             "strict_waiting": int(self._replica["strict_waiting"]),
         }
@@ -262,7 +268,6 @@ class SimulatedEngine:
             generation.token_modes.append(mode)
             if len(generation.token_s) == 1:
                 step.time_to_first_tokens_iter.append(generation.ttft_s)
-                step.num_prompt_tokens += generation.prompt_tokens
             if len(generation.token_s) == generation.output_tokens:
                 generation.done = True
                 finished = FinishedRequest(generation.tpot_s or 0.0, len(generation.token_s))

@@ -102,6 +102,7 @@ class PrecisionMixin:
             step_time_s=dict(counts.step_time_s),
             strict_running=self.selection.strict_count,
             at=time.monotonic(),
+            context_tokens=sum(request.num_computed_tokens for request in self.running),
             **worker_facts,
         )
 

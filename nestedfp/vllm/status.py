@@ -43,6 +43,8 @@ class EngineStatus:
     strict_running: int
     """Unfinished requests that insist on 16 bits."""
     at: float
+    context_tokens: int | None = None
+    """Tokens in the KV cache of the running requests together."""
     inexact_rows: int = 0
     """Rows of nested layers that are rounded, by less than 2^-24 of the row's largest weight."""
     graphs: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -20,6 +20,7 @@ class BaseScheduler:
         self.vllm_config = SimpleNamespace(quant_config=config, model_config=None)
         self.kv_cache_manager = SimpleNamespace(usage=0.25)
         self.waiting: list[Any] = []
+        self.running: list[Any] = []
         self.requests: dict[str, Any] = {}
         self.next: dict[str, int] = {}
         self.finished: set[str] = set()
@@ -138,7 +139,9 @@ def test_a_worker_that_does_not_report_is_an_error(scheduler: Scheduler) -> None
 
 def test_the_status_tells_the_queue(scheduler: Scheduler) -> None:
     scheduler.add_request(request("a"))
+    scheduler.running = [SimpleNamespace(num_computed_tokens=tokens) for tokens in (30, 12)]
     status = scheduler.precision_status({"layers": {}, "plain_reasons": {}})
+    assert status.context_tokens == 42
     assert (status.running, status.waiting, status.waiting_prompt_tokens) == (0, 1, 32)
     assert status.oldest_waiting_s == pytest.approx(2.0, abs=0.5)
     assert status.kv_usage == 0.25
