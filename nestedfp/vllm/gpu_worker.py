@@ -1,6 +1,7 @@
 """The worker for GPU engines: a family of CUDA graphs for each plan, swapped at a flip."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE
 from nestedfp.vllm.graphs import GraphBank, Holder
 from nestedfp.vllm.plan import FP8, FP16, Plan
+from nestedfp.vllm.warm_up import distinct_layers, run_products, tabled_counts, token_counts
 from nestedfp.vllm.worker import PrecisionMixin
 
 logger = logging.getLogger("vllm.nestedfp")
@@ -44,9 +46,9 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
         return available - self._unestimated_graph_bytes()
 
     def compile_or_warm_up_model(self) -> Any:
-        times = super().compile_or_warm_up_model()
-        self._warm_up_uncaptured_sizes()
-        return times
+        # Before vLLM's own warm-up, whose end starts its watch for compilations in service.
+        self._warm_up_products()
+        return super().compile_or_warm_up_model()
 
     def flip(self, plan: Plan) -> None:
         super().flip(plan)
@@ -83,19 +85,21 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
         logger.info("nestedfp: %.2f GiB kept free for the CUDA graphs of %d plans", reserve, plans)
         return int(reserve * 2**30)
 
-    def _warm_up_uncaptured_sizes(self) -> None:
-        """Runs every plan at the step sizes beyond the graphs, so that no kernel is compiled in service."""
-        largest = self.scheduler_config.max_num_batched_tokens
-        captured = self.compilation_config.cudagraph_capture_sizes or [0]
-        size, sizes = largest, []
-        while size > max(captured):
-            sizes.append(size)
-            size //= 2
-        for plan in self.precision_settings.plans.values():
-            with _in_force(plan):
-                for tokens in sizes:
-                    self.model_runner._dummy_run(tokens, skip_eplb=True)
+    def _warm_up_products(self) -> None:
+        """Runs every configuration of the kernels that a step of this engine can meet, under every plan."""
+        start = time.perf_counter()
+        layers = distinct_layers(self.model_runner.get_model())
+        counts = token_counts(
+            self.scheduler_config.max_num_batched_tokens,
+            self.compilation_config.cudagraph_capture_sizes or [],
+            tabled_counts(self.device),
+        )
+        with torch.inference_mode():
+            for plan in self.precision_settings.plans.values():
+                with _in_force(plan):
+                    run_products(layers, counts, self.model_config.dtype)
         torch.accelerator.synchronize()
+        logger.info("nestedfp: kernels warmed up in %.1f s", time.perf_counter() - start)
 
 
 @contextmanager

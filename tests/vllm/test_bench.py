@@ -1,4 +1,4 @@
-"""The benchmark's bookkeeping, without an engine."""
+"""The benchmark's order and bookkeeping, without an engine."""
 
 import argparse
 import json
@@ -10,54 +10,106 @@ import pytest
 from nestedfp.vllm import bench
 
 SPEEDS = {
-    "vllm-16bit": [100.0, 110.0, 90.0],
-    "nestedfp-16bit": [99.0, 98.0, 102.0],
-    "nestedfp-fp8": [150.0, 160.0, 155.0],
+    ("vllm-16bit", None): [100.0, 110.0, 90.0],
+    ("nestedfp", "fp16"): [99.0, 98.0, 102.0],
+    ("nestedfp", "fp8"): [150.0, 160.0, 155.0],
+    ("vllm-fp8", None): [140.0, 140.0, 140.0],
 }
 
 
-def result(engine: str, *contenders: str) -> dict[str, Any]:
-    passes = [
-        {"contender": name, "input_len": 128, "output_len": 64, "batch": 8, "tokens_per_s": speed,
-         "ttft_ms": 10.0, "tpot_ms": 5.0}
-        for name in contenders
-        for speed in SPEEDS[name]
-    ]  # fmt: skip
-    return {
-        "engine": engine,
-        "device": "NVIDIA H100 80GB HBM3",
-        "versions": {},
-        "settings": {},
-        "start_s": 60.0,
-        "memory": {"weights_bytes": 16},
-        "passes": passes,
-    }
+class FakeRemote:
+    """Stands in for an engine's process; notes what it is asked for in the class's log."""
+
+    log: list[tuple[Any, ...]]
+    failing: frozenset[str] = frozenset()
+
+    def __init__(self, task: dict[str, Any], turn: Any) -> None:
+        self.name = task["engine"]
+        self.task = task
+        self.counted: dict[Any, int] = {}
+        self.facts: dict[str, Any] = {}
+
+    def wait_until_ready(self, seconds: float) -> None:
+        if self.name in self.failing:
+            raise bench.EngineFailedError(f"{self.name}: its process ended")
+        self.facts = {
+            "engine": self.name,
+            "device": "NVIDIA H100 80GB HBM3",
+            "versions": {},
+            "settings": {},
+            "start_s": 60.0,
+            "memory": {"weights_bytes": 16, "kv_blocks": self.task["blocks"] or 27000},
+        }
+
+    def call(self, *command: Any, seconds: float = 0.0) -> dict[str, Any]:
+        self.log.append((self.name, *command))
+        if command[0] != "pass":
+            return {}
+        _, mode, (_, output_len, _) = command
+        if output_len < 64:
+            return {}
+        count = self.counted[mode] = self.counted.get(mode, -1) + 1
+        return {"tokens_per_s": SPEEDS[self.name, mode][count], "ttft_ms": 10.0, "tpot_ms": 5.0}
+
+    def stop(self) -> None:
+        self.log.append((self.name, "stop"))
 
 
 @pytest.fixture
-def parser() -> argparse.ArgumentParser:
+def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    FakeRemote.log = []
+    monkeypatch.setattr(bench, "Remote", FakeRemote)
+    monkeypatch.setattr(FakeRemote, "failing", frozenset())
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     return parser
 
 
+def run(parser: argparse.ArgumentParser, out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = bench.run(parser.parse_args(["--cells", "128/64/8", "--out", str(out), *arguments]))
+    return code, json.loads(out.read_text()) if out.exists() else {}
+
+
 def test_the_file_holds_medians_and_spread_of_all_passes(
-    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    parser: argparse.ArgumentParser, tmp_path: Path
 ) -> None:
-    answers = {
-        "nestedfp": result("nestedfp", "nestedfp-16bit", "nestedfp-fp8"),
-        "vllm-16bit": result("vllm-16bit", "vllm-16bit"),
-    }
-    monkeypatch.setattr(bench, "_measure", lambda engine, *_: answers[engine])
-    out = tmp_path / "engine.json"
-    order = "nestedfp,vllm-16bit,vllm-16bit,nestedfp"
-    assert bench.run(parser.parse_args(["--engines", order, "--out", str(out)])) == 0
-    data = json.loads(out.read_text())
-    assert data["order"] == order.split(",")
+    code, data = run(parser, tmp_path / "engine.json")
+    assert code == 0
     rows = {row["contender"]: row for row in data["rows"]}
+    assert set(rows) == set(bench.CONTENDERS)
     assert rows["vllm-16bit"]["tokens_per_s"] == 100.0
     assert (rows["vllm-16bit"]["tokens_per_s_min"], rows["vllm-16bit"]["tokens_per_s_max"]) == (90.0, 110.0)
-    assert rows["nestedfp-fp8"]["passes"] == 6
+    assert rows["nestedfp-fp8"]["passes"] == 3
+    assert rows["nestedfp-fp8"]["memory_bytes"] == 16
+
+
+def test_contenders_take_turns_there_and_back(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    run(parser, tmp_path / "engine.json")
+    passes = [(name, mode) for name, what, *rest in FakeRemote.log if what == "pass" for mode in rest[:1]]
+    forth = list(bench.CONTENDERS.values())
+    assert passes == [*reversed(forth), *forth, *reversed(forth), *forth]
+
+
+def test_shared_memory_is_freed_before_another_engine_runs(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    run(parser, tmp_path / "engine.json", "--share-kv")
+    holder = None
+    for name, what, *_ in FakeRemote.log:
+        if what == "park":
+            assert holder == name
+            holder = None
+        elif what in ("pass", "check_flips"):
+            assert holder in (None, name)
+            holder = name
+
+
+def test_engines_start_alone_at_the_end_on_the_whole_card(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    _, data = run(parser, tmp_path / "engine.json", "--solo", "vllm-16bit,nestedfp")
+    assert [start["engine"] for start in data["solo"]] == ["vllm-16bit", "nestedfp"]
+    assert data["solo"][0]["memory"]["kv_blocks"] == 27000
 
 
 def test_the_table_states_ratios_by_cell() -> None:
@@ -72,13 +124,16 @@ def test_the_table_states_ratios_by_cell() -> None:
 def test_a_failed_engine_leaves_the_others(
     parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        bench, "_measure", lambda engine, *_: None if engine == "nestedfp" else result(engine, engine)
-    )
-    out = tmp_path / "engine.json"
-    assert bench.run(parser.parse_args(["--engines", "nestedfp,vllm-16bit", "--out", str(out)])) == 0
-    assert json.loads(out.read_text())["order"] == ["vllm-16bit"]
-    assert bench.run(parser.parse_args(["--engines", "nestedfp", "--out", str(out)])) == 1
+    monkeypatch.setattr(FakeRemote, "failing", frozenset({"nestedfp"}))
+    code, data = run(parser, tmp_path / "engine.json")
+    assert code == 0
+    assert {row["contender"] for row in data["rows"]} == {"vllm-16bit", "vllm-fp8"}
+    monkeypatch.setattr(FakeRemote, "failing", frozenset(bench.ENGINES))
+    assert run(parser, tmp_path / "none.json") == (1, {})
+
+
+def test_nothing_is_measured_after_the_time_limit(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    assert run(parser, tmp_path / "engine.json", "--time-limit", "0") == (1, {})
 
 
 @pytest.mark.parametrize(

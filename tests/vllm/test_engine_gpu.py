@@ -1,26 +1,49 @@
-"""The plugin on a GPU, with CUDA graphs and a small random model, every step checked on the device."""
+"""The plugin on a GPU, with CUDA graphs and a small random model, every step checked on the device.
+
+NESTEDFP_TEST_DTYPE chooses the model's dtype, vLLM's own VLLM_USE_V2_MODEL_RUNNER the runner: run it for all.
+"""
 
 import json
+import os
+import time
+from statistics import quantiles
 from typing import Any
 
 import pytest
+import torch
 
 from nestedfp.vllm.bench import CONFIGURATIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(600)]
+
+CAPTURED = [1, 2, 4, 8, 32]
+FLIPS = 10_000
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("llama-tiny")
     (folder / "config.json").write_text(json.dumps(CONFIGURATIONS["llama-tiny"]))
-    task = {"engine": "nestedfp", "model": str(folder), "dtype": "float16", "device": "cuda", "blocks": 4096}
-    task["capture_sizes"] = [1, 2, 4, 8, 32]
+    dtype = os.environ.get("NESTEDFP_TEST_DTYPE", "float16")
+    task = {"engine": "nestedfp", "model": str(folder), "dtype": dtype, "device": "cuda", "blocks": 4096}
+    task["capture_sizes"] = CAPTURED
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from nestedfp.vllm.contender import Engine
 
         yield Engine(task, check_steps=True, plans={"mlp": ["gate_up_proj", "down_proj"]})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_compilation_in_service(engine: Any) -> Any:
+    """Triton compiles nothing while the tests below run: all kernels were compiled before the start ended."""
+    from triton import knobs
+
+    compiled: list[str] = []
+    knobs.runtime.jit_post_compile_hook = lambda **facts: compiled.append(facts["fn"].name)
+    yield
+    knobs.runtime.jit_post_compile_hook = None
+    assert [name for name in compiled if "gemm" in name or "quantize" in name] == []
 
 
 def test_a_flip_before_every_step_mixes_nothing_and_changes_no_token(engine: Any) -> None:
@@ -29,6 +52,92 @@ def test_a_flip_before_every_step_mixes_nothing_and_changes_no_token(engine: Any
     assert checks["mixed_steps"] == 0
     assert checks["flips"] >= checks["steps"] - 2
     assert checks["flip_us_p99"] < 1000
+
+
+class Logits:
+    """Keeps a copy of all logits that the engine computes."""
+
+    def __init__(self, engine: Any) -> None:
+        self._model = engine.worker.model_runner.get_model()
+        self._compute = self._model.compute_logits
+        self.kept: list[torch.Tensor] = []
+
+    def __enter__(self) -> list[torch.Tensor]:
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            logits = self._compute(*args, **kwargs)
+            self.kept.append(logits.clone())
+            return logits
+
+        self._model.compute_logits = compute
+        return self.kept
+
+    def __exit__(self, *_: object) -> None:
+        del self._model.compute_logits
+
+
+def greedy_logits(engine: Any, prompts: list[Any]) -> list[torch.Tensor]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, detokenize=False)
+    with Logits(engine) as kept:
+        engine.llm.generate(prompts, params, use_tqdm=False)
+    return kept
+
+
+def test_logits_in_16_bits_keep_their_bits_over_flips_in_every_captured_size_and_eager(engine: Any) -> None:
+    prompts = {size: engine.prompts(16, size) for size in [*CAPTURED, 48]}
+    engine.set_mode("fp16")
+    before = {size: greedy_logits(engine, group) for size, group in prompts.items()}
+    for mode in ("fp8", "mlp", "fp8"):
+        engine.set_mode(mode)
+        changed = {size: greedy_logits(engine, group) for size, group in prompts.items()}
+        for size, logits in changed.items():
+            assert not torch.equal(logits[0], before[size][0]), "another plan gives other logits"
+    engine.set_mode("fp16")
+    for size, group in prompts.items():
+        after = greedy_logits(engine, group)
+        assert len(after) == len(before[size]) >= 5
+        for ours, first in zip(after, before[size], strict=True):
+            assert ours.shape[0] >= size
+            assert torch.equal(ours, first)
+
+
+def test_ten_thousand_flips_under_load_fail_no_request_and_mix_no_step(
+    engine: Any, record_property: Any
+) -> None:
+    from vllm import SamplingParams
+
+    llm, selection = engine.llm.llm_engine, engine.core.scheduler.selection
+    before = engine.control("status")
+    wanted: dict[str, int] = {}
+    finished: dict[str, int] = {}
+    costs: list[float] = []
+    steps, started = 0, time.monotonic()
+    while steps < FLIPS or llm.has_unfinished_requests():
+        while steps < FLIPS and len(wanted) - len(finished) < 24:
+            name = f"load-{len(wanted)}"
+            wanted[name] = 20 + 37 * len(wanted) % 400
+            length = 5 + 61 * len(wanted) % 300
+            params = SamplingParams(
+                temperature=0.0, max_tokens=wanted[name], ignore_eos=True, detokenize=False
+            )
+            llm.add_request(name, engine.prompts(length, 1)[0], params)
+        selection.set_target(("fp8", "fp16", "mlp")[steps % 3], 0)
+        for output in llm.step():
+            if output.finished:
+                finished[output.request_id] = len(output.outputs[0].token_ids)
+        steps += 1
+        costs.append(engine.core.scheduler.counts.last_flip_seconds or 0.0)
+    after = engine.control("status")
+    engine.set_mode("fp16")
+    record_property("flips", after["flips"] - before["flips"])
+    print(
+        f"{after['flips'] - before['flips']} flips, {len(finished)} requests, "
+        f"{time.monotonic() - started:.0f} s, p99 of a flip {1e6 * quantiles(costs, n=100)[98]:.0f} us"
+    )
+    assert finished == wanted
+    assert after["flips"] - before["flips"] >= FLIPS - 10
+    assert after["mixed_steps"] == 0
 
 
 def test_every_plan_has_the_same_graphs(engine: Any) -> None:
@@ -40,9 +149,9 @@ def test_every_plan_has_the_same_graphs(engine: Any) -> None:
 
 def test_a_plan_in_between_runs_its_kinds_in_fp8_and_the_others_in_16_bits(engine: Any) -> None:
     before = engine.control("status")
-    engine.control("set_target", mode="mlp", epoch=0)
+    engine.set_mode("mlp")
     engine.timed_pass(32, 16, 4)
-    engine.control("set_target", mode="fp16", epoch=0)
+    engine.set_mode("fp16")
     status = engine.control("status")
     assert status["tokens"]["mlp"] > before["tokens"]["mlp"]
     assert status["mixed_steps"] == 0

@@ -1,0 +1,49 @@
+"""Products run once before an engine is ready, so that no kernel is compiled in service."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestedfp.kernels.dispatch import Backend, table
+
+
+def token_counts(largest: int, captured: Iterable[int], tabled: Iterable[int]) -> list[int]:
+    """Token counts, ascending and at most `largest`, that meet every configuration of the kernels.
+
+    A table's configuration holds from one tabled count to the next, so the tabled counts and `largest` meet
+    them all; the rules used without a table change at powers of two or between them.
+    """
+    powers = [1 << exponent for exponent in range(largest.bit_length())]
+    between = [3 * power // 2 for power in powers if power > 1]
+    return sorted(count for count in {*captured, *tabled, *powers, *between, largest} if 0 < count <= largest)
+
+
+def tabled_counts(device: torch.device) -> set[int]:
+    """Token counts for which this device's tables hold a configuration."""
+    if device.type != "cuda":
+        return set()
+    capability = torch.cuda.get_device_capability(device)
+    return {row.M for backend in Backend for row in table(backend, capability)}
+
+
+def distinct_layers(model: torch.nn.Module) -> list[Any]:
+    """One nested layer of `model` for each shape, bias or not, and plan kind."""
+    found: dict[tuple[Any, ...], Any] = {}
+    for name, layer in model.named_modules():
+        upper: Tensor | None = getattr(layer, "weight_upper", None)
+        if upper is not None:
+            key = (*upper.shape, getattr(layer, "bias", None) is None, name.rpartition(".")[2])
+            found.setdefault(key, layer)
+    return list(found.values())
+
+
+def run_products(layers: Iterable[Any], counts: Iterable[int], dtype: torch.dtype) -> None:
+    """Runs each layer's product at each token count, under the plan in force."""
+    sizes = list(counts)
+    for layer in layers:
+        upper: Tensor = layer.weight_upper
+        x = torch.zeros(max(sizes), upper.shape[1], dtype=dtype, device=upper.device)
+        for size in sizes:
+            layer.quant_method.apply(layer, x[:size], getattr(layer, "bias", None))
