@@ -41,8 +41,9 @@ types:
 	    -p nestedfp.policies -m nestedfp.format -m nestedfp.weight -m nestedfp.linear -m nestedfp.precision \
 	    -m nestedfp.models -m nestedfp.cli
 
-tables: install  ## write the README's tables from bench/data
+tables: install  ## write the README's tables and the plots in docs/ from bench/data
 	@$(BIN)/python bench/tables.py
+	@$(BIN)/python bench/roofline.py
 
 clean:  ## remove what the targets made, except .venv and the model cache
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -7,12 +7,15 @@ Nothing in the tables is typed: each is a function of one data file. `--check` f
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nestedfp.kernels.shapes import TOKEN_GROUPS
 from nestedfp.loadtests.table import rows as run_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,48 +23,110 @@ DATA = ROOT / "bench" / "data"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- tables: begin (make tables) -->", "<!-- tables: end -->"
 
-M_GROUPS = {
-    "M = 1 … 64": (1, 2, 4, 8, 16, 32, 64),
-    "128 … 512": (128, 256, 512),
-    "1024 … 8192": (1024, 2048, 4096, 8192),
-}
-"""The columns of the kernel table: decode, mixed batches, prefill."""
-
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+@dataclass(frozen=True)
+class Contest:
+    """A row of the kernel table: `mode` and `dtype` over `baseline`.
+
+    baseline: a name in the file, `BETTER_FP8` for the faster of the FP8 baselines in each cell, or
+    `OUR_FP16` for our own product in float16. bars: what each group of M is to reach, as (geometric mean,
+    worst). speed_up: show how many times faster instead of the share of the time.
+    """
+
+    title: str
+    mode: str
+    dtype: str
+    baseline: str
+    bars: tuple[str, str, str]
+    speed_up: bool = False
+
+
+BETTER_FP8, OUR_FP16 = "better FP8", "our float16"
+_FP8_BASELINES = ("torch-scaled-mm", "vllm-cutlass")
+_NO_BARS = ("", "", "")
+
+CONTESTS = (
+    Contest(
+        "16-bit mode, FP16: time over cuBLAS FP16", "16-bit", "float16", "cublas-16bit",
+        ("≤ 1.00 (1.10)", "≤ 1.03 (1.12)", "≤ 1.02 (1.06)"),
+    ),
+    Contest("16-bit mode, BF16: time over cuBLAS BF16", "16-bit", "bfloat16", "cublas-16bit", _NO_BARS),
+    Contest("16-bit mode, BF16: time over FP16", "16-bit", "bfloat16", OUR_FP16, ("≤ 1.02",) * 3),
+    Contest(
+        "FP8 mode: speed-up over cuBLAS FP16", "fp8", "float16", "cublas-16bit",
+        ("≥ 1.6", "≥ 1.6", "≥ 1.75"), speed_up=True,
+    ),
+    Contest(
+        "FP8 mode: time over the better FP8 baseline", "fp8", "float16", BETTER_FP8, ("≤ 1.00 (1.05)",) * 3
+    ),
+    Contest("… over row-wise `torch._scaled_mm`", "fp8", "float16", "torch-scaled-mm", _NO_BARS),
+    Contest("… over vLLM's `cutlass_scaled_mm`", "fp8", "float16", "vllm-cutlass", _NO_BARS),
+)  # fmt: skip
+
+
 def kernels(data: Mapping[str, Any]) -> str:
-    """Times over each baseline, geometric mean and worst of a column of M, from `nestedfp bench kernels`."""
-    contests = {
-        ("16-bit", "float16", "cublas-16bit"): "16-bit mode, FP16: time over cuBLAS FP16",
-        ("16-bit", "bfloat16", "cublas-16bit"): "16-bit mode, BF16: time over cuBLAS BF16",
-        ("fp8", "float16", "cublas-16bit"): "FP8 mode: time over cuBLAS FP16",
-        ("fp8", "float16", "torch-scaled-mm"): "FP8 mode: time over row-wise `torch._scaled_mm`",
-        ("fp8", "float16", "vllm-cutlass"): "FP8 mode: time over vLLM's `cutlass_scaled_mm`",
-    }
+    """Each contest over each group of M, with its bars, from `nestedfp bench kernels`."""
     rows = []
-    for key, title in contests.items():
-        cells = [_ratios(data["rows"], key, group) for group in M_GROUPS.values()]
+    for contest in CONTESTS:
+        cells = [_cell(contest, _ratios(data["rows"], contest, group)) for group in TOKEN_GROUPS.values()]
         if any(cells):
-            rows.append([title, *(cell or "not measured" for cell in cells)])
+            barred = zip(cells, contest.bars, strict=True)
+            rows.append([contest.title, *(_with_bar(cell or "not measured", bar) for cell, bar in barred)])
     header = data["header"]
-    machine = f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['date']}"
+    machine = f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['date'][:10]}"
     return (
-        f"**GEMM kernels** ({machine}). Geometric mean (worst) over the layers of four models; FP8 times "
-        f"include quantising the activations. {header['method']}\n\n" + markdown(["", *M_GROUPS], rows)
+        f"**GEMM kernels** ({machine}). Geometric mean (worst) over the layers of four models, beside the "
+        f"bar; FP8 times include quantising the activations. {header['method']}\n\n"
+        + markdown(["", *TOKEN_GROUPS], rows)
     )
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]], key: tuple[str, str, str], group: Sequence[int]) -> str:
-    ratios = [
-        row["us"] / row["baseline_us"]
-        for row in rows
-        if (row["mode"], row["dtype"], row["baseline"]) == key and row["M"] in group
-    ]
-    return f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f})" if ratios else ""
+def _with_bar(cell: str, bar: str) -> str:
+    return f"{cell}; bar {bar}" if bar else cell
+
+
+def _cell(contest: Contest, ratios: Sequence[float]) -> str:
+    if not ratios:
+        return ""
+    mean, worst = statistics.geometric_mean(ratios), max(ratios)
+    return f"{1 / mean:.2f} ({1 / worst:.2f})" if contest.speed_up else f"{mean:.2f} ({worst:.2f})"
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]], contest: Contest, group: Sequence[int]) -> list[float]:
+    """Time over the baseline's, one number a layer and M that both were timed at."""
+    taken = [row for row in rows if row["M"] in group and row["mode"] == contest.mode]
+    ours = {_place(row): row["us"] for row in taken if row["dtype"] == contest.dtype}
+    theirs: dict[tuple[Any, ...], float] = {}
+    for row in taken:
+        if contest.baseline == OUR_FP16:
+            if row["dtype"] == "float16":
+                theirs[_place(row)] = row["us"]
+        elif row["dtype"] == contest.dtype and row["baseline"] in _names(contest.baseline):
+            theirs[_place(row)] = min(row["baseline_us"], theirs.get(_place(row), math.inf))
+    return [us / theirs[place] for place, us in ours.items() if place in theirs]
+
+
+def _names(baseline: str) -> tuple[str, ...]:
+    return _FP8_BASELINES if baseline == BETTER_FP8 else (baseline,)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["layer"], row["M"]
+
+
+def kernel_tests(data: Mapping[str, Any]) -> str:
+    """One line: what passed on which machine, from `bench/kernel_tests.py`."""
+    header = data["header"]
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(data["totals"].items()))
+    return (
+        f"**Tests of the kernels on a GPU** ({header['device']}, torch {header['torch']}, triton "
+        f"{header['triton']}, {header['date'][:10]}): {outcomes}."
+    )
 
 
 def engine(data: Mapping[str, Any]) -> str:
@@ -129,6 +194,7 @@ DEMO_ROWS = {
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "kernels-*.json": kernels,
+    "kernel-tests-*.json": kernel_tests,
     "engine-*.json": engine,
     "cpu-decode-*.json": cpu_decode,
     "demo-*.json": demo,

@@ -22,7 +22,16 @@ from nestedfp.kernels import contest, gpu, rowfile
 from nestedfp.kernels.compile_ahead import Job, chosen, compile_ahead
 from nestedfp.kernels.contest import CUBLAS, CUTLASS, SCALED_MM, Operands
 from nestedfp.kernels.dispatch import Mode
-from nestedfp.kernels.shapes import SHAPES, TOKEN_GROUPS, TOKENS, Shape, by_size, parse_shapes, parse_tokens
+from nestedfp.kernels.shapes import (
+    SHAPES,
+    TOKEN_GROUPS,
+    TOKENS,
+    Shape,
+    by_size,
+    parse_shapes,
+    parse_tokens,
+    traffic,
+)
 from nestedfp.kernels.timing import Contender, measure
 
 _KEY = ("mode", "dtype", "model", "layer", "M", "N", "K", "baseline")
@@ -155,11 +164,6 @@ def line(
         f"{2 * job.M * job.N * job.K / us / 1e6:.0f} TFLOP/s {bytes_moved / us / 1e6:.2f} TB/s  "
         f"over {ratios}  [{job.backend} {config}]"
     )
-
-
-def traffic(mode: Mode, M: int, N: int, K: int) -> int:
-    """The fewest bytes a product must move: its weight's, and 16-bit tokens in and out."""
-    return (1 if mode is Mode.FP8 else 2) * N * K + 2 * M * (K + N)
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -40,7 +40,7 @@ def linear_16bit(
     _check_bytes("linear_16bit", "lower", lower, upper)
     if x.numel() == 0:
         return _empty(x, upper)
-    backend, tokens, extra = _dispatch(Mode.BITS16, x, upper, order)
+    backend, tokens, extra = _dispatch(Mode.BITS16, x, (upper, lower), order)
     y = backend.linear_16bit(tokens, upper, lower, row_exponent, bias, order=order, **extra)
     return _unflatten(y, x)
 
@@ -60,18 +60,18 @@ def linear_fp8(
     _check("linear_fp8", x, upper, row_exponent, bias, order)
     if x.numel() == 0:
         return _empty(x, upper)
-    backend, tokens, extra = _dispatch(Mode.FP8, x, upper, order)
+    backend, tokens, extra = _dispatch(Mode.FP8, x, (upper,), order)
     y = backend.linear_fp8(tokens, upper, row_exponent, bias, order=order, **extra)
     return _unflatten(y, x)
 
 
 def _dispatch(
-    mode: Mode, x: Tensor, upper: Tensor, order: KOrder
+    mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder
 ) -> tuple[ModuleType, Tensor, dict[str, object]]:
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    N, K = upper.shape
+    N, K = weight[0].shape
     capability = _capability(x.device)
-    problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, _fits_bulk_copies(tokens, upper))
+    problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(tokens, weight))
     backend, config = choose(problem, capability)
     if backend is Backend.PORTABLE:
         _log_portable(mode, K, order, problem.tma, capability)
@@ -86,13 +86,14 @@ def _empty(x: Tensor, upper: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], upper.shape[0]))
 
 
-def _fits_bulk_copies(x: Tensor, upper: Tensor) -> bool:
-    pitch = x.stride(0) * x.element_size() if x.shape[0] > 1 else 0
+def fits_bulk_copies(x: Tensor, weight: tuple[Tensor, ...]) -> bool:
+    """Aligned bases, and rows of x that are dense, aligned and do not overlap."""
+    M, K = x.shape
+    pitch = x.stride(0) if M > 1 else K
     return (
-        x.stride(1) == 1
-        and pitch % TMA_ALIGNMENT == 0
-        and x.data_ptr() % TMA_ALIGNMENT == 0
-        and upper.data_ptr() % TMA_ALIGNMENT == 0
+        (x.stride(1) == 1 or K == 1)
+        and (M == 1 or (pitch >= K and pitch * x.element_size() % TMA_ALIGNMENT == 0))
+        and all(tensor.data_ptr() % TMA_ALIGNMENT == 0 for tensor in (x, *weight))
     )
 
 

@@ -3,6 +3,8 @@
 import argparse
 from typing import NamedTuple
 
+from nestedfp.kernels.dispatch import Mode
+
 
 class Shape(NamedTuple):
     """A linear layer's weight [N, K], named by the model and layer it comes from."""
@@ -35,6 +37,11 @@ TOKEN_GROUPS = {
 """Decode, mixed batches, prefill: the columns over which ratios are averaged."""
 
 TOKENS = tuple(M for group in TOKEN_GROUPS.values() for M in group)
+
+
+def traffic(mode: Mode, M: int, N: int, K: int) -> int:
+    """The fewest bytes a product must move: its weight's, and 16-bit tokens in and out."""
+    return (1 if mode is Mode.FP8 else 2) * N * K + 2 * M * (K + N)
 
 
 def by_size(shapes: list[Shape]) -> dict[tuple[int, int], list[Shape]]:
