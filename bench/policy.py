@@ -3,13 +3,15 @@
     NESTEDFP_TRACES=FOLDER python bench/policy.py [--replicas 4] [--seed 1] [--parts loads,...]
 
 Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed, without),
-`steady`, `paper`, `scaling`, `decide`, `million`. A part that is not named keeps the figures it has.
+`steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json).
+A part that is not named keeps the figures it has.
 """
 
 import argparse
 import json
 import os
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from policy_scaling import compare_scaling
 
 from nestedfp.loadtests.readers import read_trace
 from nestedfp.policies.config import Slo
-from nestedfp.policies.protocol import ReplicaReport
+from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
+from nestedfp.policies.roofline import latency_model
+from nestedfp.policies.simulation.calibration import calibrate, cells_of, errors_of
 from nestedfp.policies.simulation.cluster import Outcome, simulate
 from nestedfp.policies.simulation.oracle import LEVELS, schedule_of, search, share_bound
 from nestedfp.policies.simulation.state import EngineSettings, poisson
@@ -33,7 +37,7 @@ HELD_OUT_SEED = 7
 TRIES = 600
 TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
-PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million")
+PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million", "calibration")
 
 
 def run(load: Load, name: str, replicas: int, seed: int) -> tuple[dict[str, Any], Outcome]:
@@ -200,6 +204,32 @@ def million(folder: Path, seed: int) -> dict[str, Any]:
     return {"requests": len(load.arrival_s), "replicas": 100, "wall_s": took}
 
 
+def calibration() -> list[dict[str, Any]]:
+    """The roofline and a fit of it against every measured engine: relative errors by cell."""
+    report = []
+    for path in sorted(DATA.parent.glob("engine-*.json")):
+        benchmark = json.loads(path.read_text())
+        chunk = benchmark["settings"]["max_num_batched_tokens"]
+        for contender, mode in (("nestedfp-16bit", FP16), ("nestedfp-fp8", FP8)):
+            cells = cells_of(benchmark, contender)
+            if not cells:
+                continue
+            assumed = errors_of(latency_model().of(mode), cells, chunk)
+            fitted = calibrate(assumed.costs, cells, chunk)
+            report.append(
+                {
+                    "file": path.name,
+                    "mode": mode,
+                    "cells": [[cell.batch, cell.prompt_tokens, cell.output_tokens] for cell in cells],
+                    "errors_of": ["tokens_per_s", "ttft", "tpot"],
+                    "roofline_errors": assumed.errors,
+                    "fitted_errors": fitted.errors,
+                    "fitted_costs": asdict(fitted.costs),
+                }
+            )
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -249,6 +279,9 @@ def main() -> None:
         rows = report["loads"]
         capacity = next(row["capacity_rps"] for row in rows if row["load"] == "azure-conv-2023")
         report["steady"] = steady(folder, capacity, replicas, seed)
+        save()
+    if "calibration" in parts:
+        report["calibration"] = calibration()
         save()
     if "million" in parts:
         report["million"] = million(folder, seed)

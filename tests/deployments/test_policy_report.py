@@ -1,0 +1,81 @@
+"""``nestedfp report policy``: tables and pictures from the data, and the check that they are fresh."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from nestedfp.cli import main
+from nestedfp.deployments.policy_report import BEGIN, END
+
+
+def figures(attainment: float, share: float, **more: Any) -> dict[str, Any]:
+    return {"attainment": attainment, "fp16_token_share": share, "max_flips_in_a_minute": 2, **more}
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    policies = {
+        "static-fp16": figures(0.5, 1.0),
+        "static-fp8": figures(0.99, 0.0),
+        "threshold": figures(0.97, 0.4, points_below_static_fp8=2.0, violations_cut=0.94),
+        "predictive": figures(0.985, 0.6, points_below_static_fp8=0.5, violations_cut=0.97),
+    }
+    oracle = {"attainment": 0.985, "fp16_token_share": 0.65, "bound": 0.8, "predictive_over_oracle": 0.923}
+    timeline = {
+        "t_s": [30.0, 31.0],
+        "arrivals": [5, 9],
+        "waiting": [0, 3],
+        "running": [4, 8],
+        "replicas": [2, 2],
+        "modes": [[0, 0], [2, 1]],
+        "fp8_token_share": [0.0, 0.5],
+        "ttft_p90_s": [0.1, None],
+    }
+    row = {"load": "wave", "share": 0.9, "capacity_rps": 12.5, "policies": policies, "oracle": oracle}
+    return {
+        "label": "simulated: a test",
+        "settings": {"replicas": 2, "seed": 1, "held_out_seed": 7},
+        "loads": [{**row, "timeline": timeline}],
+        "decide_ms": {"replicas": 1000, "rounds": 9, "p50": 4.25, "p95": 5.0, "max": 6.0},
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path, data: dict[str, Any]) -> Path:
+    (tmp_path / "policy.md").write_text(f"# Policies\n\n{BEGIN}\nold\n{END}\n\nEnd.\n")
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+def call(folder: Path, *more: str) -> int:
+    return main(["report", "policy", "--data", str(folder / "data.json"), "--docs", str(folder), *more])
+
+
+def test_tables_and_pictures_are_written_and_then_fresh(folder: Path) -> None:
+    assert call(folder, "--check") == 1
+    assert call(folder) == 0
+    assert call(folder, "--check") == 0
+    page = (folder / "policy.md").read_text()
+    assert page.startswith("# Policies")
+    assert page.endswith("End.\n")
+    assert "simulated: a test" in page
+    assert "| wave | 90 % of 12.5/s | 50.00 | 99.00 | 97.00 | 98.50 | +0.50 | 97.0 % | 0.600 |" in page
+    assert "0.650 (0.800) | 0.92 | 2 |" in page
+    assert "takes 4.2 ms of CPU" in page
+    for name in ("policy-front.svg", "policy-burst.svg"):
+        root = ElementTree.fromstring((folder / name).read_text())
+        assert root.tag.endswith("svg")
+    front = (folder / "policy-front.svg").read_text()
+    assert front.count("<circle") == 5 + 5
+
+
+def test_data_that_lacks_a_part_is_named(
+    folder: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del data["loads"]
+    (folder / "data.json").write_text(json.dumps(data))
+    assert call(folder) == 2
+    assert "loads" in capsys.readouterr().err
