@@ -15,5 +15,5 @@ def candidates(mode: Mode, M: int, N: int, K: int, dtype: str) -> list[Config]:
     "bfloat16".
     """
     if mode is Mode.FP8:
-        return [config.to_dict() for config in fp8.candidates(M, N, K)]
+        return fp8.candidates(M, N, K)
     return [config.to_mapping() for config in choose_16bit.candidates(M, N, K, dtype)]

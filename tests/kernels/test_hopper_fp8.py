@@ -60,9 +60,9 @@ def test_every_candidate(M: int) -> None:
     x, upper, row_exponent, bias = operands(M, N, K, torch.float16)
     truth = expected(x, upper, row_exponent, bias, KOrder.HOPPER)
     for config in candidates(M, N, K):
-        y = linear_fp8(x, upper, row_exponent, bias, order=KOrder.HOPPER, config=config.to_dict())
+        y = linear_fp8(x, upper, row_exponent, bias, order=KOrder.HOPPER, config=config)
         assert error(y, truth) < TOLERANCE[torch.float16], config
-        again = linear_fp8(x, upper, row_exponent, bias, order=KOrder.HOPPER, config=config.to_dict())
+        again = linear_fp8(x, upper, row_exponent, bias, order=KOrder.HOPPER, config=config)
         assert torch.equal(y, again), config
 
 
@@ -98,21 +98,50 @@ def test_rows_without_a_scale() -> None:
 
 @pytest.mark.parametrize(("M", "N"), [(5, 72), (130, 264), (70, 77)])
 def test_writes_all_of_the_output_and_nothing_else(M: int, N: int) -> None:
-    from nestedfp.kernels.hopper.fp8 import candidates
-    from nestedfp.kernels.hopper.gemm_fp8 import gemm_fp8
+    from nestedfp.kernels.hopper.cuda.gemm_fp8 import product
+    from nestedfp.kernels.hopper.fp8 import fused_candidates
+    from nestedfp.kernels.hopper.gemm_fp8 import Config, gemm_fp8
     from nestedfp.kernels.hopper.quantize import quantize
 
     x, upper, row_exponent, bias = operands(M, N, 192, torch.float16)
     codes = torch.empty((M, 192), device="cuda", dtype=torch.float8_e4m3fn)
     scale = torch.empty(M, device="cuda")
     quantize(x, codes, scale, KOrder.HOPPER)
-    for config in candidates(M, N, 192):
+    for config in [Config(16, 32, warps=4), Config(64, 64, warps=4), *fused_candidates(M, N, 192)]:
         guarded = torch.full((GUARD + M * N + GUARD,), float("nan"), device="cuda", dtype=torch.float16)
         y = guarded[GUARD : GUARD + M * N].view(M, N)
-        gemm_fp8(codes, scale, upper, row_exponent, bias, y, config)
+        if isinstance(config, Config):
+            gemm_fp8(codes, scale, upper, row_exponent, bias, y, config)
+        else:
+            product(x, upper, row_exponent, bias, y, KOrder.HOPPER, config)
         assert y.isfinite().all(), config
         assert guarded[:GUARD].isnan().all(), config
         assert guarded[GUARD + M * N :].isnan().all(), config
+
+
+# Token blocks quantised in the background, K split over several CTAs, clusters that hang over the edges.
+@pytest.mark.parametrize(
+    ("config", "M", "N", "K"),
+    [
+        ({"rows": 256, "cluster_tokens": 2, "group": 1}, 3000, 8200, 1024),
+        ({"rows": 192, "blocks": 2, "cluster_rows": 2, "group": 1}, 2100, 6200, 640),
+        ({"rows": 256, "cluster_tokens": 2, "split": 3}, 200, 5120, 8192),
+        ({"rows": 64, "warpgroups": 1, "chunks": 2, "split": 2, "cluster_rows": 2}, 33, 2000, 8256),
+        ({"rows": 128, "promote": 1}, 300, 1000, 4096),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_launch(config: dict[str, int], M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    from nestedfp.kernels.hopper.fp8 import linear_fp8
+
+    config = {"warpgroups": 2} | config
+    x, upper, row_exponent, bias = operands(M, N, K, dtype)
+    truth = expected(x, upper, row_exponent, bias, KOrder.HOPPER)
+    first = linear_fp8(x, upper, row_exponent, bias, order=KOrder.HOPPER, config=config)
+    assert error(first, truth) < TOLERANCE[dtype] + 1.5e-3
+    for _ in range(5):
+        again = linear_fp8(x, upper, row_exponent, bias, order=KOrder.HOPPER, config=config)
+        assert torch.equal(first, again)
 
 
 def test_graph_replays_on_new_inputs() -> None:

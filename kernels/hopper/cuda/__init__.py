@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for Hopper: sources, and how they are compiled at first use and launched."""

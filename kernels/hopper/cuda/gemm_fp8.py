@@ -1,0 +1,233 @@
+"""The FP8 product on Hopper in one launch, quantiser included: see gemm_fp8.cu for what the kernel does.
+
+With NESTEDFP_BOUNDED_WAITS=1 in the environment a wait inside the kernel of millions of polls ends
+it with an error: for trying out changes, since other work on the device may rightly make a wait long.
+"""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from nestedfp.kernels.hopper.cuda.compile import cubin
+from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
+from nestedfp.kernels.layout import KOrder
+
+# Of a multiprocessor; each CTA also costs 1 KiB that the system keeps.
+SHARED_MEMORY = 228 * 1024
+_SYSTEM_SHARE = 1024
+_CHUNK = 128
+_MOST_STAGES = 16
+# As gemm_fp8.cu lays out its flags: counts of token tiles, of CTAs, of parts of split tiles.
+_TOKEN_FLAGS = 1024
+_FLAGS = _TOKEN_FLAGS + 1 + 4096
+# Two tiles of 128 x 256 a multiprocessor.
+_PARTIALS = 2 * 132 * 128 * 256
+# Longer batches go through in pieces, which bounds the scratch for codes.
+MOST_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to cut the product.
+
+    A tile has warpgroups * blocks * 64 tokens by `rows` weight rows, a multiple of 16. chunks: 128-byte
+    stretches of K a stage. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a
+    multiprocessor. split: parts of K. group: tiles along M that run side by side before the next rows.
+    promote: 1 adds each stage's sums to float32 totals, since wgmma keeps about 14 bits of them.
+    """
+
+    rows: int
+    warpgroups: int = 2
+    blocks: int = 1
+    chunks: int = 1
+    cluster_tokens: int = 1
+    cluster_rows: int = 1
+    ctas: int = 1
+    split: int = 1
+    group: int = 8
+    promote: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return 64 * self.blocks * self.warpgroups
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_tokens * self.cluster_rows
+
+    @property
+    def slice(self) -> int:
+        """Columns of the output that are staged at once."""
+        return gcd(self.rows, 64)
+
+    @property
+    def _stage_bytes(self) -> int:
+        return (self.tokens + self.rows) * _CHUNK * self.chunks
+
+    @property
+    def _fixed_bytes(self) -> int:
+        """Beside the stages: staged output, factors and biases of columns, scratch of the quantiser."""
+        return self.warpgroups * (2 * 64 * self.slice * 2 + self.rows * 4 + 32)
+
+    @property
+    def stages(self) -> int:
+        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._fixed_bytes - 16 * _MOST_STAGES
+        return min(room // self._stage_bytes, _MOST_STAGES)
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * (self._stage_bytes + 16) + self._fixed_bytes
+
+    def defines(self, dtype: torch.dtype) -> dict[str, int]:
+        """The macros of gemm_fp8.cu."""
+        producer, consumer = 0, 0
+        if self.ctas == 1 and self.warpgroups == 2:
+            producer, consumer = (56, 224) if self.blocks * self.rows <= 320 else (40, 232)
+        return {
+            "CONSUMERS": self.warpgroups,
+            "BLOCKS": self.blocks,
+            "BLOCK_N": self.rows,
+            "CHUNKS": self.chunks,
+            "STAGES": self.stages,
+            "CLUSTER_M": self.cluster_tokens,
+            "CLUSTER_N": self.cluster_rows,
+            "CTAS": self.ctas,
+            "PROMOTE": self.promote,
+            "BFLOAT16": int(dtype is torch.bfloat16),
+            "PRODUCER_REGISTERS": producer,
+            "CONSUMER_REGISTERS": consumer,
+            "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
+        }
+
+    @staticmethod
+    def of(values: Mapping[str, int]) -> "Config":
+        return Config(**values)
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a launch covers a shape: clusters, parts of K, tokens quantised up front, warps a token for it."""
+
+    clusters: int
+    split: int
+    front: int
+    team_warps: int
+
+
+def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
+    """For a device that holds `resident` clusters at once. A split that gains nothing is lowered."""
+    tiles_m = -(-M // (config.tokens * config.cluster_tokens))
+    tiles_n = -(-N // (config.rows * config.cluster_rows))
+    tiles = tiles_m * tiles_n
+    steps = -(-K // (_CHUNK * config.chunks))
+    split = max(1, min(config.split, resident // tiles, steps))
+    units = tiles * split
+    clusters = min(units, resident)
+    front = M
+    if units > clusters:
+        groups = (clusters - 1) // (config.group * tiles_n * split) + 1
+        front = min(M, groups * config.group * config.cluster_tokens * config.tokens)
+    warpgroups = clusters * config.cluster * config.warpgroups
+    if front >= 3 * warpgroups:
+        return Plan(clusters, split, front, 1)
+    return Plan(clusters, split, front, 4 if front >= 0.75 * warpgroups else 4 * config.warpgroups)
+
+
+def code(config: Config, dtype: torch.dtype) -> bytes:
+    """The cubin of `config` for activations of `dtype`."""
+    headers = {"wgmma.cuh": wgmma_header(config.rows, "e4m3", a_in_registers=False)}
+    return cubin("gemm_fp8.cu", headers, config.defines(dtype))
+
+
+@cache
+def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
+    return Kernel(
+        code(config, dtype),
+        "gemm_fp8",
+        threads=(config.warpgroups + 1) * 128,
+        shared=config.shared_memory,
+        cluster=config.cluster,
+    )
+
+
+class _Scratch:
+    """Of a device, for all its products, which run one after another. It only grows, and what graphs have
+    captured stays."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.scale = torch.empty(MOST_TOKENS, dtype=torch.float32, device=device)
+        self.partials = torch.empty(_PARTIALS, dtype=torch.float32, device=device)
+        self.flags = torch.zeros(_FLAGS, dtype=torch.int32, device=device)
+        self._codes = [torch.empty(1 << 24, dtype=torch.uint8, device=device)]
+
+    def codes(self, M: int, K: int) -> Tensor:
+        """uint8 [M, K], contents undefined."""
+        if self._codes[-1].numel() < M * K:
+            size = 1 << (M * K - 1).bit_length()
+            self._codes.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+        return self._codes[-1][: M * K].view(M, K)
+
+
+@cache
+def _scratch(device: torch.device) -> _Scratch:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first FP8 product on a device allocates its scratch and cannot be captured; run one before"
+        )
+    return _Scratch(device)
+
+
+def product(
+    x: Tensor,
+    upper: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    order: KOrder,
+    config: Config,
+) -> None:
+    """Writes y [M, N], contiguous, in x's dtype.
+
+    x [M, K] has unit stride in K and rows on 16-byte boundaries; K is a multiple of 16.
+    """
+    for first in range(0, x.shape[0], MOST_TOKENS):
+        piece = slice(first, first + MOST_TOKENS)
+        _product(x[piece], upper, row_exponent, bias, y[piece], order, config)
+
+
+def _product(
+    x: Tensor,
+    upper: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    order: KOrder,
+    config: Config,
+) -> None:
+    (M, K), N = x.shape, upper.shape[0]
+    kernel = _kernel(config, x.dtype, x.device.index or 0)
+    scratch = _scratch(x.device)
+    codes = scratch.codes(M, K)
+    cut = plan(config, M, N, K, kernel.resident_clusters)
+    bulk = N % 8 == 0
+    arguments = [
+        tensor_map(codes, config.tokens // config.cluster_rows, _CHUNK),
+        tensor_map(upper, config.rows // config.cluster_tokens, _CHUNK),
+        tensor_map(y, 64, config.slice) if bulk else TensorMap(),
+        *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
+    ]
+    pitch = (x.stride(0) if M > 1 else K) * x.element_size()
+    permute = order is KOrder.HOPPER
+    numbers = (M, N, K, pitch, permute, cut.front, cut.team_warps, config.group, cut.split, bulk)
+    kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])

@@ -1,0 +1,141 @@
+"""Loading a cubin and launching it through the driver: clusters, tensor maps, early start.
+
+Everything goes through libcuda by ctypes, so that a launch costs a few microseconds of the host's time.
+"""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MAX_DYNAMIC_SHARED = 8
+_CLUSTER_DIMENSION = 4
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_ELEMENTS = {torch.uint8: 0, torch.float16: 6, torch.bfloat16: 9}
+# Swizzle by the bytes of a row of the box.
+_SWIZZLES = {16: 0, 32: 1, 64: 2, 128: 3}
+_PROMOTE_L2_128 = 2
+
+
+class TensorMap(ctypes.Structure):
+    """What a kernel takes as `const __grid_constant__ TensorMap`."""
+
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(what: str, status: int) -> None:
+    if status != 0:
+        name = ctypes.c_char_p()
+        _driver().cuGetErrorName(status, ctypes.byref(name))
+        raise RuntimeError(f"{what}: {(name.value or b'error').decode()} ({status})")
+
+
+def tensor_map(tensor: Tensor, rows: int, columns: int) -> TensorMap:
+    """Of a 2-D tensor with unit stride in columns, in boxes of `rows` by `columns`.
+
+    The base and the row pitch are multiples of 16 bytes; a row of the box is 16, 32, 64 or 128 bytes and
+    swizzled as widely in shared memory.
+    """
+    size = tensor.element_size()
+    height, width = tensor.shape
+    pitch = tensor.stride(0) * size if height > 1 else -(-width * size // 16) * 16
+    # The driver writes to a 64-byte boundary only.
+    raw = ctypes.create_string_buffer(192)
+    address = (ctypes.addressof(raw) + 63) & ~63
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(address),
+        _ELEMENTS[tensor.dtype],
+        2,
+        ctypes.c_void_p(tensor.data_ptr()),
+        (ctypes.c_uint64 * 2)(width, height),
+        (ctypes.c_uint64 * 1)(pitch),
+        (ctypes.c_uint32 * 2)(columns, rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,
+        _SWIZZLES[columns * size],
+        _PROMOTE_L2_128,
+        0,
+    )
+    _check(f"describing {list(tensor.shape)} with pitch {pitch} in boxes of {rows} x {columns}", status)
+    return TensorMap.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(TensorMap)))
+
+
+class Kernel:
+    """One function of a cubin on the current device, always launched with the same block and cluster."""
+
+    def __init__(self, cubin: bytes, name: str, *, threads: int, shared: int, cluster: int) -> None:
+        torch.cuda.current_stream().cuda_stream  # noqa: B018 - makes the context that modules belong to
+        self._threads, self._shared, self._cluster = threads, shared, cluster
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        driver = _driver()
+        _check(f"loading {name}", driver.cuModuleLoadData(ctypes.byref(self._module), cubin))
+        found = driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
+        _check(f"finding {name}", found)
+        raised = driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared)
+        _check(f"{name} with {shared} bytes of shared memory", raised)
+        self.resident_clusters = self._resident_clusters(name)
+
+    def _resident_clusters(self, name: str) -> int:
+        """How many clusters the idle device holds at once."""
+        count = ctypes.c_int()
+        launch = self._launch(self._cluster, None, early=False)
+        driver = _driver()
+        status = driver.cuOccupancyMaxActiveClusters(
+            ctypes.byref(count), self._function, ctypes.byref(launch)
+        )
+        _check(f"occupancy of {name}", status)
+        if count.value < 1:
+            raise RuntimeError(f"{name}: no cluster of {self._cluster} fits this device")
+        return count.value
+
+    def _launch(self, ctas: int, stream: int | None, *, early: bool) -> _LaunchConfig:
+        attributes = (_Attribute * 2)()
+        attributes[0].id = _CLUSTER_DIMENSION
+        attributes[0].value[0], attributes[0].value[1], attributes[0].value[2] = self._cluster, 1, 1
+        attributes[1].id = _PROGRAMMATIC_STREAM_SERIALIZATION
+        attributes[1].value[0] = 1
+        return _LaunchConfig(
+            (ctypes.c_uint * 3)(ctas, 1, 1),
+            (ctypes.c_uint * 3)(self._threads, 1, 1),
+            self._shared,
+            stream,
+            attributes,
+            2 if early else 1,
+        )
+
+    def __call__(self, clusters: int, arguments: list[Any]) -> None:
+        """Launches on the current stream; the kernel may start before the one before it has ended.
+
+        arguments: ctypes values in the order of the kernel's parameters.
+        """
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        launch = self._launch(clusters * self._cluster, torch.cuda.current_stream().cuda_stream, early=True)
+        status = _driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None)
+        _check(f"launching {clusters} clusters of {self._cluster}", status)
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """A tensor's address as an argument, null for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

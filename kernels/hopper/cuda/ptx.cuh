@@ -1,0 +1,253 @@
+// Hopper's instructions as functions, one a function: what each does is in the PTX manual under its name.
+//
+// Shared memory is addressed by its 32-bit address in the shared window. With BOUNDED set, a wait that lasts
+// for millions of polls ends the kernel with an error instead of hanging the device.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+#ifndef BOUNDED
+#define BOUNDED 0
+#endif
+
+// As cuTensorMapEncodeTiled fills it.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+namespace ptx {
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return u32(__cvta_generic_to_shared(pointer));
+}
+
+// An illegal store: unlike a trap it leaves setmaxnreg its effect.
+__device__ __forceinline__ void give_up() { asm volatile("st.global.u32 [%0], 0;" ::"l"(u64(8)) : "memory"); }
+
+// --- mbarrier ---
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ bool barrier_try(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
+// Until the phase of this parity has completed.
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+#if BOUNDED
+  for (u32 polls = 0; !barrier_try(barrier, parity); ++polls)
+    if (polls > (1u << 22)) give_up();
+#else
+  while (!barrier_try(barrier, parity)) {
+  }
+#endif
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// At the same offset in CTA `rank` of the cluster. It orders nothing for that CTA: what it hands back is read by
+// the tensor cores and written by the copy engine. (A release for the cluster would wait for all memory.)
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+      " mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+// --- bulk copies; a policy is an L2 eviction priority ---
+
+constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void load_2d(u32 to, const TensorMap* map, int c0, int c1, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_3d(u32 to, const TensorMap* map, int c0, int c1, int c2, u32 barrier,
+                                        u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// Into the same place of every CTA in the mask `ctas`; each gets the bytes counted at its own barrier.
+__device__ __forceinline__ void load_2d_multicast(u32 to, const TensorMap* map, int c0, int c1, u32 barrier,
+                                                  u16 ctas, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(barrier), "h"(ctas), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_3d_multicast(u32 to, const TensorMap* map, int c0, int c1, int c2,
+                                                  u32 barrier, u16 ctas, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(to),
+      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(ctas), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void store_2d(const TensorMap* map, int c0, int c1, u32 from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+               "r"(c0), "r"(c1), "r"(from)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until all but the last `COUNT` stores of this thread have read their shared memory.
+template <int COUNT>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(COUNT) : "memory");
+}
+
+// Ordinary stores to shared memory, before the copy engine or the tensor cores read them.
+__device__ __forceinline__ void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// --- matrices in shared memory ---
+
+__device__ __forceinline__ void load_shared(u32 (&words)[4], u32 from) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(u32 to, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrices_transposed(u32 to, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
+}
+
+// wgmma's descriptor of an operand with K along 128-byte rows in the 128-byte swizzle, from `address`, whose
+// panel starts at a multiple of 1024: groups of eight rows lie 1024 bytes apart. K advances by adding bytes / 16.
+__device__ __forceinline__ u64 panel_descriptor(u32 address) {
+  return u64((address & 0x3FFFF) >> 4) | u64(1) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
+}
+
+// --- wgmma ---
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int COUNT>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
+}
+
+// Pins values between wgmma and a wait: the compiler moves no use of them across.
+template <int COUNT>
+__device__ __forceinline__ void hold(float (&values)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+template <int COUNT>
+__device__ __forceinline__ void hold(u32 (&values)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
+}
+
+// --- threads, clusters, kernels ---
+
+// Named barrier `id` among the 128 threads of a warpgroup.
+__device__ __forceinline__ void warpgroup_sync(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void registers_more() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void registers_less() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// The kernel launched before this one has ended, and its writes are visible.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// --- flags in global memory ---
+
+__device__ __forceinline__ void flag_raise(u32* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+__device__ __forceinline__ u32 flag_read(const u32* flag) {
+  u32 value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+// Until raised; takes it down again.
+__device__ __forceinline__ void flag_take(u32* flag) {
+#if BOUNDED
+  for (u32 polls = 0; flag_read(flag) == 0; ++polls)
+    if (polls > (1u << 22)) give_up();
+#else
+  while (flag_read(flag) == 0) {
+  }
+#endif
+  *flag = 0;
+}
+
+}  // namespace ptx
