@@ -36,6 +36,9 @@ COMMANDS: dict[str, Command] = {
     "tune kernels": Command(
         "nestedfp.kernels.tune", "time the kernels' configurations on this GPU and write the best as a table"
     ),
+    "report policy": Command(
+        "nestedfp.deployments.policy_report", "draw the policies' figures and write their tables into docs"
+    ),
     "bench engine": Command(
         "nestedfp.vllm.bench", "time vLLM engines: plain 16 bits, online FP8, NestedFP in both"
     ),
