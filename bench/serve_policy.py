@@ -283,6 +283,7 @@ def run_minute(args: argparse.Namespace) -> dict[str, Any]:
         {"scale": scale, **live(file, minute, policy)} for policy in args.policies if policy != "static-fp16"
     ]
     return {
+        "engine": LABEL,
         "trace": args.trace.name,
         "seconds": SECONDS,
         "tpot_limit_s": TPOT_LIMIT_S,
@@ -382,7 +383,7 @@ def _machine() -> dict[str, Any]:
 def _keep(path: Path, section: str, result: Mapping[str, Any]) -> None:
     """Replace one section of the results."""
     data = json.loads(path.read_text()) if path.exists() else {}
-    data[section] = {"machine": _machine(), "label": LABEL, **result}
+    data[section] = {"machine": _machine(), **result}
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
