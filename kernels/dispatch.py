@@ -6,6 +6,7 @@ a table takes the kernel's own rule (configuration None). No shape is an error.
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -102,29 +103,40 @@ def preferred_order(device: torch.device | str, N: int, K: int) -> KOrder:
     return KOrder.NATURAL
 
 
-@lru_cache(maxsize=65536)
 def configuration(backend: Backend, problem: Problem, capability: Capability) -> Config | None:
     """The tabled configuration of the shape nearest to `problem`, or None without a table."""
-    rows = [row for row in table(backend, capability) if row.mode is problem.mode]
-    rows = [row for row in rows if row.dtype == problem.dtype] or rows
-    return nearest(rows, problem.M, problem.N, problem.K).config if rows else None
+    rows = _rows_near(backend, capability, problem.mode, problem.dtype, problem.N, problem.K)
+    return holding(rows, problem.M).config if rows else None
 
 
-def nearest(rows: list[TableRow], M: int, N: int, K: int) -> TableRow:
-    """The row whose shape is nearest to (M, N, K); `rows` is not empty.
+@lru_cache(maxsize=4096)
+def _rows_near(
+    backend: Backend, capability: Capability, mode: Mode, dtype: str, N: int, K: int
+) -> list[TableRow]:
+    """The rows for the nearest N and K: serving meets few weights and many numbers of tokens."""
+    rows = [row for row in table(backend, capability) if row.mode is mode]
+    return nearest([row for row in rows if row.dtype == dtype] or rows, N, K)
 
-    First N and K, by the sum of their distances in octaves, since these fix how many tiles a matrix gives
-    and how long each runs; then the smallest tabled M that holds M, since tiles are cut for so many
-    tokens, or the largest.
+
+def nearest(rows: list[TableRow], N: int, K: int) -> list[TableRow]:
+    """The rows whose N and K are nearest, by the sum of their distances in octaves; ascending in M.
+
+    N and K come first since they fix how many tiles a matrix gives and how long each runs.
     """
 
     def distance(row: TableRow) -> float:
         return abs(log2(row.N / N)) + abs(log2(row.K / K))
 
-    shortest = min(map(distance, rows))
-    near = [row for row in rows if distance(row) == shortest]
-    enough = [row for row in near if row.M >= M]
-    return min(enough, key=lambda row: row.M) if enough else max(near, key=lambda row: row.M)
+    shortest = min(map(distance, rows), default=0.0)
+    return sorted((row for row in rows if distance(row) == shortest), key=lambda row: row.M)
+
+
+def holding(rows: list[TableRow], M: int) -> TableRow:
+    """Of `rows`, ascending in M and not empty, the first that holds M tokens, or the last.
+
+    Tiles are cut for so many tokens: one that is too wide wastes less than one that must run twice.
+    """
+    return rows[min(bisect_left(rows, M, key=lambda row: row.M), len(rows) - 1)]
 
 
 @cache

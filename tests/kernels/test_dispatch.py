@@ -1,9 +1,22 @@
 """Dispatch: total over shapes, faithful to the table, and honest about what a kernel can address."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nestedfp.kernels.dispatch import Backend, Mode, Problem, TableRow, choose, nearest, table
+from nestedfp.kernels.dispatch import (
+    Backend,
+    Mode,
+    Problem,
+    TableRow,
+    choose,
+    holding,
+    nearest,
+    parse_table,
+    table,
+)
 from nestedfp.kernels.layout import KOrder
+from nestedfp.kernels.shapes import SHAPES, TOKENS
 
 HOPPER = (9, 0)
 ROWS = [
@@ -28,7 +41,7 @@ def test_tabled_shapes_get_their_own_configuration() -> None:
     ("M", "N", "tokens", "rows"), [(1, 4000, 16, 4096), (17, 4096, 128, 4096), (9999, 40000, 128, 28672)]
 )
 def test_nearest_shape(M: int, N: int, tokens: int, rows: int) -> None:
-    row = nearest(ROWS, M, N, 4096)
+    row = holding(nearest(ROWS, N, 4096), M)
     assert (tokens, rows) == (row.M, row.N)
 
 
@@ -45,3 +58,63 @@ def test_nearest_shape(M: int, N: int, tokens: int, rows: int) -> None:
 )
 def test_backend(problem: Problem, capability: tuple[int, int] | None, backend: Backend) -> None:
     assert choose(problem, capability).backend is backend
+
+
+@given(
+    M=st.integers(1, 16384),
+    N=st.integers(1, 200_000),
+    K=st.integers(1, 70_000),
+    mode=st.sampled_from(list(Mode)),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+    tma=st.booleans(),
+    capability=st.sampled_from([None, (8, 0), (8, 9), HOPPER, (10, 0), (12, 0)]),
+)
+def test_any_shape_on_any_device_has_a_kernel_that_can_address_it(
+    M: int, N: int, K: int, mode: Mode, dtype: str, tma: bool, capability: tuple[int, int] | None
+) -> None:
+    for order in KOrder:
+        if order is KOrder.HOPPER and K % 64:
+            continue
+        problem = Problem(mode, M, N, K, dtype, order, tma)
+        choice = choose(problem, capability)
+        assert choice == choose(problem, capability)
+        if choice.backend is Backend.HOPPER:
+            assert capability == HOPPER
+            assert tma
+            assert K % 16 == 0
+            assert mode is Mode.FP8 or order is KOrder.HOPPER
+        else:
+            assert choice.backend is (Backend.CPU if capability is None else Backend.PORTABLE)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_benchmarks_shapes_run_on_hopper(mode: Mode, dtype: str) -> None:
+    for shape in SHAPES:
+        for M in TOKENS:
+            problem = Problem(mode, M, shape.N, shape.K, dtype, KOrder.HOPPER)
+            assert choose(problem, HOPPER).backend is Backend.HOPPER
+
+
+def test_a_type_without_rows_takes_those_of_the_other() -> None:
+    rows = [row for row in table(Backend.HOPPER, HOPPER) if row.mode is Mode.FP8]
+    if {row.dtype for row in rows} != {"float16"}:
+        pytest.skip("the table has rows of both types")
+    for row in rows:
+        problem = Problem(Mode.FP8, row.M, row.N, row.K, "bfloat16", KOrder.HOPPER)
+        assert choose(problem, HOPPER).config == row.config
+
+
+def test_the_next_larger_tabled_number_of_tokens_is_taken() -> None:
+    near = nearest(ROWS, 4096, 4096)
+    assert [holding(near, M).M for M in (1, 16, 17, 128, 16384)] == [16, 16, 128, 128, 128]
+
+
+def test_a_backend_without_a_table_leaves_the_choice_to_its_kernel() -> None:
+    assert choose(Problem(Mode.FP8, 1, 64, 64, "float16", KOrder.NATURAL), (8, 0)).config is None
+
+
+def test_a_table_of_an_unknown_mode_is_an_error() -> None:
+    row = {"mode": "int4", "dtype": "float16", "M": 1, "N": 1, "K": 1, "us": 1.0, "config": {}}
+    with pytest.raises(ValueError, match="int4"):
+        parse_table({"rows": [row]})
