@@ -175,7 +175,7 @@ class Session:
     def __init__(self, args: argparse.Namespace, model: Path) -> None:
         self._args = args
         self._model = model
-        self._end = time.monotonic() + args.time_limit
+        self._end: float = time.monotonic() + args.time_limit
         self.engines: dict[str, Remote] = {}
         self.facts: dict[str, dict[str, Any]] = {}
         self.solo: list[dict[str, Any]] = []

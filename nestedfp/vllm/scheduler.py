@@ -34,6 +34,7 @@ class PrecisionMixin:
     requests: dict[str, Any]
     waiting: Any
     kv_cache_manager: Any
+    running: list[Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
