@@ -72,10 +72,13 @@ def run(args: argparse.Namespace) -> int:
     rows: list[rowfile.Row] = []
     with gpu.ClockMonitor() as clocks:
         for (N, K), shapes in groups.items():
+            if _over(start, args.time_limit):
+                print(f"time limit of {args.time_limit:g} s: {N}x{K} and what follows not timed")
+                break
             operands = {dtype: Operands(N, K, dtype, max(args.tokens)) for dtype in args.dtypes}
             for M in args.tokens:
-                if args.time_limit and time.monotonic() - start > args.time_limit:
-                    print(f"time limit of {args.time_limit:g} s: stopped before {N}x{K}, M = {M}")
+                if _over(start, args.time_limit):
+                    print(f"time limit of {args.time_limit:g} s: {N}x{K} not timed from M = {M} on")
                     break
                 rows += cell(shapes, M, modes, operands, args.passes)
             rowfile.write(out, header | {"clocks": clocks.seen()}, rowfile.merged(old, rows, _KEY))
@@ -85,6 +88,10 @@ def run(args: argparse.Namespace) -> int:
     print(summary(rows))
     print(out)
     return 0
+
+
+def _over(start: float, limit: float | None) -> bool:
+    return limit is not None and time.monotonic() - start > limit
 
 
 def _method(passes: int) -> str:

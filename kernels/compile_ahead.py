@@ -6,6 +6,8 @@ whose contents do not matter.
 
 import multiprocessing
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from typing import NamedTuple
 
@@ -43,8 +45,11 @@ def compile_ahead(jobs: Iterable[Job]) -> list[str]:
     if len(distinct) < _MOST_PROCESSES:
         return []
     processes = min(_MOST_PROCESSES, multiprocessing.cpu_count())
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        complaints = pool.map(_run, distinct.values(), chunksize=1)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            complaints = list(pool.map(_run, distinct.values()))
+        except BrokenProcessPool as error:
+            return [f"a process ended while it compiled: {error}"]
     return [complaint for complaint in complaints if complaint]
 
 

@@ -65,7 +65,8 @@ class ClockMonitor:
 
     def __enter__(self) -> "ClockMonitor":
         command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
-        self._file = TemporaryFile("w+")
+        # Appending: the program writes at the end wherever `seen` has read to.
+        self._file = TemporaryFile("a+")
         self._process = subprocess.Popen([*command, "-i", "0", "-lms", str(_SAMPLE_MS)], stdout=self._file)
         return self
 

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     operands: Operands | None = None
     with gpu.ClockMonitor() as clocks:
         for mode, dtype, M, N, K in todo:
-            if args.time_limit and time.monotonic() - start > args.time_limit:
+            if args.time_limit is not None and time.monotonic() - start > args.time_limit:
                 print(f"time limit of {args.time_limit:g} s: stopped before {mode} {dtype} {M}x{N}x{K}")
                 break
             if operands is None or (operands.N, operands.K, operands.dtype) != (N, K, dtype):
