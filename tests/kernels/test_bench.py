@@ -87,3 +87,59 @@ def test_dispatch_reads_what_the_tuner_writes(tmp_path: Path) -> None:
     rowfile.write(tmp_path / "table.json", HEADER, [row])
     (read,) = parse_table(json.loads((tmp_path / "table.json").read_text()))
     assert (read.mode, read.M, read.config) == (Mode.FP8, 1, {"tokens": 16})
+
+
+class FakeOperands:
+    sets = 2
+
+    def __init__(self, N: int, K: int) -> None:
+        self.N, self.K = N, K
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Contenders that only have a time; returns the errors to report, by mode."""
+    errors = {"16-bit": 0.0, "fp8": 0.0}
+    us = {"16-bit": 12.0, "fp8": 6.0, "cublas-16bit": 10.0, "torch-scaled-mm": 8.0}
+    monkeypatch.setattr(bench.contest, "cublas", lambda operands, M: "cublas-16bit")
+    monkeypatch.setattr(bench.contest, "product", lambda mode, operands, M: str(mode))
+    monkeypatch.setattr(
+        bench.contest, "fp8_baselines", lambda operands, M: {"torch-scaled-mm": "torch-scaled-mm"}
+    )
+    monkeypatch.setattr(bench.contest, "error", lambda contender, operands, M: errors[contender])
+    monkeypatch.setattr(
+        bench,
+        "measure",
+        lambda contenders, sets, passes: {k: [us[v]] * passes for k, v in contenders.items()},
+    )
+    monkeypatch.setattr(
+        bench, "chosen", lambda mode, dtype, M, N, K: Job(Backend.HOPPER, mode, dtype, M, N, K, None)
+    )
+    return errors
+
+
+def cell_rows() -> list[rowfile.Row]:
+    shapes = [shape for shape in SHAPES if (shape.N, shape.K) == (6144, 5120)]
+    return bench.cell(shapes, 16, list(Mode), {"float16": FakeOperands(6144, 5120)}, 5)  # type: ignore[dict-item]
+
+
+def test_a_cell_has_a_row_for_each_layer_mode_and_baseline(fake_gpu: dict[str, float]) -> None:
+    rows = cell_rows()
+    found = {(row["model"], row["mode"], row["baseline"], row["ratio"]) for row in rows}
+    models = ("Mistral-Small-24B", "Mistral-Nemo-12B")
+    expected = [
+        ("16-bit", "cublas-16bit", 1.2),
+        ("fp8", "cublas-16bit", 0.6),
+        ("fp8", "torch-scaled-mm", 0.75),
+    ]
+    assert found == {(model, *rest) for model in models for rest in expected}
+    assert all(row["passes"] == 5 and row["config"] is None for row in rows)
+
+
+@pytest.mark.parametrize("error", [0.5, float("nan")])
+def test_a_wrong_product_is_named_and_not_timed(
+    error: float, fake_gpu: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_gpu["fp8"] = error
+    assert {row["mode"] for row in cell_rows()} == {"16-bit"}
+    assert "WRONG: fp8 float16, 16x6144x5120" in capsys.readouterr().out
