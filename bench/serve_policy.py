@@ -54,7 +54,7 @@ TPOT_LIMIT_S: Final = 0.033
 WANTED_VIOLATIONS: Final = 19
 TOLERANCE: Final = 1
 LIVE_TRIES: Final = 4
-POLICIES: Final = ("static-fp16", "static-fp8", "predictive", "predictive:tolerance=0.02")
+POLICIES: Final = ("static-fp16", "static-fp8", "predictive", "predictive:slo.tpot_s=0.017")
 _ORDER_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 300.0
 _REGISTER_S: Final = 30.0
@@ -191,14 +191,15 @@ def application(file: ServeFile) -> Iterator[RunningApp]:
 
 
 def under(file: ServeFile, policy: str) -> ServeFile:
-    """One replica under `CONTROLLER` or `predictive:NAME=NUMBER`, a setting of its block `prediction`."""
+    """One replica under `CONTROLLER` or `CONTROLLER:BLOCK.NAME=NUMBER`, a setting of the policy's."""
     controller, _, change = policy.partition(":")
     settings = file.settings.to_dict()
     settings["replicas"]["count"] = 1
     settings["policy"]["controller"] = controller
     if change:
         name, _, value = change.partition("=")
-        settings["policy"]["prediction"] |= {name: float(value)}
+        block, _, name = name.partition(".")
+        settings["policy"][block] |= {name: float(value)}
     return dataclasses.replace(file, settings=DeploymentSettings.from_dict(settings))
 
 
@@ -403,7 +404,9 @@ def main() -> int:
     minute.add_argument("--config", type=Path, default=CONFIG)
     minute.add_argument("--trace", type=Path, required=True, help="an Azure CSV file")
     minute.add_argument("--scale", type=float, help="share of the requests to keep (default: found)")
-    minute.add_argument("--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:NAME=NUMBER]")
+    minute.add_argument(
+        "--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:BLOCK.NAME=NUMBER]"
+    )
     args = parser.parse_args()
     raise_on_signals()
     try:
