@@ -3,7 +3,8 @@
     NESTEDFP_TRACES=FOLDER python bench/policy.py [--replicas 4] [--seed 1] [--parts loads,...]
 
 Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed, without),
-`steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json).
+`steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json),
+`classes` (requests that insist on 16 bits; shedding).
 A part that is not named keeps the figures it has.
 """
 
@@ -22,7 +23,8 @@ from policy_paper import experiment
 from policy_scaling import compare_scaling
 
 from nestedfp.loadtests.readers import read_trace
-from nestedfp.policies.config import Slo
+from nestedfp.policies.config import PolicyConfig, Prediction, Slo
+from nestedfp.policies.policy import Policy
 from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.simulation.calibration import calibrate, cells_of, errors_of
@@ -37,7 +39,7 @@ HELD_OUT_SEED = 7
 TRIES = 600
 TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
-PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million", "calibration")
+PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million", "calibration", "classes")
 
 
 def run(load: Load, name: str, replicas: int, seed: int) -> tuple[dict[str, Any], Outcome]:
@@ -204,6 +206,27 @@ def million(folder: Path, seed: int) -> dict[str, Any]:
     return {"requests": len(load.arrival_s), "replicas": 100, "wall_s": took}
 
 
+def classes(folder: Path, seed: int) -> dict[str, Any]:
+    """Twenty replicas: a tenth of the requests insist on 16 bits; overload, with and without shedding."""
+    lengths = read_trace(folder / TRACES["azure-conv-2023"])
+    report: dict[str, Any] = {}
+    settings, replicas = EngineSettings(), 20
+    for name, rate, strict, shed in (
+        ("strict-0.1", 17.0, 0.1, False),
+        ("overload", 36.0, 0.0, False),
+        ("overload-shed", 36.0, 0.0, True),
+    ):
+        load = poisson(lengths.with_strict_share(strict, seed), rate * replicas, 60.0, seed)
+        config = PolicyConfig(controller="predictive", prediction=Prediction(shed=shed))
+        outcome = simulate(load, Policy(config), replicas=replicas, seed=seed, settings=settings)
+        report[name] = summarize(outcome, config.slo, settings.label)
+        shown = {
+            key: report[name].get(key) for key in ("attainment", "requests", "fp16_token_share", "strict")
+        }
+        print(f"{name}: {shown}", flush=True)
+    return report
+
+
 def calibration() -> list[dict[str, Any]]:
     """The roofline and a fit of it against every measured engine: relative errors by cell."""
     report = []
@@ -279,6 +302,9 @@ def main() -> None:
         rows = report["loads"]
         capacity = next(row["capacity_rps"] for row in rows if row["load"] == "azure-conv-2023")
         report["steady"] = steady(folder, capacity, replicas, seed)
+        save()
+    if "classes" in parts:
+        report["classes"] = classes(folder, seed)
         save()
     if "calibration" in parts:
         report["calibration"] = calibration()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from nestedfp.policies.protocol import FP16
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
@@ -64,8 +64,12 @@ def by_load(views: Sequence[ReplicaView]) -> list[ReplicaView]:
     )
 
 
+STRICT_ROOM: Final = 2.0
+"""Replicas kept in 16 bits over the share of requests that demand it: others are served there as well."""
+
+
 def kept_for_strict(views: Sequence[ReplicaView], modes: Sequence[str]) -> frozenset[str]:
-    """Replicas that stay in 16 bits for requests that demand it: their share of all requests, rounded up.
+    """Replicas that stay in 16 bits for requests that demand it: their share, with room.
 
     ``views``, with the mode of each, come least loaded first; among equals those already in 16 bits are kept.
     """
@@ -73,6 +77,6 @@ def kept_for_strict(views: Sequence[ReplicaView], modes: Sequence[str]) -> froze
     if strict == 0:
         return frozenset()
     everything = sum(view.report.running + view.report.waiting for view in views)
-    count = math.ceil(len(views) * min(1.0, strict / max(everything, 1)))
+    count = math.ceil(len(views) * min(1.0, STRICT_ROOM * strict / max(everything, 1)))
     ordered = sorted(range(len(views)), key=lambda row: modes[row] != FP16)
     return frozenset(views[row].replica_id for row in ordered[:count])
