@@ -1,9 +1,10 @@
 """Products on Hopper GPUs (compute capability 9.0)."""
 
 from nestedfp.kernels.dispatch import Config, Mode
-from nestedfp.kernels.hopper import choose_16bit, fp8
+from nestedfp.kernels.hopper import fp8
+from nestedfp.kernels.hopper import linear_16bit as sixteen
 from nestedfp.kernels.hopper.fp8 import linear_fp8
-from nestedfp.kernels.hopper.gemm_16bit import linear_16bit
+from nestedfp.kernels.hopper.linear_16bit import linear_16bit
 
 __all__ = ["candidates", "linear_16bit", "linear_fp8"]
 
@@ -16,4 +17,4 @@ def candidates(mode: Mode, M: int, N: int, K: int, dtype: str) -> list[Config]:
     """
     if mode is Mode.FP8:
         return fp8.candidates(M, N, K)
-    return [config.to_mapping() for config in choose_16bit.candidates(M, N, K, dtype)]
+    return sixteen.candidates(M, N, K, dtype)

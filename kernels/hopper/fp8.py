@@ -99,6 +99,7 @@ def _fused_space(M: int, N: int, K: int) -> Iterator[fused.Config]:
                 warpgroups,
                 blocks,
                 chunks=2 if rows <= 64 or (few and rows <= 128) else 1,
+                promote=int(few),
                 cluster_tokens=cluster_tokens,
                 cluster_rows=cluster_rows,
             )

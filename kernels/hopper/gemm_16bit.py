@@ -42,7 +42,6 @@ from nestedfp.kernels.hopper.choose_16bit import Config16, rule, share
 from nestedfp.kernels.hopper.rebuild import byte_layout, rebuild
 from nestedfp.kernels.hopper.schedule import run_owner, run_start, segment, segment_count, tile_position
 from nestedfp.kernels.hopper.workspace import workspace
-from nestedfp.kernels.layout import KOrder
 
 STEP = gl.constexpr(64)
 UNIT_STEPS = gl.constexpr(2)
@@ -356,28 +355,22 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def linear_16bit(
+def product(
     x: Tensor,
     upper: Tensor,
     lower: Tensor,
     row_exponent: Tensor,
-    bias: Tensor | None = None,
-    *,
-    order: KOrder = KOrder.HOPPER,
-    config: Config16 | Mapping[str, int] | None = None,
-) -> Tensor:
-    """y [M, N] in x's dtype; operands as the module says. `config` None takes the rule's choice."""
-    if order is not KOrder.HOPPER:
-        raise ValueError(f"order is {order}, expected {KOrder.HOPPER}; the portable kernel reads any order")
-    M, K = x.shape
-    N = upper.shape[0]
+    bias: Tensor | None,
+    out: Tensor,
+    config: Mapping[str, int] | None = None,
+) -> None:
+    """Writes `out` [M, N], contiguous; operands as the module says. `config` None takes the rule's choice."""
     if config is None:
-        config = rule(M, N, K, str(x.dtype).removeprefix("torch."))
-    elif not isinstance(config, Config16):
-        config = Config16.from_mapping(config)
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    run(config, x, upper, lower, row_exponent, bias, out)
-    return out
+        dtype = str(x.dtype).removeprefix("torch.")
+        chosen = rule(x.shape[0], upper.shape[0], x.shape[1], dtype)
+    else:
+        chosen = Config16.from_mapping(config)
+    run(chosen, x, upper, lower, row_exponent, bias, out)
 
 
 def run(
@@ -389,7 +382,7 @@ def run(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    """`linear_16bit` into `out` [M, N], contiguous."""
+    """`product` with a configuration as it is."""
     M, K = x.shape
     N = upper.shape[0]
     partials, counters = workspace(x.device)

@@ -25,29 +25,8 @@
 // Roof: one byte a weight over the memory bandwidth for few tokens, the E4M3 tensor-core rate for many; between them
 // shared memory, whose 128 bytes a cycle feed the copies in (BLOCK_M + BLOCK_N) and wgmma's operands (64 + BLOCK_N).
 #include "ptx.cuh"
+#include "elements.cuh"
 #include "wgmma.cuh"
-
-#if BFLOAT16
-#define PACK "cvt.rn.bf16x2.f32"
-#else
-#define PACK "cvt.rn.f16x2.f32"
-#endif
-
-// Two outputs of the 16-bit type, and one widened.
-__device__ __forceinline__ u32 pack(float low, float high) {
-  u32 pair;
-  asm(PACK " %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-__device__ __forceinline__ float widen(u16 bits) {
-#if BFLOAT16
-  return __uint_as_float(u32(bits) << 16);
-#else
-  float value;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-  return value;
-#endif
-}
 
 namespace {
 

@@ -1,9 +1,6 @@
 """The Hopper 16-bit kernel compiled for sm_90a without a GPU: what its machine code holds."""
 
 import re
-import subprocess
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import pytest
 
@@ -13,10 +10,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from nestedfp.kernels.dispatch import Backend, Mode, table  # noqa: E402
 from nestedfp.kernels.hopper.choose_16bit import SHARED_MEMORY, Config16  # noqa: E402
 from nestedfp.kernels.hopper.gemm_16bit import gemm_16bit_kernel  # noqa: E402
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from .machine_code import disassemble  # noqa: E402
 
 
 def compile_kernel(config: Config16, dtype: str) -> tuple[str, int]:
@@ -61,20 +59,18 @@ def compile_kernel(config: Config16, dtype: str) -> tuple[str, int]:
     return disassemble(kernel.asm["cubin"]), kernel.metadata.shared
 
 
-def disassemble(cubin: bytes) -> str:
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = [str(TOOLS / "cuobjdump"), "-sass", file.name]
-        return subprocess.run(tool, capture_output=True, check=True, text=True).stdout
+SOME = [Config16(128, 1, 256, 4), Config16(64, 2, 128, 5), Config16(64, 1, 16, 5, occupancy=2)]
+
+
+def tabled() -> list[Config16]:
+    """The distinct kernels of the table: how work is shared is decided at launch."""
+    rows = (row.config for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.BITS16)
+    cut = {Config16(**{**row, "split": 0, "group": 8}) for row in rows if "consumers" in row}
+    return sorted(cut, key=repr)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize(
-    "config",
-    [Config16(128, 1, 256, 4), Config16(64, 2, 128, 5), Config16(64, 1, 16, 5, occupancy=2)],
-    ids=["wide", "narrow", "few"],
-)
+@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled()]), ids=repr)
 def test_machine_code(config: Config16, dtype: str) -> None:
     sass, shared = compile_kernel(config, dtype)
     products = re.findall(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, (\w+)", sass)

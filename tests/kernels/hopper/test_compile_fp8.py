@@ -1,22 +1,20 @@
 """The one-launch FP8 kernel compiled for sm_90a without a GPU, and how it is planned."""
 
 import re
-import subprocess
 from math import ceil
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from nestedfp.kernels.dispatch import Backend, Mode, table  # noqa: E402
-from nestedfp.kernels.hopper.cuda.gemm_fp8 import SHARED_MEMORY, Config, code, plan  # noqa: E402
-from nestedfp.kernels.hopper.fp8 import fused_candidates  # noqa: E402
+from nestedfp.kernels.dispatch import Backend, Mode, table
+from nestedfp.kernels.hopper.cuda.gemm_fp8 import SHARED_MEMORY, Config, code, plan
+from nestedfp.kernels.hopper.fp8 import fused_candidates
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+from .machine_code import disassemble
+
 PER_PROGRAM = SHARED_MEMORY - 1024
 
 
@@ -24,14 +22,6 @@ def tabled() -> list[Config]:
     configs = (row.config for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.FP8)
     cut = {Config(**{**config, "split": 1, "group": 8}) for config in configs if "warpgroups" in config}
     return sorted(cut, key=repr)
-
-
-def disassemble(cubin: bytes) -> str:
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = [str(TOOLS / "cuobjdump"), "-sass", file.name]
-        return subprocess.run(tool, capture_output=True, check=True, text=True).stdout
 
 
 SOME = [

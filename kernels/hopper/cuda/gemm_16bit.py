@@ -1,0 +1,192 @@
+"""The 16-bit product on Hopper in CUDA C++: see gemm_16bit.cu for what the kernel does.
+
+With NESTEDFP_BOUNDED_WAITS=1 in the environment a wait inside the kernel of millions of polls ends it with
+an error: for trying out changes, since other work on the device may rightly make a wait long.
+"""
+
+import ctypes
+import os
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from nestedfp.kernels.hopper.choose_16bit import STREAM_REST_AND_WAVE, WHOLE_TILES, ceil_div
+from nestedfp.kernels.hopper.cuda.compile import cubin
+from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
+
+# Of a multiprocessor; each CTA also costs 1 KiB that the system keeps.
+SHARED_MEMORY = 228 * 1024
+_SYSTEM_SHARE = 1024
+_STEP = 64
+_UNIT = 128
+_MOST_STAGES = 16
+# Of the 65,536 registers: what (producer, consumer) threads get, by consumer warpgroups, at one CTA.
+_REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160)}
+# Two tiles of 256 x 160 a multiprocessor; a flag for each consumer warpgroup.
+_PARTIALS = 132 * 256 * 256
+_FLAGS = 132 * 2 * 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to cut the product.
+
+    A tile has warpgroups * blocks * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens,
+    cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor. group: token tiles that run
+    side by side. split: as `choose_16bit.Config16`'s, in clusters instead of CTAs.
+    """
+
+    tokens: int
+    warpgroups: int = 2
+    blocks: int = 1
+    cluster_tokens: int = 1
+    cluster_rows: int = 1
+    ctas: int = 1
+    split: int = WHOLE_TILES
+    group: int = 8
+
+    @property
+    def rows(self) -> int:
+        return 64 * self.blocks * self.warpgroups
+
+    @property
+    def cluster(self) -> int:
+        return self.cluster_tokens * self.cluster_rows
+
+    @property
+    def slice(self) -> int:
+        """Tokens of the output that are staged at once."""
+        return gcd(self.tokens, 32)
+
+    @property
+    def _stage_bytes(self) -> int:
+        return 2 * _STEP * (self.tokens + self.rows)
+
+    @property
+    def _output_bytes(self) -> int:
+        return self.warpgroups * 2 * self.slice * 64 * 2
+
+    @property
+    def stages(self) -> int:
+        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 16 * _MOST_STAGES
+        return min(room // self._stage_bytes, _MOST_STAGES)
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * (self._stage_bytes + 16) + self._output_bytes
+
+    def defines(self, dtype: torch.dtype) -> dict[str, int]:
+        """The macros of gemm_16bit.cu."""
+        producer, consumer = _REGISTERS[self.warpgroups] if self.ctas == 1 else (0, 0)
+        return {
+            "CONSUMERS": self.warpgroups,
+            "BLOCKS": self.blocks,
+            "TOKENS": self.tokens,
+            "SLICE": self.slice,
+            "STAGES": self.stages,
+            "CLUSTER_TOKENS": self.cluster_tokens,
+            "CLUSTER_ROWS": self.cluster_rows,
+            "CTAS": self.ctas,
+            "BFLOAT16": int(dtype is torch.bfloat16),
+            "PRODUCER_REGISTERS": producer,
+            "CONSUMER_REGISTERS": consumer,
+            "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
+        }
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a launch shares its tiles: by `clusters`, the first `stream_tiles` of them by stream-K."""
+
+    clusters: int
+    stream_tiles: int
+
+
+def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
+    """For a device that holds `resident` clusters at once. A split that gains nothing is lowered."""
+    tiles = cluster_tiles(config, M, N)
+    units = ceil_div(K, _UNIT)
+    if config.split == WHOLE_TILES:
+        return Plan(min(tiles, resident), 0)
+    if config.split > 0:
+        parts = min(config.split, units, resident // tiles)
+        return Plan(tiles * parts, tiles) if parts > 1 else Plan(min(tiles, resident), 0)
+    rest = tiles % resident
+    if tiles > resident and config.split == STREAM_REST_AND_WAVE and rest:
+        rest += resident
+    clusters = min(resident, tiles * units)
+    # Every run must hold a unit: the owner of a tile asks the workers after it, whose runs follow its own.
+    return Plan(clusters, rest if rest * units >= clusters else 0)
+
+
+def cluster_tiles(config: Config, M: int, N: int) -> int:
+    """Tiles of whole clusters that cover [M, N]."""
+    along_tokens = ceil_div(M, config.tokens * config.cluster_tokens)
+    return along_tokens * ceil_div(N, config.rows * config.cluster_rows)
+
+
+def code(config: Config, dtype: torch.dtype) -> bytes:
+    """The cubin of `config` for activations of `dtype`."""
+    kind = "bf16" if dtype is torch.bfloat16 else "f16"
+    headers = {"wgmma.cuh": wgmma_header(config.tokens, kind, a_in_registers=True)}
+    return cubin("gemm_16bit.cu", headers, config.defines(dtype))
+
+
+@cache
+def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
+    return Kernel(
+        code(config, dtype),
+        "gemm_16bit",
+        threads=(config.warpgroups + 1) * 128,
+        shared=config.shared_memory,
+        cluster=config.cluster,
+    )
+
+
+@cache
+def _scratch(device: torch.device) -> tuple[Tensor, Tensor]:
+    """(partials, flags) of a device, for all its products, which run one after another."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first 16-bit product on a device allocates scratch and cannot be captured; run one before"
+        )
+    return (
+        torch.empty(_PARTIALS, dtype=torch.float32, device=device),
+        torch.zeros(_FLAGS, dtype=torch.int32, device=device),
+    )
+
+
+def product(
+    x: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    config: Config,
+) -> None:
+    """Writes y [M, N], contiguous, in x's dtype.
+
+    x [M, K] has unit stride in K and rows on 16-byte boundaries; the planes are in `KOrder.HOPPER`.
+    """
+    (M, K), N = x.shape, upper.shape[0]
+    kernel = _kernel(config, x.dtype, x.device.index or 0)
+    partials, flags = _scratch(x.device)
+    cut = plan(config, M, N, K, kernel.resident_clusters)
+    bulk = N % 8 == 0
+    planes = [tensor_map(plane, config.rows // config.cluster_tokens, _STEP) for plane in (upper, lower)]
+    arguments = [
+        tensor_map(x, config.tokens // config.cluster_rows, _STEP),
+        *planes,
+        tensor_map(y, config.slice, 64) if bulk else TensorMap(),
+        *map(pointer, (y, row_exponent, bias, partials, flags)),
+    ]
+    numbers = (M, N, K, config.group, cut.stream_tiles, bulk)
+    kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])
