@@ -47,6 +47,7 @@ class RunningApp:
     def __init__(self, file: ServeFile) -> None:
         self.file = file
         self.model = file.settings.engine.served_model_name
+        self._handle: Any = None
 
     @property
     def url(self) -> str:
@@ -71,9 +72,15 @@ class RunningApp:
 
     def replica_status(self) -> dict[str, Any]:
         """One replica's own view: process, control loop, engine. With several replicas, any of them."""
-        handle = serve.get_deployment_handle(DEPLOYMENT, self.file.app_name)
-        status: dict[str, Any] = handle.control_status.remote().result(timeout_s=_CALL_TIMEOUT_S)
+        if self._handle is None:
+            self._handle = serve.get_deployment_handle(DEPLOYMENT, self.file.app_name)
+        status: dict[str, Any] = self._handle.control_status.remote().result(timeout_s=_CALL_TIMEOUT_S)
         return status
+
+    def close(self) -> None:
+        """Ends the router of `replica_status`, whose thread must not outlive Ray."""
+        if self._handle is not None:
+            self._handle.shutdown()
 
     def _policy(self) -> Any:
         return policy_actor.find_or_create(self.file.app_name, self.file.settings.policy)
@@ -98,11 +105,13 @@ def running(
             with interrupts_held():
                 _start_ray(file, temp_dir)
             _deploy(file, say)
+            app = RunningApp(file)
             try:
-                yield RunningApp(file)
+                yield app
             finally:
                 say("stopping")
                 with interrupts_held():
+                    app.close()
                     _delete(file, say)
         finally:
             # A replica that is still loading cannot end in good order; it ends with Ray.
@@ -159,7 +168,7 @@ def _prepare_environment() -> None:
 
 
 def _deploy(file: ServeFile, say: Say) -> None:
-    wanted = file.settings.replicas.count
+    wanted = file.settings.replicas_at_start
     done = threading.Event()
     watcher = threading.Thread(target=_report_progress, args=(file.app_name, wanted, done, say), daemon=True)
     watcher.start()

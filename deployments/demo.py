@@ -78,7 +78,7 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     slo = dataclasses.asdict(file.settings.policy.slo)
-    _say(f"model {file.settings.engine.model}, {file.settings.replicas.count} replicas on the CPU")
+    _say(f"model {file.settings.engine.model}, {file.settings.replicas_at_start} replicas on the CPU")
     _say(f"SLO: {_show(slo)}")
     for name, water in file.settings.policy.water.items():
         _say(f"threshold {name}: FP8 from {water.high:g}, calm at {water.low:g}")
@@ -96,7 +96,7 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
     summary = {
         "engine": _engine_version(),
         "model": file.settings.engine.served_model_name,
-        "replicas": file.settings.replicas.count,
+        "replicas": file.settings.replicas_at_start,
         **policy,
         "slo": slo,
         "policy": file.settings.policy.to_dict(),
@@ -159,7 +159,7 @@ def _await_quiet(app: RunningApp) -> dict[str, Any]:
     deadline_s = time.monotonic() + _QUIET_WITHIN_S
     while True:
         status = app.policy_status()
-        if timeline.is_quiet(status, app.file.settings.replicas.count) or time.monotonic() > deadline_s:
+        if timeline.is_quiet(status, app.file.settings.replicas_at_start) or time.monotonic() > deadline_s:
             return status
         time.sleep(_POLL_S)
 

@@ -131,8 +131,10 @@ def report_signals(
     }
     if status is None:
         return signals
+    tokens = status.batch_tokens.get(status.current)
     return {
         **signals,
+        "batch_tokens": None if tokens is None else round(tokens),
         "running": status.running,
         "waiting": status.waiting,
         "waiting_prompt_tokens": status.waiting_prompt_tokens,

@@ -103,7 +103,7 @@ class ReplicaReport:
     context_tokens: int | None = None
     """Tokens in the KV cache of the running requests together; None where the engine does not say."""
     batch_tokens: int | None = None
-    """Tokens scheduled in the step that took ``step_time_s``; None where the engine does not say."""
+    """Tokens of the step, or of an average of the steps, that took ``step_time_s``; None where unknown."""
     arriving_prompt_tokens_per_s: float | None = None
     """Prompt tokens arriving per second, over the short window; None where unknown."""
 

@@ -78,6 +78,7 @@ class StepCounts:
         self.steps = dict.fromkeys(names, 0)
         self.tokens = dict.fromkeys(names, 0)
         self.step_time_s: dict[str, float | None] = dict.fromkeys(names)
+        self.batch_tokens: dict[str, float | None] = dict.fromkeys(names)
         self.current = "fp16"
         self.flips = 0
         self.last_flip_seconds: float | None = None
@@ -101,6 +102,11 @@ class StepCounts:
         # With asynchronous scheduling a step is scheduled while its predecessor runs: its own time
         # starts with the predecessor's output.
         seconds = now - max(tag.scheduled_at, self._last_output_at)
-        mean = self.step_time_s[plan]
-        self.step_time_s[plan] = seconds if mean is None else mean + _EWMA_WEIGHT * (seconds - mean)
+        # Averaged alike, so that one can be compared with what a model gives for the other.
+        self.step_time_s[plan] = _averaged(self.step_time_s[plan], seconds)
+        self.batch_tokens[plan] = _averaged(self.batch_tokens[plan], tokens)
         self._last_output_at = now
+
+
+def _averaged(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + _EWMA_WEIGHT * (value - mean)

@@ -101,6 +101,7 @@ class PrecisionMixin:
             oldest_waiting_s=max(0.0, now - min(arrivals)) if arrivals else 0.0,
             kv_usage=self.kv_cache_manager.usage,
             step_time_s=dict(counts.step_time_s),
+            batch_tokens=dict(counts.batch_tokens),
             strict_running=self.selection.strict_count,
             at=time.monotonic(),
             context_tokens=sum(request.num_computed_tokens for request in self.running),

@@ -43,6 +43,8 @@ class EngineStatus:
     strict_running: int
     """Unfinished requests that insist on 16 bits."""
     at: float
+    batch_tokens: dict[str, float | None] = field(default_factory=dict)
+    """Exponentially weighted mean of a step's tokens, by plan, over the same steps as `step_time_s`."""
     context_tokens: int | None = None
     """Tokens in the KV cache of the running requests together."""
     inexact_rows: int = 0

@@ -82,3 +82,18 @@ def test_the_time_of_overlapping_steps_is_not_counted_twice() -> None:
     for number in range(4):
         counts.add(StepTag("fp16", "", 0.1 * number), StepReport("fp16", None, None), 1, 1.0 + number)
     assert counts.step_time_s["fp16"] == pytest.approx(1.0)
+
+
+def test_tokens_are_averaged_over_the_same_steps_as_times() -> None:
+    """So that a step time that is linear in tokens stays so in the averages."""
+    counts = StepCounts(["fp16", "fp8"])
+    now = 0.0
+    for tokens in (8, 512, 64, 1, 2048):
+        now += 0.004 + 1e-5 * tokens
+        counts.add(StepTag("fp16", "", 0.0), StepReport("fp16", None, None), tokens, now)
+    assert counts.batch_tokens["fp8"] is None
+    mean_tokens, mean_s = counts.batch_tokens["fp16"], counts.step_time_s["fp16"]
+    assert mean_tokens is not None
+    assert mean_s is not None
+    assert 8 < mean_tokens < 2048
+    assert mean_s == pytest.approx(0.004 + 1e-5 * mean_tokens)
