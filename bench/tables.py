@@ -129,22 +129,74 @@ def kernel_tests(data: Mapping[str, Any]) -> str:
     )
 
 
+ENGINE_CONTENDERS = ("vllm-16bit", "nestedfp-16bit", "vllm-fp8", "nestedfp-fp8")
+# Ours over theirs, with the bar as geometric mean (worst).
+ENGINE_RATIOS = (
+    ("nestedfp-16bit", "vllm-16bit", "≥ 0.99 (0.96)"),
+    ("nestedfp-fp8", "vllm-fp8", "≥ 1.00 (0.95)"),
+    ("nestedfp-fp8", "vllm-16bit", "≥ 1.3"),
+    ("nestedfp-fp8", "nestedfp-16bit", ""),
+)
+
+
 def engine(data: Mapping[str, Any]) -> str:
     """Throughput of the contenders by batch, from `nestedfp bench engine`."""
-    names = ["vllm-16bit", "nestedfp-16bit", "vllm-fp8", "nestedfp-fp8"]
     cells: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in data["rows"]:
         key = (row["dtype"], row["input_len"], row["output_len"], row["batch"])
         cells.setdefault(key, {})[row["contender"]] = row["tokens_per_s"]
+    names = [name for name in ENGINE_CONTENDERS if any(name in found for found in cells.values())]
+    missing = [name for name in ENGINE_CONTENDERS if name not in names]
+    pairs = [pair for pair in ENGINE_RATIOS if pair[0] in names and pair[1] in names]
     rows = [
-        [f"{dtype}, {into}/{out}, batch {batch}", *(_rate(found.get(name)) for name in names)]
+        [
+            f"{dtype}, {into}/{out}, batch {batch}",
+            *(_rate(found.get(name)) for name in names),
+            *(_ratio(found, *pair) for pair in pairs),
+        ]
         for (dtype, into, out, batch), found in sorted(cells.items())
     ]
+    means = [_mean_ratio(cells.values(), *pair) for pair in pairs]
+    rows.append(["geometric mean (worst)", *[""] * len(names), *means])
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     return (
         f"**Engine** ({data['rows'][0]['model']}, {data['device']}, {versions}, "
-        f"{data['date']}). Output tokens/s, input/output length.\n\n" + markdown(["", *names], rows)
+        f"{data['date'][:10]}). Output tokens/s, input/output length"
+        + (f"; not measured in this run: {', '.join(missing)}" if missing else "")
+        + ".\n\n"
+        + markdown(["", *names, *(f"{ours} / {theirs}" for ours, theirs, _ in pairs)], rows)
+        + _flips(data)
     )
+
+
+def _ratio(found: Mapping[str, float], ours: str, theirs: str, bar: str) -> str:
+    return f"{found[ours] / found[theirs]:.2f}" if ours in found and theirs in found else ""
+
+
+def _mean_ratio(cells: Iterable[Mapping[str, float]], ours: str, theirs: str, bar: str) -> str:
+    ratios = [found[ours] / found[theirs] for found in cells if ours in found and theirs in found]
+    shown = f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.3f})"
+    return f"{shown}; bar {bar}" if bar else shown
+
+
+def _flips(data: Mapping[str, Any]) -> str:
+    """What the run saw of flips and memory, each beside its bar; empty where it saw nothing."""
+    found = {entry["engine"]: entry for entry in data["engines"]}.get("nestedfp", {})
+    plain = {entry["engine"]: entry for entry in data["solo"]}.get("vllm-16bit", {})
+    rows = []
+    if checks := found.get("checks"):
+        step, p99 = checks["step_ms"], f"{checks['flip_us_p99']:.0f} us"
+        slowed = f"{2 * step['flipping'] / (step['fp16'] + step['fp8']):.3f}"
+        tokens = "equal" if checks["fp16_tokens_equal_after_flips"] else "not equal"
+        rows = [
+            [f"swap of graphs, p99 of {checks['flips']:,} flips", p99, "≤ 1,000 us"],
+            ["step with a flip before it, over the mean of both modes", slowed, "≤ 1.02"],
+            ["greedy 16-bit tokens before and after the flips", tokens, "equal"],
+        ]
+    if found and plain:
+        ratio = found["memory"]["weights_bytes"] / plain["memory"]["weights_bytes"]
+        rows.append(["memory of weights over plain vLLM's", f"{ratio:.4f}", "≤ 1.005"])
+    return "\n\n" + markdown(["flips and memory", "measured", "bar"], rows) if rows else ""
 
 
 def _rate(value: float | None) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -75,3 +76,37 @@ def test_the_demonstration_is_shown_beside_static_fp16(module: ModuleType) -> No
     assert "| TTFT p90 | 200 ms | 100 ms | 0.50 |" in table
     assert "| tokens in FP8 | 0 | 7 |  |" in table
     assert "TTFT 3 s, TPOT 250 ms" in table
+
+
+def engine_data(*contenders: str) -> dict[str, Any]:
+    speeds = {"vllm-16bit": 100.0, "nestedfp-16bit": 98.0, "vllm-fp8": 150.0, "nestedfp-fp8": 160.0}
+    cell = {"model": "m", "dtype": "float16", "input_len": 128, "output_len": 64}
+    rows = [
+        {**cell, "batch": batch, "contender": name, "tokens_per_s": speeds[name] * batch}
+        for name in contenders
+        for batch in (1, 8)
+    ]
+    return {"device": "D", "date": "2026-01-01T00:00:00", "versions": {"vllm": "0"}, "rows": rows,
+            "engines": [], "solo": []}  # fmt: skip
+
+
+def test_engines_are_compared_with_those_of_the_same_run(module: ModuleType) -> None:
+    table = module.engine(engine_data("vllm-16bit", "nestedfp-16bit", "vllm-fp8", "nestedfp-fp8"))
+    assert "| float16, 128/64, batch 8 | 800 | 784 | 1,200 | 1,280 | 0.98 | 1.07 | 1.60 | 1.63 |" in table
+    assert "0.980 (0.980); bar ≥ 0.99 (0.96)" in table
+    assert "not measured" not in table
+
+
+def test_an_engine_that_was_not_there_is_named_instead_of_a_column(module: ModuleType) -> None:
+    data = engine_data("nestedfp-16bit", "nestedfp-fp8")
+    checks = {
+        "flips": 1024, "flip_us_p99": 38.9, "fp16_tokens_equal_after_flips": True,
+        "step_ms": {"fp16": 8.0, "fp8": 4.0, "flipping": 6.6},
+    }  # fmt: skip
+    data["engines"] = [{"engine": "nestedfp", "memory": {"weights_bytes": 1001}, "checks": checks}]
+    data["solo"] = [{"engine": "vllm-16bit", "memory": {"weights_bytes": 1000}}]
+    table = module.engine(data)
+    assert "not measured in this run: vllm-16bit, vllm-fp8" in table
+    assert "nestedfp-16bit / vllm-16bit" not in table
+    assert "| step with a flip before it, over the mean of both modes | 1.100 | ≤ 1.02 |" in table
+    assert "| memory of weights over plain vLLM's | 1.0010 | ≤ 1.005 |" in table
