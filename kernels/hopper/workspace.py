@@ -1,4 +1,4 @@
-"""Scratch memory for products whose K is split: one per device, reused by every product.
+"""Scratch memory for products whose K is split: one per device, reused by every product of every kernel.
 
 Products of one device run one after another on a stream, and each leaves the counters at zero.
 """
@@ -8,9 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Two slots a multiprocessor for the largest tile, 128 x 256 float32.
+# Two slots a multiprocessor of 128 x 256 float32, or one of the largest tile, 256 x 192.
 _SLOT_FLOATS = 2 * 128 * 256
-# A counter for each consumer of each tile of the last two waves, at two programs a multiprocessor.
+# A counter for each consumer of each tile of the last two waves, at two programs a multiprocessor; flags of
+# workers need fewer.
 _COUNTERS = 2 * 2 * 2
 
 

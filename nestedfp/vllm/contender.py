@@ -23,8 +23,9 @@ DEVIATION = 0.02
 CHECKED_PROMPTS = 8
 CHECKED_TOKENS = 64
 FLIPPED_BATCH = 32
-FLIPPED_TOKENS = 1024
-STEADY_TOKENS = 256
+# Of every run of steps that is timed: a step's length grows with its context.
+STEPWISE_TOKENS = 512
+FLIPPED_RUNS = 2
 WARM_UP_TOKENS = 4
 PROFILED_KERNELS = 12
 PROFILED_MIB = 2048
@@ -133,7 +134,8 @@ class Engine:
     def check_flips(self) -> dict[str, Any]:
         """Greedy tokens in 16 bits, then a batch with a flip before every step, then the same tokens.
 
-        The lengths of unflipped steps are measured before and after the flips, and averaged.
+        The lengths of unflipped steps are measured before and after the flips over the same contexts, and
+        averaged.
         """
         if self._parking is not None:
             self._parking.unpark()
@@ -147,7 +149,7 @@ class Engine:
             times = {}
             for mode in ("fp8", "fp16"):
                 self.set_mode(mode)
-                times[mode] = self._stepwise(None, STEADY_TOKENS)[0]
+                times[mode] = self._stepwise(None)[0]
             return times
 
         self.set_mode("fp16")
@@ -155,7 +157,12 @@ class Engine:
         steady()
         first = steady()
         start = self.control("status")
-        flipped, costs = self._stepwise(("fp8", "fp16"), FLIPPED_TOKENS)
+        flipped: list[float] = []
+        costs: list[float] = []
+        for _ in range(FLIPPED_RUNS):
+            times, swaps = self._stepwise(("fp8", "fp16"))
+            flipped += times
+            costs += swaps
         end = self.control("status")
         second = steady()
         unflipped = {mode: first[mode] + second[mode] for mode in first}
@@ -211,12 +218,12 @@ class Engine:
             }
         return found
 
-    def _stepwise(self, modes: tuple[str, str] | None, tokens: int) -> tuple[list[float], list[float]]:
+    def _stepwise(self, modes: tuple[str, str] | None) -> tuple[list[float], list[float]]:
         """Decodes one batch step by step, with another of `modes` before each; the seconds of each step that
         holds the whole batch and no prompt, and of each flip."""
         engine, counts = self.llm.llm_engine, self.core.scheduler.counts if modes else None
         for index, prompt in enumerate(self.prompts(16, FLIPPED_BATCH)):
-            engine.add_request(f"step-{index}", prompt, _greedy(tokens))
+            engine.add_request(f"step-{index}", prompt, _greedy(STEPWISE_TOKENS))
         times, costs, step, flips = [], [], 0, counts.flips if counts else 0
         while engine.has_unfinished_requests():
             if modes:

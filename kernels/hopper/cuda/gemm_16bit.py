@@ -17,6 +17,7 @@ from nestedfp.kernels.hopper.choose_16bit import STREAM_REST_AND_WAVE, WHOLE_TIL
 from nestedfp.kernels.hopper.cuda.compile import cubin
 from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
+from nestedfp.kernels.hopper.workspace import workspace
 
 # Of a multiprocessor; each CTA also costs 1 KiB that the system keeps.
 SHARED_MEMORY = 228 * 1024
@@ -26,9 +27,6 @@ _UNIT = 128
 _MOST_STAGES = 16
 # Of the 65,536 registers: what (producer, consumer) threads get, by consumer warpgroups, at one CTA.
 _REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160)}
-# Two tiles of 256 x 160 a multiprocessor; a flag for each consumer warpgroup.
-_PARTIALS = 132 * 256 * 256
-_FLAGS = 132 * 2 * 3
 
 
 @dataclass(frozen=True)
@@ -150,19 +148,6 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
     )
 
 
-@cache
-def _scratch(device: torch.device) -> tuple[Tensor, Tensor]:
-    """(partials, flags) of a device, for all its products, which run one after another."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "the first 16-bit product on a device allocates scratch and cannot be captured; run one before"
-        )
-    return (
-        torch.empty(_PARTIALS, dtype=torch.float32, device=device),
-        torch.zeros(_FLAGS, dtype=torch.int32, device=device),
-    )
-
-
 def product(
     x: Tensor,
     upper: Tensor,
@@ -178,7 +163,7 @@ def product(
     """
     (M, K), N = x.shape, upper.shape[0]
     kernel = _kernel(config, x.dtype, x.device.index or 0)
-    partials, flags = _scratch(x.device)
+    partials, flags = workspace(x.device)
     cut = plan(config, M, N, K, kernel.resident_clusters)
     bulk = N % 8 == 0
     planes = [tensor_map(plane, config.rows // config.cluster_tokens, _STEP) for plane in (upper, lower)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from nestedfp.kernels.hopper.cuda.compile import cubin
 from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
+from nestedfp.kernels.hopper.workspace import workspace
 from nestedfp.kernels.layout import KOrder
 
 # Of a multiprocessor; each CTA also costs 1 KiB that the system keeps.
@@ -27,8 +28,6 @@ _MOST_STAGES = 16
 # As gemm_fp8.cu lays out its flags: counts of token tiles, of CTAs, of parts of split tiles.
 _TOKEN_FLAGS = 1024
 _FLAGS = _TOKEN_FLAGS + 1 + 4096
-# Two tiles of 128 x 256 a multiprocessor.
-_PARTIALS = 2 * 132 * 128 * 256
 # Longer batches go through in pieces, which bounds the scratch for codes.
 MOST_TOKENS = 16384
 
@@ -167,7 +166,7 @@ class _Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.scale = torch.empty(MOST_TOKENS, dtype=torch.float32, device=device)
-        self.partials = torch.empty(_PARTIALS, dtype=torch.float32, device=device)
+        self.partials, _ = workspace(device)
         self.flags = torch.zeros(_FLAGS, dtype=torch.int32, device=device)
         self._codes = [torch.empty(1 << 24, dtype=torch.uint8, device=device)]
 
