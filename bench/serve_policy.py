@@ -191,12 +191,12 @@ def application(file: ServeFile) -> Iterator[RunningApp]:
 
 
 def under(file: ServeFile, policy: str) -> ServeFile:
-    """One replica under `CONTROLLER` or `CONTROLLER:BLOCK.NAME=NUMBER`, a setting of the policy's."""
-    controller, _, change = policy.partition(":")
+    """One replica under `CONTROLLER` or `CONTROLLER:BLOCK.NAME=NUMBER,...`, settings of the policy's."""
+    controller, _, changes = policy.partition(":")
     settings = file.settings.to_dict()
     settings["replicas"]["count"] = 1
     settings["policy"]["controller"] = controller
-    if change:
+    for change in filter(None, changes.split(",")):
         name, _, value = change.partition("=")
         block, _, name = name.partition(".")
         settings["policy"][block] |= {name: float(value)}
@@ -405,7 +405,7 @@ def main() -> int:
     minute.add_argument("--trace", type=Path, required=True, help="an Azure CSV file")
     minute.add_argument("--scale", type=float, help="share of the requests to keep (default: found)")
     minute.add_argument(
-        "--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:BLOCK.NAME=NUMBER]"
+        "--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:BLOCK.NAME=NUMBER,...]"
     )
     args = parser.parse_args()
     raise_on_signals()

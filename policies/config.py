@@ -55,6 +55,9 @@ class Prediction:
     """How long the load must be light before ``auto`` gives way to 16 bits."""
     tolerance: float = 0.01
     """Share of requests missed at which the controller stops taking liberties; all levels adapt to it."""
+    debt_s: float = 0.25
+    """The most a request may be behind its pace in passing, within ``auto``. Less of it loses fewer requests,
+    and in short overloads no 16-bit tokens either, since no FP8 steps go into winning it back."""
     horizon_s: float = 0.5
     """How far ahead a burst in progress is projected."""
     shed: bool = False
@@ -68,6 +71,7 @@ class Prediction:
         if self.between:
             checks.name("prediction.between", self.between)
         checks.number("prediction.rest_s", self.rest_s)
+        checks.number("prediction.debt_s", self.debt_s)
         checks.number("prediction.horizon_s", self.horizon_s)
         checks.number("prediction.tolerance", self.tolerance, above=0.0, maximum=1.0)
         checks.flag("prediction.shed", self.shed)

@@ -31,7 +31,6 @@ PACE_FALLS: Final = (1.0, 1.4)
 """16-bit load from which the pace falls, and at which it is at its least."""
 LEAST_PACE: Final = 0.2
 """Share of the TPOT limit; where FP8 itself is no faster, every step that decodes is in FP8."""
-LARGEST_DEBT_S: Final = 0.25
 DEBT_STEPS: Final = 16
 DEBT_FALLS: Final = (0.8, 1.1)
 """16-bit load up to which the whole debt is allowed, and from which none is."""
@@ -84,7 +83,9 @@ def watch(before: Confidence, missed: list[tuple[float, float]], tolerance: floa
     return Confidence(now, average, max(-1.0, min(1.0, 1.0 - average / tolerance)))
 
 
-def room(facts: Facts, model: LatencyModel, output_tokens: float, confidence: float) -> Room:
+def room(
+    facts: Facts, model: LatencyModel, output_tokens: float, confidence: float, largest_debt_s: float
+) -> Room:
     """Pace and debt of every replica, from the load of the present moment."""
     prompt_tokens = np.maximum(facts.prompt_tokens, 1.0)
     # The router spreads a burst evenly, so that all replicas together tell of it sooner than each alone.
@@ -99,7 +100,7 @@ def room(facts: Facts, model: LatencyModel, output_tokens: float, confidence: fl
     overloaded: NDArray[np.bool_] = np.greater_equal(fast_load, FP8_OVERLOAD)
     return Room(
         pace=np.round(pace, 1),
-        debt_s=np.floor(debt * DEBT_STEPS) / DEBT_STEPS * LARGEST_DEBT_S,
+        debt_s=np.floor(debt * DEBT_STEPS) / DEBT_STEPS * largest_debt_s,
         overloaded=overloaded,
     )
 

@@ -143,7 +143,8 @@ class PredictiveController(Controller):
         """Every replica's place on the ladder."""
         slow = self._forecast(memory.model.of(FP16), facts)
         fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
-        freedom = room(facts, memory.model, memory.output_tokens, memory.confidence.value)
+        debt_s, confidence = self._settings.debt_s, memory.confidence.value
+        freedom = room(facts, memory.model, memory.output_tokens, confidence, debt_s)
         rungs = self._rungs(slow, freedom, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
         kept = kept_for_strict(views, modes)
