@@ -2,7 +2,7 @@
 
     NESTEDFP_TRACES=FOLDER python bench/policy.py [--replicas 4] [--seed 1] [--parts loads,...]
 
-Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed, without),
+Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed),
 `steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json),
 `classes` (requests that insist on 16 bits; shedding).
 A part that is not named keeps the figures it has.
@@ -282,11 +282,11 @@ def main() -> None:
         "capacity": "highest Poisson rate at which static FP16 meets the SLO for 90 % of 60 s of requests",
         "bursts": list(BURSTS),
     }
-    for part, its_seed, tries in (("loads", seed, arguments.tries), ("held-out", HELD_OUT_SEED, 0)):
+    for part, its_seed in (("loads", seed), ("held-out", HELD_OUT_SEED)):
         if part in parts:
             rows = []
             for load in loads(folder, arguments.limit, replicas, its_seed):
-                rows.append(compare(load, replicas, its_seed, tries))
+                rows.append(compare(load, replicas, its_seed, arguments.tries))
             report[part.replace("-", "_")] = rows
             save()
     if "decide" in parts:

@@ -1,9 +1,9 @@
 """The paper's experiment, simulated: 60 s of Azure's conversations of 2024, violating seconds by policy.
 
 Arrivals are thinned once, so that static FP16 violates 19 +- 1 of the 60 seconds. A second violates if the
-90th percentile of the mean TPOT of the requests that finished in it exceeds the limit. Such a second
-forgives more than the share of requests that the predictive policy is set to lose by default, so it runs with
-a second tolerance as well, which was chosen on this very minute.
+90th percentile of the mean TPOT of the requests that finished in it exceeds the limit. Two misses of a dozen
+requests make such a second, so the predictive policy runs with cautious settings as well: a lower pace and no
+debt, which were chosen on this very minute.
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ from nestedfp.policies.simulation.cluster import Outcome, simulate
 from nestedfp.policies.simulation.state import EngineSettings, thinned
 from nestedfp.policies.simulation.summary import tpot_s
 
-SECONDS, WANTED, LOOSER = 60, 19, 0.02
+SECONDS, WANTED = 60, 19
+CAUTIOUS = Prediction(pace=0.5, debt_s=0.0, tolerance=0.03)
 
 
 def violating(outcome: Outcome, limit_s: float) -> int:
@@ -45,8 +46,8 @@ def experiment(folder: Path, replicas: int, seed: int) -> dict[str, Any]:
     trace = read_trace(folder / "azure_conv_2024-05-14_1200_1min.csv").window(0.0, float(SECONDS))
     settings = EngineSettings()
 
-    def run(share: float, name: str, tolerance: float = 0.01) -> Outcome:
-        policy = Policy(PolicyConfig(controller=name, prediction=Prediction(tolerance=tolerance)))
+    def run(share: float, name: str, prediction: Prediction | None = None) -> Outcome:
+        policy = Policy(PolicyConfig(controller=name, prediction=prediction or Prediction()))
         return simulate(thinned(trace, share, seed), policy, replicas=replicas, seed=seed, settings=settings)
 
     limit_s = PolicyConfig().slo.tpot_s
@@ -62,9 +63,12 @@ def experiment(folder: Path, replicas: int, seed: int) -> dict[str, Any]:
         "thinned_to": share,
         "policies": {},
     }
-    runs = [(name, name, 0.01) for name in ("static-fp16", "static-fp8", "threshold", "predictive")]
-    for shown, name, tolerance in [*runs, (f"predictive, tolerance {LOOSER:g}", "predictive", LOOSER)]:
-        outcome = run(share, name, tolerance)
+    runs = [(name, name, None) for name in ("static-fp16", "static-fp8", "threshold", "predictive")]
+    shown_cautious = (
+        f"predictive, pace {CAUTIOUS.pace:g}, debt {CAUTIOUS.debt_s:g}, tolerance {CAUTIOUS.tolerance:g}"
+    )
+    for shown, name, prediction in [*runs, (shown_cautious, "predictive", CAUTIOUS)]:
+        outcome = run(share, name, prediction)
         none, most = in_16_bits(outcome)
         fp16, fp8 = outcome.timeline.fp16[SECONDS], outcome.timeline.fp8[SECONDS]
         report["policies"][shown] = {

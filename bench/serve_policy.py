@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -53,8 +54,13 @@ SECONDS: Final = 60
 TPOT_LIMIT_S: Final = 0.033
 WANTED_VIOLATIONS: Final = 19
 TOLERANCE: Final = 1
-LIVE_TRIES: Final = 4
-POLICIES: Final = ("static-fp16", "static-fp8", "predictive", "predictive:slo.tpot_s=0.017")
+LIVE_TRIES: Final = 8
+POLICIES: Final = (
+    "static-fp16",
+    "static-fp8",
+    "predictive",
+    "predictive:prediction.pace=0.5,prediction.debt_s=0,prediction.tolerance=0.03",
+)
 _ORDER_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 300.0
 _REGISTER_S: Final = 30.0
@@ -384,7 +390,8 @@ def _machine() -> dict[str, Any]:
 def _keep(path: Path, section: str, result: Mapping[str, Any]) -> None:
     """Replace one section of the results."""
     data = json.loads(path.read_text()) if path.exists() else {}
-    data[section] = {"machine": _machine(), **result}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    data[section] = {"date": date, "machine": _machine(), **result}
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 

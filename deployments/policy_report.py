@@ -1,4 +1,5 @@
-"""``nestedfp report policy``: the pictures and tables of docs/policy.md, from bench/data/policy.json.
+"""``nestedfp report policy``: the pictures and tables of docs/policy.md, from bench/data/policy.json, and the
+minute through Ray Serve, from bench/data/serve-policy.json.
 
 Nothing in them is typed: the part of docs/policy.md between its two marks is written anew, and so are the
 two pictures beside it.
@@ -13,30 +14,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from nestedfp.loadtests.charts import Axis, element, label, number, steps
+from nestedfp.deployments.policy_pictures import burst, front
 
 BEGIN: Final = "<!-- policy: begin (nestedfp report policy) -->"
 END: Final = "<!-- policy: end -->"
 FRONT, BURST = "policy-front.svg", "policy-burst.svg"
-COLOURS: Final = {
-    "static-fp16": "#4477aa",
-    "static-fp8": "#ee6677",
-    "threshold": "#ccbb44",
-    "predictive": "#228833",
-    "oracle": "#888888",
-}
-STYLE: Final = (
-    "text{font:12px sans-serif;fill:#333}.tick{font-size:11px;fill:#666}"
-    ".axis{stroke:#bbb;stroke-width:1}.grid{stroke:#e5e5e5;stroke-width:1}"
-    ".line{fill:none;stroke-width:1.5}.head{font-size:13px;font-weight:600}"
-)
-WIDTH: Final = 760.0
+WITHIN_POINTS: Final = 1.0
+OF_THE_ORACLE: Final = 0.9
+"""The bars: points below static FP8 at most, and the oracle's share of 16-bit tokens at least."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``nestedfp report policy``."""
     parser.add_argument(
         "--data", type=Path, default=Path("bench/data/policy.json"), help="made by bench/policy.py"
+    )
+    parser.add_argument(
+        "--live",
+        type=Path,
+        default=Path("bench/data/serve-policy.json"),
+        help="made by bench/serve_policy.py; its table is left out where the file is missing",
     )
     parser.add_argument(
         "--docs", type=Path, default=Path("docs"), help="folder with policy.md and the pictures"
@@ -48,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
     """Write or check; returns the exit status: 1 where something is stale, 2 for unusable data."""
     try:
         data = json.loads(args.data.read_text())
+        live = json.loads(args.live.read_text()) if args.live.exists() else {}
         page = (args.docs / "policy.md").read_text()
         before, rest = page.split(BEGIN)
         _, after = rest.split(END)
         files = {
-            "policy.md": f"{before}{BEGIN}\n{tables(data)}\n{END}{after}",
+            "policy.md": f"{before}{BEGIN}\n{tables(data, live)}\n{END}{after}",
             FRONT: front(data),
             BURST: burst(data),
         }
@@ -70,105 +68,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def front(data: Mapping[str, Any]) -> str:
-    """Attainment over the share of tokens in 16 bits: every policy on every load."""
-    x, y = Axis(0.0, 1.0, 60.0, WIDTH - 20.0), Axis(0.0, 1.0, 400.0, 50.0)
-    parts = [*_frame(x, y, "share of tokens in 16 bits", "share of requests within the SLO")]
-    for row in data["loads"]:
-        points = {name: _place(policy, x, y) for name, policy in row["policies"].items()}
-        points["oracle"] = _place(row["oracle"], x, y)
-        joined = [points[name] for name in ("static-fp8", "predictive", "static-fp16")]
-        parts.append(
-            element("polyline", points=_joined(joined), class_="line", stroke="#ddd", stroke_width="1")
-        )
-        title = f"{row['load']} at {row['share']:g} of capacity"
-        for name, (left, top) in points.items():
-            hollow = name == "oracle"
-            parts.append(
-                element(
-                    "circle",
-                    element("title", f"{name}, {title}"),
-                    cx=left,
-                    cy=top,
-                    r=5.0 if hollow else 4.0,
-                    fill="none" if hollow else COLOURS[name],
-                    stroke=COLOURS[name],
-                    fill_opacity=None if hollow else "0.8",
-                )
-            )
-    left = 60.0
-    for name, colour in COLOURS.items():
-        hollow = name == "oracle"
-        parts.append(
-            element("circle", cx=left + 5, cy=26.0, r=4.0, fill="none" if hollow else colour, stroke=colour)
-        )
-        parts.append(label(left + 14, 30.0, name))
-        left += 22.0 + 7.5 * len(name)
-    note = f"{len(data['loads'])} loads, {data['settings']['replicas']} replicas; {data['label']}"
-    return _svg(440.0, [*parts, label(WIDTH - 20.0, 30.0, note, anchor="end")])
-
-
-def burst(data: Mapping[str, Any]) -> str:
-    """The time line of one burst under the predictive policy."""
-    row = next(row for row in data["loads"] if "timeline" in row)
-    seen = row["timeline"]
-    times = seen["t_s"]
-    end = times[-1] + 1.0
-    x = Axis(times[0], end, 60.0, WIDTH - 20.0)
-    parts = [
-        label(
-            60.0,
-            18.0,
-            f"{row['load']} at {row['share']:g} of capacity, predictive policy; {data['label']}",
-            "head",
-        )
-    ]
-    rows: list[tuple[str, Sequence[float | None]]] = [
-        ("arrivals/s", seen["arrivals"]),
-        ("requests queued", seen["waiting"]),
-        ("requests running", seen["running"]),
-        ("TTFT p90, s", seen["ttft_p90_s"]),
-        ("tokens in FP8, share", seen["fp8_token_share"]),
-        ("replicas", seen["replicas"]),
-    ]
-    top = 34.0
-    for name, values in rows:
-        known = [(at, float(value)) for at, value in zip(times, values, strict=False) if value is not None]
-        y = Axis(0.0, max(max(value for _, value in known) * 1.1, 1e-3), top + 60.0, top)
-        parts.append(element("line", x1=60.0, x2=WIDTH - 20.0, y1=top + 60.0, y2=top + 60.0, class_="axis"))
-        parts.append(element("path", d=steps(known, x, y, end), class_="line", stroke=COLOURS["predictive"]))
-        parts.append(label(54.0, top + 12.0, number(y.high / 1.1), anchor="end"))
-        parts.append(label(66.0, top + 12.0, name))
-        top += 74.0
-    parts.append(label(66.0, top + 10.0, "mode of each replica"))
-    shades = ("#4477aa", "#ee6677", "#aadd99")
-    width = x.at(times[0] + 1.0) - x.at(times[0])
-    for replica in range(len(seen["modes"][0])):
-        level = top + 16.0 + 14.0 * replica
-        for at, modes in zip(times, seen["modes"], strict=True):
-            parts.append(
-                element(
-                    "rect", x=x.at(at), y=level, width=width + 0.5, height=12.0, fill=shades[modes[replica]]
-                )
-            )
-    top += 16.0 + 14.0 * len(seen["modes"][0]) + 14.0
-    parts.extend(label(x.at(tick), top, number(tick), anchor="middle") for tick in x.ticks(8))
-    parts.append(
-        label(WIDTH - 20.0, top + 16.0, "seconds; blue: 16 bits, green: auto, red: FP8", anchor="end")
-    )
-    return _svg(top + 26.0, parts)
-
-
-def tables(data: Mapping[str, Any]) -> str:
-    """All tables, as Markdown."""
+def tables(data: Mapping[str, Any], live: Mapping[str, Any]) -> str:
+    """All tables, as Markdown; ``live`` holds the runs through Ray Serve, if there are any."""
     parts = [
         f"{data['label']}; {data['settings']['replicas']} replicas, seed {data['settings']['seed']}.",
         f"![Attainment over the share of tokens in 16 bits]({FRONT})",
         _loads(data["loads"]),
+        _bars(data["loads"]),
     ]
     if "held_out" in data:
         seed = data["settings"]["held_out_seed"]
         parts += [f"The same on seed {seed}, on which nothing was tuned:", _loads(data["held_out"])]
+        parts.append(_bars(data["held_out"]))
     parts.append(f"![One burst, second by second]({BURST})")
     if "steady" in data:
         parts.append(_steady(data["steady"]))
@@ -176,6 +87,8 @@ def tables(data: Mapping[str, Any]) -> str:
         parts.append(_scaling(data["scaling"]))
     if "paper" in data:
         parts.append(_paper(data["paper"]))
+    if "minute" in live:
+        parts.append(_minute(live["minute"]))
     if data.get("calibration"):
         parts.append(_calibration(data["calibration"]))
     if "decide_ms" in data:
@@ -230,6 +143,30 @@ def _loads(rows: Iterable[Mapping[str, Any]]) -> str:
             )
         )
     return _markdown(head, lines)
+
+
+def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many loads meet the bars on attainment and tokens in 16 bits, and how far off the others are."""
+    names = [f"{row['load']} at {100 * row['share']:.0f} %" for row in rows]
+    below = {
+        name: row["policies"]["predictive"]["points_below_static_fp8"]
+        for name, row in zip(names, rows, strict=True)
+    }
+    behind = {name: points for name, points in below.items() if points > WITHIN_POINTS}
+    text = f"Within {WITHIN_POINTS:g} point of static FP8: {len(rows) - len(behind)} of {len(rows)} loads"
+    text += "".join(f"; {name} is {points:.2f} below" for name, points in behind.items()) + "."
+    ratios = {
+        name: row["oracle"]["predictive_over_oracle"]
+        for name, row in zip(names, rows, strict=True)
+        if row.get("oracle") and row["oracle"]["predictive_over_oracle"] is not None
+    }
+    if not ratios:
+        return text
+    short = {name: ratio for name, ratio in ratios.items() if ratio < OF_THE_ORACLE}
+    text += (
+        f" At least {OF_THE_ORACLE:.2f} of the oracle's share: {len(ratios) - len(short)} of {len(ratios)}"
+    )
+    return text + "".join(f"; {name} {ratio:.4f}" for name, ratio in short.items()) + "."
 
 
 def _steady(row: Mapping[str, Any]) -> str:
@@ -302,6 +239,41 @@ def _paper(report: Mapping[str, Any]) -> str:
     return f"{_markdown(head, lines)}\n\n{text}"
 
 
+def _minute(report: Mapping[str, Any]) -> str:
+    head = (
+        f"{report['seconds']} s live through Ray Serve",
+        "violating seconds",
+        "seconds mostly in 16 bits",
+        "seconds without FP8",
+        "time in 16 bits",
+        "16-bit tokens",
+    )
+    lines = [
+        (
+            run["policy"],
+            str(run["violating_seconds"]),
+            f"{seconds['mostly']} ({100 * seconds['mostly'] / report['seconds']:.1f} %)",
+            str(seconds["only"]),
+            f"{100 * seconds['time_share']:.1f} %",
+            f"{run['tokens_in_fp16']:.3f}",
+        )
+        for run in report["runs"]
+        for seconds in [run["seconds_in_fp16"]]
+        # The tries that found the scale served other requests.
+        if run["scale"] == report["scale"]
+    ]
+    machine = report["machine"]
+    engine = report["engine"].removeprefix("simulated: ")
+    host = f"{machine['cores']} cores of {machine['processor']}"
+    text = (
+        f"A simulated engine ({engine}), one replica, through real Ray Serve {machine['ray']} on {host},"
+        f" {report['date'][:10]}. The first {report['seconds']} s of {report['trace']}, arrivals scaled once"
+        f" by {report['scale']:.4f}: {report['requests']} requests. What differs from the defaults follows"
+        f" a policy's name."
+    )
+    return f"{_markdown(head, lines)}\n\n{text}"
+
+
 def _calibration(fits: Sequence[Mapping[str, Any]]) -> str:
     head = (
         "engine",
@@ -328,40 +300,6 @@ def _calibration(fits: Sequence[Mapping[str, Any]]) -> str:
 
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-
-
-def _frame(x: Axis, y: Axis, x_name: str, y_name: str) -> list[str]:
-    parts = []
-    for tick in x.ticks(5):
-        at = x.at(tick)
-        parts.append(element("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="grid"))
-        parts.append(label(at, y.start + 16.0, number(tick), anchor="middle"))
-    for tick in y.ticks(5):
-        at = y.at(tick)
-        parts.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
-        parts.append(label(x.start - 6.0, at + 4.0, number(tick), anchor="end"))
-    parts.append(label(x.end, y.start + 32.0, x_name, anchor="end"))
-    parts.append(label(x.start, y.end - 6.0, y_name))
-    return parts
-
-
-def _place(figures: Mapping[str, Any], x: Axis, y: Axis) -> tuple[float, float]:
-    return x.at(figures["fp16_token_share"]), y.at(figures["attainment"])
-
-
-def _joined(points: Iterable[tuple[float, float]]) -> str:
-    return " ".join(f"{left:.1f},{top:.1f}" for left, top in points)
-
-
-def _svg(height: float, parts: Iterable[str]) -> str:
-    body = "\n".join(
-        [element("style", STYLE), element("rect", width="100%", height="100%", fill="#fff"), *parts]
-    )
-    box = f"0 0 {WIDTH:g} {height:g}"
-    svg = element(
-        "svg", f"\n{body}\n", xmlns="http://www.w3.org/2000/svg", viewBox=box, width=WIDTH, height=height
-    )
-    return f"{svg}\n"
 
 
 def _same(path: Path, text: str) -> bool:

@@ -53,11 +53,14 @@ class Prediction:
     """The rung between 16 bits and FP8: ``auto``, a named plan whose costs are known, or empty for none."""
     rest_s: float = 60.0
     """How long the load must be light before ``auto`` gives way to 16 bits."""
-    tolerance: float = 0.01
+    tolerance: float = 0.0125
     """Share of requests missed at which the controller stops taking liberties; all levels adapt to it."""
     debt_s: float = 0.25
     """The most a request may be behind its pace in passing, within ``auto``. Less of it loses fewer requests,
     and in short overloads no 16-bit tokens either, since no FP8 steps go into winning it back."""
+    pace: float = 1.0
+    """The most of the TPOT limit that a token may take on average, within ``auto``. Less of it keeps
+    batches small, so that a burst which fills FP8 steps to the limit meets room; it costs 16-bit tokens."""
     horizon_s: float = 0.5
     """How far ahead a burst in progress is projected."""
     shed: bool = False
@@ -72,6 +75,7 @@ class Prediction:
             checks.name("prediction.between", self.between)
         checks.number("prediction.rest_s", self.rest_s)
         checks.number("prediction.debt_s", self.debt_s)
+        checks.number("prediction.pace", self.pace, above=0.0, maximum=1.0)
         checks.number("prediction.horizon_s", self.horizon_s)
         checks.number("prediction.tolerance", self.tolerance, above=0.0, maximum=1.0)
         checks.flag("prediction.shed", self.shed)

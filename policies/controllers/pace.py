@@ -8,9 +8,10 @@ So FP8 is spent on the steps that need it, and one number says how many do:
   slower requests are served the more of them run at once, and the longer every step takes, FP8 steps too.
   It falls with the *load*: the engine seconds that the requests of one second take in 16 bits;
 - the debt is what a request may be behind in passing, where 16 bits would win it back; it falls with the
-  load, earlier, and while requests are missed. What was lost because of 16 bits cannot be told from outside,
+  load, and while requests are missed. What was lost because of 16 bits cannot be told from outside,
   so any miss counts;
-- where misses are frequent, a queue is served in FP8 altogether, and for some seconds beyond its end.
+- where misses are frequent, the pace is bounded whatever the load, and a queue is served in FP8 altogether,
+  and for a second beyond its end.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ PACE_FALLS: Final = (1.0, 1.4)
 LEAST_PACE: Final = 0.2
 """Share of the TPOT limit; where FP8 itself is no faster, every step that decodes is in FP8."""
 DEBT_STEPS: Final = 16
-DEBT_FALLS: Final = (0.8, 1.1)
+DEBT_FALLS: Final = (0.9, 1.8)
 """16-bit load up to which the whole debt is allowed, and from which none is."""
-FP8_OVERLOAD: Final = 0.9
+DOUBTFUL_PACE: Final = 0.45
+"""Largest pace at a confidence of -1."""
+FP8_OVERLOAD: Final = 1.0
 """FP8 load from which nothing is left to give away."""
 CAUTIOUS_PACE: Final = 0.1
 """Pace in a queue where requests are often missed."""
@@ -45,7 +48,7 @@ HOPELESS: Final = -0.75
 """Confidence below which a queue is served in FP8 and nothing else: FP8 alone misses requests there."""
 CAUTIOUS_AGE: Final = 0.25
 """Part of that waiting which is allowed in a queue where requests are often missed."""
-QUEUE_MEMORY_S: Final = 4.0
+QUEUE_MEMORY_S: Final = 1.0
 MEMORY_SHARE: Final = 0.5
 """Part of a replica's arrivals over some seconds that counts even when the last second brought fewer."""
 MISS_WINDOW_S: Final = 10.0
@@ -133,6 +136,8 @@ def auto_limits(
     confidence = round(10 * confidence) / 10
     wait_s = AGE_SHARE * slo.ttft_s
     queue_tokens = QUEUE_SHARE * slo.ttft_s / max(costs.token_s, 1e-9)
+    if confidence < 0.0:
+        pace = min(pace, round(10 * (1.0 + confidence * (1.0 - DOUBTFUL_PACE))) / 10)
     if queued_lately and confidence < 0.0:
         cautious = min(pace, 1.0 + confidence * (1.0 - CAUTIOUS_PACE))
         pace, debt_s = round(10 * cautious) / 10, 0.0

@@ -154,7 +154,7 @@ class PredictiveController(Controller):
         calm_since: dict[str, tuple[str, float]] = {}
         strained_since: dict[str, float] = {}
         shedding: set[str] = set()
-        in_auto = _InAuto(self._slo, memory, freedom, now)
+        in_auto = _InAuto(self._slo, self._settings.pace, memory, freedom, now)
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
             place = places.get(mode, 0)
             goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
@@ -296,10 +296,10 @@ class PredictiveController(Controller):
 class _InAuto:
     """The wish to stay in ``auto``, by row, with the limits of the moment; equal ones are one object."""
 
-    def __init__(self, slo: Slo, memory: _Memory, freedom: Room, now: float) -> None:
+    def __init__(self, slo: Slo, largest_pace: float, memory: _Memory, freedom: Room, now: float) -> None:
         self._slo = slo
         self._memory = memory
-        self._pace = freedom.pace.tolist()
+        self._pace = np.minimum(freedom.pace, largest_pace).tolist()
         self._debt_s = freedom.debt_s.tolist()
         self._now = now
         self._made: dict[tuple[float, float, bool], Wish] = {}

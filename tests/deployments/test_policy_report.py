@@ -50,8 +50,31 @@ def folder(tmp_path: Path, data: dict[str, Any]) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def live() -> dict[str, Any]:
+    seconds = {"only": 9, "mostly": 45, "time_share": 0.7}
+    run = {
+        "policy": "predictive",
+        "scale": 0.25,
+        "violating_seconds": 0,
+        "seconds_in_fp16": seconds,
+        "tokens_in_fp16": 0.5,
+    }
+    return {
+        "date": "2026-11-24T10:00:00+00:00",
+        "machine": {"processor": "a processor", "cores": 2, "ray": "2.60.0"},
+        "engine": "simulated: a test",
+        "trace": "minute.csv",
+        "seconds": 60,
+        "scale": 0.25,
+        "requests": 700,
+        "runs": [{**run, "policy": "another scale", "scale": 0.3}, run],
+    }
+
+
 def call(folder: Path, *more: str) -> int:
-    return main(["report", "policy", "--data", str(folder / "data.json"), "--docs", str(folder), *more])
+    data, live = str(folder / "data.json"), str(folder / "live.json")
+    return main(["report", "policy", "--data", data, "--live", live, "--docs", str(folder), *more])
 
 
 def test_tables_and_pictures_are_written_and_then_fresh(folder: Path) -> None:
@@ -70,6 +93,31 @@ def test_tables_and_pictures_are_written_and_then_fresh(folder: Path) -> None:
         assert root.tag.endswith("svg")
     front = (folder / "policy-front.svg").read_text()
     assert front.count("<circle") == 5 + 5
+
+
+def test_the_bars_say_which_loads_miss_them(folder: Path, data: dict[str, Any]) -> None:
+    met = data["loads"][0]
+    policies = {**met["policies"], "predictive": {**met["policies"]["predictive"]}}
+    policies["predictive"]["points_below_static_fp8"] = 1.25
+    oracle = {**met["oracle"], "predictive_over_oracle": 0.8}
+    data["loads"].append({**met, "load": "gamma", "share": 1.2, "policies": policies, "oracle": oracle})
+    (folder / "data.json").write_text(json.dumps(data))
+    assert call(folder) == 0
+    page = (folder / "policy.md").read_text()
+    assert "Within 1 point of static FP8: 1 of 2 loads; gamma at 120 % is 1.25 below." in page
+    assert "At least 0.90 of the oracle's share: 1 of 2; gamma at 120 % 0.8000." in page
+
+
+def test_the_live_minute_is_shown_where_it_was_run(folder: Path, live: dict[str, Any]) -> None:
+    assert call(folder) == 0
+    assert "Ray Serve" not in (folder / "policy.md").read_text()
+    (folder / "live.json").write_text(json.dumps({"minute": live}))
+    assert call(folder) == 0
+    page = (folder / "policy.md").read_text()
+    assert "| predictive | 0 | 45 (75.0 %) | 9 | 70.0 % | 0.500 |" in page
+    assert "another scale" not in page
+    assert "2 cores of a processor, 2026-11-24" in page
+    assert "scaled once by 0.2500: 700 requests" in page
 
 
 def test_data_that_lacks_a_part_is_named(
