@@ -13,43 +13,43 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from nestedfp.kernels.hopper.choose_16bit import STREAM_REST_AND_WAVE, WHOLE_TILES, ceil_div
 from nestedfp.kernels.hopper.cuda.compile import cubin
 from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
-from nestedfp.kernels.hopper.workspace import workspace
+from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, workspace
 
 # Of a multiprocessor; each CTA also costs 1 KiB that the system keeps.
 SHARED_MEMORY = 228 * 1024
 _SYSTEM_SHARE = 1024
 _STEP = 64
-_UNIT = 128
 _MOST_STAGES = 16
 # Of the 65,536 registers: what (producer, consumer) threads get, by consumer warpgroups, at one CTA.
-_REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160)}
+_REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160), 4: (24, 112)}
+# Tokens up to which two sets of weights fit a consumer's registers beside its sums.
+_TWO_SETS = {1: 256, 2: 256, 3: 144, 4: 0}
 
 
 @dataclass(frozen=True)
 class Config:
     """One way to cut the product.
 
-    A tile has warpgroups * blocks * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens,
-    cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor. group: token tiles that run
-    side by side. split: as `choose_16bit.Config16`'s, in clusters instead of CTAs.
+    A tile has warpgroups * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens, cluster_rows: CTAs of
+    a cluster along each. ctas: programs a multiprocessor. split: parts into which K is cut in the tiles that do
+    not fill a wave, and in those of `waves` full waves beside them. group: token tiles that run side by side.
     """
 
     tokens: int
     warpgroups: int = 2
-    blocks: int = 1
     cluster_tokens: int = 1
     cluster_rows: int = 1
     ctas: int = 1
-    split: int = WHOLE_TILES
+    split: int = 1
+    waves: int = 0
     group: int = 8
 
     @property
     def rows(self) -> int:
-        return 64 * self.blocks * self.warpgroups
+        return 64 * self.warpgroups
 
     @property
     def cluster(self) -> int:
@@ -82,10 +82,10 @@ class Config:
         producer, consumer = _REGISTERS[self.warpgroups] if self.ctas == 1 else (0, 0)
         return {
             "CONSUMERS": self.warpgroups,
-            "BLOCKS": self.blocks,
             "TOKENS": self.tokens,
             "SLICE": self.slice,
             "STAGES": self.stages,
+            "SETS": 2 if self.tokens <= _TWO_SETS[self.warpgroups] else 1,
             "CLUSTER_TOKENS": self.cluster_tokens,
             "CLUSTER_ROWS": self.cluster_rows,
             "CTAS": self.ctas,
@@ -101,27 +101,22 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a launch shares its tiles: by `clusters`, the first `stream_tiles` of them by stream-K."""
+    """How a launch shares its tiles among `clusters`: K of the first `cut` of them in `parts` parts."""
 
     clusters: int
-    stream_tiles: int
+    cut: int
+    parts: int
 
 
 def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
-    """For a device that holds `resident` clusters at once. A split that gains nothing is lowered."""
+    """For a device that holds `resident` clusters at once. Parts without work, or without scratch, are left out."""
     tiles = cluster_tiles(config, M, N)
-    units = ceil_div(K, _UNIT)
-    if config.split == WHOLE_TILES:
-        return Plan(min(tiles, resident), 0)
-    if config.split > 0:
-        parts = min(config.split, units, resident // tiles)
-        return Plan(tiles * parts, tiles) if parts > 1 else Plan(min(tiles, resident), 0)
-    rest = tiles % resident
-    if tiles > resident and config.split == STREAM_REST_AND_WAVE and rest:
-        rest += resident
-    clusters = min(resident, tiles * units)
-    # Every run must hold a unit: the owner of a tile asks the workers after it, whose runs follow its own.
-    return Plan(clusters, rest if rest * units >= clusters else 0)
+    cut = min(tiles % resident + config.waves * resident, tiles)
+    tile_floats = config.cluster * config.rows * config.tokens
+    parts = min(config.split, K // _STEP, SCRATCH_FLOATS // (tile_floats * max(cut, 1)))
+    if parts < 2 or cut * config.cluster * config.warpgroups > SCRATCH_COUNTERS:
+        return Plan(min(tiles, resident), 0, 1)
+    return Plan(min(resident, max(cut * parts, tiles - cut)), cut, parts)
 
 
 def cluster_tiles(config: Config, M: int, N: int) -> int:
@@ -163,7 +158,7 @@ def product(
     """
     (M, K), N = x.shape, upper.shape[0]
     kernel = _kernel(config, x.dtype, x.device.index or 0)
-    partials, flags = workspace(x.device)
+    partials, counters = workspace(x.device)
     cut = plan(config, M, N, K, kernel.resident_clusters)
     bulk = N % 8 == 0
     planes = [tensor_map(plane, config.rows // config.cluster_tokens, _STEP) for plane in (upper, lower)]
@@ -171,7 +166,11 @@ def product(
         tensor_map(x, config.tokens // config.cluster_rows, _STEP),
         *planes,
         tensor_map(y, config.slice, 64) if bulk else TensorMap(),
-        *map(pointer, (y, row_exponent, bias, partials, flags)),
+        *map(pointer, (y, row_exponent, bias, partials, counters)),
     ]
-    numbers = (M, N, K, config.group, cut.stream_tiles, bulk)
+    numbers = (M, N, K, config.group, cut.cut, cut.parts, bulk)
     kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
