@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import Kernel, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, workspace
 
@@ -22,6 +22,7 @@ from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, 
 SHARED_MEMORY = 228 * 1024
 _SYSTEM_SHARE = 1024
 _STEP = 64
+_UNIT = 128
 _MOST_STAGES = 16
 # Of the 65,536 registers: what (producer, consumer) threads get, by consumer warpgroups, at one CTA.
 _REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160), 4: (24, 112)}
@@ -61,30 +62,41 @@ class Config:
         return gcd(self.tokens, 32)
 
     @property
-    def _stage_bytes(self) -> int:
-        return 2 * _STEP * (self.tokens + self.rows)
+    def _x_bytes(self) -> int:
+        return 2 * _STEP * self.tokens
+
+    @property
+    def _weight_bytes(self) -> int:
+        return 2 * _UNIT * self.rows
 
     @property
     def _output_bytes(self) -> int:
-        return self.warpgroups * 2 * self.slice * 64 * 2
+        return self.warpgroups * 64 * self.slice * 2
 
     @property
-    def stages(self) -> int:
-        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 16 * _MOST_STAGES
-        return min(room // self._stage_bytes, _MOST_STAGES)
+    def stages(self) -> tuple[int, int]:
+        """Of x, 64 of K each, and of weights, 128 each: as far ahead in K, and what is left goes to either."""
+        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 32 * _MOST_STAGES
+        weights = min(room // (self._weight_bytes + 2 * self._x_bytes), _MOST_STAGES // 2)
+        room -= weights * (self._weight_bytes + 2 * self._x_bytes)
+        more = weights < _MOST_STAGES // 2 and room >= self._weight_bytes
+        return 2 * weights + (not more and room >= self._x_bytes), weights + more
 
     @property
     def shared_memory(self) -> int:
-        return self.stages * (self._stage_bytes + 16) + self._output_bytes
+        x, weights = self.stages
+        return x * (self._x_bytes + 16) + weights * (self._weight_bytes + 16) + self._output_bytes
 
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of gemm_16bit.cu."""
+        x_stages, weight_stages = self.stages
         producer, consumer = _REGISTERS[self.warpgroups] if self.ctas == 1 else (0, 0)
         return {
             "CONSUMERS": self.warpgroups,
             "TOKENS": self.tokens,
             "SLICE": self.slice,
-            "STAGES": self.stages,
+            "X_STAGES": x_stages,
+            "WEIGHT_STAGES": weight_stages,
             "SETS": 2 if self.tokens <= _TWO_SETS[self.warpgroups] else 1,
             "CLUSTER_TOKENS": self.cluster_tokens,
             "CLUSTER_ROWS": self.cluster_rows,
@@ -113,7 +125,7 @@ def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
     tiles = cluster_tiles(config, M, N)
     cut = min(tiles % resident + config.waves * resident, tiles)
     tile_floats = config.cluster * config.rows * config.tokens
-    parts = min(config.split, K // _STEP, SCRATCH_FLOATS // (tile_floats * max(cut, 1)))
+    parts = min(config.split, K // _UNIT, SCRATCH_FLOATS // (tile_floats * max(cut, 1)))
     if parts < 2 or cut * config.cluster * config.warpgroups > SCRATCH_COUNTERS:
         return Plan(min(tiles, resident), 0, 1)
     return Plan(min(resident, max(cut * parts, tiles - cut)), cut, parts)
@@ -160,15 +172,13 @@ def product(
     kernel = _kernel(config, x.dtype, x.device.index or 0)
     partials, counters = workspace(x.device)
     cut = plan(config, M, N, K, kernel.resident_clusters)
-    bulk = N % 8 == 0
-    planes = [tensor_map(plane, config.rows // config.cluster_tokens, _STEP) for plane in (upper, lower)]
+    planes = [tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT) for plane in (upper, lower)]
     arguments = [
         tensor_map(x, config.tokens // config.cluster_rows, _STEP),
         *planes,
-        tensor_map(y, config.slice, 64) if bulk else TensorMap(),
         *map(pointer, (y, row_exponent, bias, partials, counters)),
     ]
-    numbers = (M, N, K, config.group, cut.cut, cut.parts, bulk)
+    numbers = (M, N, K, config.group, cut.cut, cut.parts, N % 8 == 0)
     kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])
 
 

@@ -1,7 +1,7 @@
 // How persistent workers (CTAs or clusters) share the tiles of a product: whole tiles in turn, and tiles whose K is
 // cut into equal parts, which are those that would not fill a wave.
 //
-// The first `cut` tiles are cut into `parts` stretches of their `tile_steps` steps of K; part p of tile t has number
+// The first `cut` tiles are cut into `parts` stretches of their `tile_units` units of K; part p of tile t has number
 // p * cut + t, so that workers side by side read the same stretch of K, which the L2 cache then serves. Parts go
 // round first, then whole tiles. A worker writes each of its parts to scratch and counts it for its tile; after its
 // last segment it gathers: of each tile that it computed a part of it adds a share of the parts of all workers, in
@@ -14,20 +14,20 @@ struct Segment {
 };
 
 struct Schedule {
-  int worker, workers, cut, parts, tile_steps;
+  int worker, workers, cut, parts, tile_units;
   int part_count, count;
 
-  __device__ __forceinline__ Schedule(int worker, int workers, int tiles, int cut, int parts, int tile_steps)
-      : worker(worker), workers(workers), cut(cut), parts(parts), tile_steps(tile_steps) {
+  __device__ __forceinline__ Schedule(int worker, int workers, int tiles, int cut, int parts, int tile_units)
+      : worker(worker), workers(workers), cut(cut), parts(parts), tile_units(tile_units) {
     part_count = max(cut * parts - worker + workers - 1, 0) / workers;
     count = part_count + max(tiles - cut - worker + workers - 1, 0) / workers;
   }
 
   __device__ __forceinline__ Segment segment(int index) const {
-    if (index >= part_count) return {cut + worker + (index - part_count) * workers, -1, 0, tile_steps};
+    if (index >= part_count) return {cut + worker + (index - part_count) * workers, -1, 0, tile_units};
     const int number = worker + index * workers;
     const int part = number / cut;
-    return {number - part * cut, part, tile_steps * part / parts, tile_steps * (part + 1) / parts};
+    return {number - part * cut, part, tile_units * part / parts, tile_units * (part + 1) / parts};
   }
 };
 
