@@ -18,9 +18,9 @@ SMALLEST_AMAX = 2.0**-100
 def rebuild_16bit(upper: Tensor, lower: Tensor, order: KOrder = KOrder.NATURAL) -> Tensor:
     """The float16 numbers [N, K], natural order, whose bytes are `upper` and `lower`; no row exponent."""
     high, low = to_natural(upper, order).int(), to_natural(lower, order).int()
-    high = high - ((high & 1) ^ (low >> 7))
-    bits = (high & 0x80) << 8 | (high & 0x7E) << 7 | low
-    return torch.where(bits >= 1 << 15, bits - (1 << 16), bits).short().view(torch.float16)
+    code = high % 128
+    magnitude = (code - code % 2) * 128 + low - 64
+    return torch.where(high < 128, magnitude, magnitude - (1 << 15)).short().view(torch.float16)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,10 @@ def _linear(
     if order is not KOrder.NATURAL:
         x = to_order(x, order)
     if K < CHUNK:
-        x, upper, lower = (torch.nn.functional.pad(t, (0, CHUNK - K)) for t in (x, upper, lower))
+        # Zeros of x meet some weight: the bytes 64 and 64 are one, 0 and 0 would rebuild to NaN.
+        padding = (0, CHUNK - K)
+        x = torch.nn.functional.pad(x, padding)
+        upper, lower = (torch.nn.functional.pad(byte, padding, value=64) for byte in (upper, lower))
         K = CHUNK
     if x.stride(1) != 1:
         x = x.contiguous()

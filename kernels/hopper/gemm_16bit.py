@@ -15,8 +15,10 @@ so the weights are wgmma's A operand, which may come from registers.
 Consumers share stages but no barrier, so one stores its tile while another still multiplies.
 
 Roof: for few tokens the 2 N K bytes of the weight over memory bandwidth; for many, 2 M N K operations over
-the tensor cores' rate under the power limit. In between the 8 (bfloat16: 16) instructions that rebuild four
-weights take issue slots: an eighth of them at 256 tokens a tile, a quarter at 128.
+the tensor cores' rate under the power limit. In between the 7 (bfloat16: 13) instructions that rebuild four
+weights take issue slots: a ninth (a fifth) of them at 256 tokens a tile, twice that at 128. 5 (7) of them
+run on the integer pipe, which starts one every other cycle: busy for a sixth (two ninths) of the time, or
+twice that.
 
 Consecutive products overlap by programmatic dependent launch: the next one's weights are fetched before the
 previous one ends. The kernel launched just before a product must therefore not write its weight.
@@ -66,8 +68,10 @@ def _advance(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_weights(upper, lower, upper_ring, lower_ring, full, stage, row, k, CONSUMERS: gl.constexpr):
+def _load_weights(upper, lower, upper_ring, lower_ring, full, stage, row, k, K, CONSUMERS: gl.constexpr):
+    """Past K, where x is zero, the last step again: the zeros that bulk copies fill in rebuild to NaN."""
     ROWS: gl.constexpr = upper.block_shape[0]
+    k = gl.minimum(k, K - STEP)
     for consumer in gl.static_range(CONSUMERS):
         slot = stage * CONSUMERS + consumer
         compat.async_load(upper, [row + consumer * ROWS, k], full.index(stage), upper_ring.index(slot))
@@ -76,7 +80,7 @@ def _load_weights(upper, lower, upper_ring, lower_ring, full, stage, row, k, CON
 
 @gluon.jit
 def _produce(
-    x, upper, lower, ring, work,
+    x, upper, lower, ring, work, K,
     CONSUMERS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     x_ring, upper_ring, lower_ring, full, empty = ring
@@ -96,7 +100,7 @@ def _produce(
         mbarrier.expect(full.index(step), STAGE_BYTES)
         k = (first * UNIT_STEPS + step) * STEP
         _load_weights(
-            upper, lower, upper_ring, lower_ring, full, step, row_tile * (ROWS * CONSUMERS), k, CONSUMERS
+            upper, lower, upper_ring, lower_ring, full, step, row_tile * (ROWS * CONSUMERS), k, K, CONSUMERS
         )
     compat.gdc_wait()
     for step in range(early):
@@ -114,7 +118,7 @@ def _produce(
             mbarrier.wait(empty.index(stage), phase ^ 1)
             mbarrier.expect(full.index(stage), STAGE_BYTES)
             k = step * STEP
-            _load_weights(upper, lower, upper_ring, lower_ring, full, stage, row, k, CONSUMERS)
+            _load_weights(upper, lower, upper_ring, lower_ring, full, stage, row, k, K, CONSUMERS)
             compat.async_load(x, [token_tile * COLUMNS, k], full.index(stage), x_ring.index(stage))
             stage, phase = _advance(stage, phase, STAGES)
 
@@ -332,7 +336,7 @@ def gemm_16bit_kernel(
         gl.warp_specialize(
             [
                 (_consume, (ring, output, parts, work, 0, CONSUMERS, COLUMNS, STAGES, GROUP, BULK_STORE)),
-                (_produce, (x, upper, lower, ring, work, CONSUMERS, COLUMNS, STAGES, GROUP)),
+                (_produce, (x, upper, lower, ring, work, K, CONSUMERS, COLUMNS, STAGES, GROUP)),
             ],
             [1],
             [PRODUCER_REGISTERS],
@@ -342,7 +346,7 @@ def gemm_16bit_kernel(
             [
                 (_consume, (ring, output, parts, work, 0, CONSUMERS, COLUMNS, STAGES, GROUP, BULK_STORE)),
                 (_consume, (ring, output, parts, work, 1, CONSUMERS, COLUMNS, STAGES, GROUP, BULK_STORE)),
-                (_produce, (x, upper, lower, ring, work, CONSUMERS, COLUMNS, STAGES, GROUP)),
+                (_produce, (x, upper, lower, ring, work, K, CONSUMERS, COLUMNS, STAGES, GROUP)),
             ],
             [4, 1],
             [EVEN_REGISTERS, EVEN_REGISTERS],

@@ -1,9 +1,7 @@
 """Sixteen-bit weights from their two bytes, in registers (the contract is in `nestedfp.format`).
 
-Four weights at a time, in byte lanes. Only bits 6..1 and the sign of the upper byte survive, and for those
-`upper - (lower >> 7)` equals `upper - borrow`: the two differ only where `upper` is odd and not rounded, and
-there the shift drops the difference. It cannot wrap, since `lower >> 7` = 1 means the code before rounding
-was odd, so `upper` is at least 1.
+Four weights at a time: their high bytes, each the sign, a zero and six bits of the code, are made in byte
+lanes; two permutes set the lower bytes beside them; one subtraction a pair takes off the offset.
 
 A thread's bytes of a 64-wide step are 16 consecutive ones of a row in the stored order `KOrder.HOPPER`.
 """
@@ -11,45 +9,44 @@ A thread's bytes of a 64-wide step are 16 consecutive ones of a row in the store
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Eight instructions: the borrow (shift, mask, subtract), the high byte (shift, mask, merge), two permutes.
+# Five instructions of the integer pipe (shift, mask, merge, two permutes), and beside it two multiply-adds,
+# which take 64 off each half. $4 is 1, unknown to ptxas: subtractions it puts on the integer pipe as well.
 _FLOAT16 = gl.constexpr("""{
-    .reg .b32 high, part;
-    shr.b32 part, $3, 7;
-    and.b32 part, part, 0x01010101;
-    sub.u32 high, $2, part;
-    shr.b32 part, high, 1;
-    and.b32 part, part, 0x3F3F3F3F;
-    lop3.b32 high, high, 0x80808080, part, 0xEA;
+    .reg .b32 high;
+    shr.b32 high, $2, 1;
+    and.b32 high, high, 0x3F3F3F3F;
+    lop3.b32 high, $2, 0x80808080, high, 0xEA;
     prmt.b32 $0, $3, high, 0x5140;
     prmt.b32 $1, $3, high, 0x7362;
+    mad.lo.u32 $0, $0, $4, 0xFFBFFFC0;
+    mad.lo.u32 $1, $1, $4, 0xFFBFFFC0;
 }""")
 
-# Magnitudes times 2^14 are normal float16 numbers even where the weight is subnormal, and, since the weight
-# was bfloat16, their three lowest mantissa bits are zero: a shift by three is then exact and makes them
-# bfloat16 numbers whose exponent lacks 127 - 15 - 14, less the sign, which is merged in. Multiplying with
-# 2^98 restores the exponent and keeps zero zero. The multiplications run beside the integer instructions.
+# The same, then each weight is widened to float32, exactly, subnormals included; where it was bfloat16 the
+# lower half is zero. Conversions run as half-precision additions, beside the integer pipe, which merges the
+# upper halves of two weights by one permute.
 _BFLOAT16 = gl.constexpr("""{
-    .reg .b32 high, part, first, second, normal, exponent;
-    mov.b32 normal, 0x74007400;
-    mov.b32 exponent, 0x70807080;
-    shr.b32 part, $3, 7;
-    and.b32 part, part, 0x01010101;
-    sub.u32 high, $2, part;
-    shr.b32 high, high, 1;
+    .reg .b32 high, pair, even, odd;
+    .reg .b16 first, second;
+    shr.b32 high, $2, 1;
     and.b32 high, high, 0x3F3F3F3F;
-    prmt.b32 first, $3, high, 0x5140;
-    prmt.b32 second, $3, high, 0x7362;
-    mul.rn.f16x2 first, first, normal;
-    mul.rn.f16x2 second, second, normal;
-    shr.b32 first, first, 3;
-    shr.b32 second, second, 3;
-    prmt.b32 part, $2, 0, 0x1404;
-    lop3.b32 first, part, 0x80008000, first, 0xEA;
-    prmt.b32 part, $2, 0, 0x3424;
-    lop3.b32 second, part, 0x80008000, second, 0xEA;
-    mul.rn.bf16x2 $0, first, exponent;
-    mul.rn.bf16x2 $1, second, exponent;
+    lop3.b32 high, $2, 0x80808080, high, 0xEA;
+    prmt.b32 pair, $3, high, 0x5140;
+    mad.lo.u32 pair, pair, $4, 0xFFBFFFC0;
+    mov.b32 {first, second}, pair;
+    cvt.f32.f16 even, first;
+    cvt.f32.f16 odd, second;
+    prmt.b32 $0, even, odd, 0x7632;
+    prmt.b32 pair, $3, high, 0x7362;
+    mad.lo.u32 pair, pair, $4, 0xFFBFFFC0;
+    mov.b32 {first, second}, pair;
+    cvt.f32.f16 even, first;
+    cvt.f32.f16 odd, second;
+    prmt.b32 $1, even, odd, 0x7632;
 }""")
+
+# Two pairs of weights from four bytes of each plane, and the 1 of each of the four.
+_OPERANDS = gl.constexpr("=&r,=&r,r,r,r,r,r,r")
 
 
 @gluon.constexpr_function
@@ -70,14 +67,13 @@ def rebuild(upper, lower, dtype: gl.constexpr, operand: gl.constexpr):
 
     No data moves between threads.
     """
+    # The grid is flat, which the host knows and the compiler does not.
+    one = gl.full(upper.shape, gl.num_programs(1), gl.int32, upper.type.layout)
+    operands = [upper, lower, one]
     if dtype == gl.float16:
-        w = gl.inline_asm_elementwise(
-            _FLOAT16, "=r,=r,r,r", [upper, lower], dtype=gl.float16, is_pure=True, pack=4
-        )
+        w = gl.inline_asm_elementwise(_FLOAT16, _OPERANDS, operands, dtype=gl.float16, is_pure=True, pack=4)
     else:
-        w = gl.inline_asm_elementwise(
-            _BFLOAT16, "=r,=r,r,r", [upper, lower], dtype=gl.bfloat16, is_pure=True, pack=4
-        )
+        w = gl.inline_asm_elementwise(_BFLOAT16, _OPERANDS, operands, dtype=gl.bfloat16, is_pure=True, pack=4)
     ROWS: gl.constexpr = upper.shape[0]
     w = w.reshape([ROWS, 4, 4, 2, 2]).permute([0, 2, 3, 1, 4]).reshape([ROWS, 64])
     return gl.convert_layout(w, operand, assert_trivial=True)

@@ -32,8 +32,8 @@ def rebuild(upper, lower):
     """float16 weights from their bytes, before the row exponent."""
     high = upper.to(tl.int32)
     low = lower.to(tl.int32)
-    high -= (high & 1) ^ (low >> 7)
-    return ((high & 0x80) << 8 | (high & 0x7E) << 7 | low).to(tl.int16).to(tl.float16, bitcast=True)
+    bits = (high & 0x80) << 8 | ((high & 0x7E) << 7 | low) - 64
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -86,7 +86,8 @@ def gemm_kernel(
         elif FP8:
             acc = tl.dot(a, widen(upper), acc)
         else:
-            lower = tl.load(lower_ptr + w_rows + position[:, None], mask=w_mask, other=0)
+            # 64 beside an upper byte of 0 is a weight of zero.
+            lower = tl.load(lower_ptr + w_rows + position[:, None], mask=w_mask, other=64)
             # With bfloat16 activations the weight was bfloat16 too: the conversion rounds nothing away.
             w = rebuild(upper, lower).to(tl.float32)
             if WIDE:

@@ -78,5 +78,7 @@ def test_machine_code(config: Config16, dtype: str) -> None:
     assert all(int(columns) == config.columns for columns, _ in products)
     assert all(operand.startswith("R") for _, operand in products), "weights must come from registers"
     assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
+    offsets = set(re.findall(r"(\w+)(?:\.\w+)* R\d+, .*-0x400040", sass))
+    assert offsets == {"IMAD"}, "the lower byte's offset must not load the integer pipe"
     assert sass.count("WARPGROUP.DEPBAR") <= 3 * config.consumers, "ptxas runs products one at a time"
     assert shared <= config.shared_memory <= SHARED_MEMORY
