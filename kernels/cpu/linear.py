@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.cpu.operands import BLOCK_ROWS, CHUNK, STREAM_TOKENS, Field, Variant
-from nestedfp.kernels.layout import KOrder, to_order
+from nestedfp.kernels.layout import KOrder, unstore
 
 if TYPE_CHECKING:
     from nestedfp.kernels.cpu import emit
@@ -76,8 +76,8 @@ def _linear(
     y = torch.empty((M, N), dtype=x.dtype)
     if M == 0 or N == 0:
         return y
-    if order is not KOrder.NATURAL:
-        x = to_order(x, order)
+    # An order made for a GPU is undone in each call.
+    upper, lower = unstore(upper, order), unstore(lower, order)
     if K < CHUNK:
         # Zeros of x meet some weight: the bytes 64 and 64 are one, 0 and 0 would rebuild to NaN.
         padding = (0, CHUNK - K)

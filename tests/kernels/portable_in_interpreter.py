@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nestedfp.format import split
 from nestedfp.kernels import reference
-from nestedfp.kernels.layout import KOrder, to_order
+from nestedfp.kernels.layout import PANEL, KOrder, store, to_order
 from nestedfp.kernels.portable.gemm import quantize_kernel
 from nestedfp.kernels.portable.linear import linear_16bit, linear_fp8
 
-SHAPES = [(1, 1, 1), (1, 33, 64), (3, 40, 70), (5, 7, 192), (17, 65, 130), (70, 50, 64)]
+SHAPES = [(1, 1, 1), (1, 33, 128), (3, 40, 70), (5, 7, 192), (17, 65, 130), (70, 50, 256)]
 
 
 def strided(M: int, K: int, dtype: torch.dtype, kind: str) -> Tensor:
@@ -40,7 +40,7 @@ def products() -> dict[str, float]:
     errors = {}
     kinds = itertools.cycle(["contiguous", "transposed", "every other"])
     for (M, N, K), dtype, order in itertools.product(SHAPES, (torch.float16, torch.bfloat16), KOrder):
-        if order is KOrder.HOPPER and K % 64:
+        if order is KOrder.HOPPER and K % PANEL:
             continue
         for _ in range(2):
             kind = next(kinds)
@@ -62,9 +62,9 @@ def products() -> dict[str, float]:
 
 def identity_product(order: KOrder) -> float:
     """Largest error of x = 1: every product is one weight, so 16-bit mode must return it as it is."""
-    K = 64
+    K = 128
     w = random_weight(48, K, torch.float16)
-    upper, lower = (to_order(byte, order) for byte in split(w))
+    upper, lower = (store(byte, order) for byte in split(w))
     exponent = torch.zeros(48, dtype=torch.int8)
     y = linear_16bit(torch.eye(K, dtype=torch.float16), upper, lower, exponent, order=order)
     return float((y.T.double() - w.double()).abs().max())
