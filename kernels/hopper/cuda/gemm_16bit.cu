@@ -13,7 +13,8 @@
 //   multicast it: without that, small tiles wait for the L2;
 // * CONSUMERS warpgroups own 64 rows each. A thread's share of 128 of K of one row is 32 adjacent bytes of each plane.
 //   With SETS = 2 sets of registers a warpgroup rebuilds one step while its step before multiplies; with one set,
-//   which leaves room for more warpgroups, it rebuilds while the others multiply;
+//   which leaves room for more warpgroups, it rebuilds while the others multiply. AHEAD it loads the bytes of the
+//   next 128 of K before it multiplies the last of these, which pays where one warpgroup multiplies few tokens;
 // * a warp scales, adds the bias, transposes through shared memory and stores by itself, while the producers fill
 //   buffers for the next tile and the other warpgroups go on.
 // schedule.cuh says how tiles are shared and why gathering the parts of a tile cannot deadlock.
@@ -57,20 +58,26 @@ __device__ __forceinline__ void rebuild(u32 upper, u32 lower, u32 one, u32& firs
 #endif
 }
 
-// wgmma's A fragments of 64 rows by 64 of K: four registers for each 16 of K. `from` is the thread's share of its
-// first row in a plane in the 128-byte swizzle, which is the same for that row and the eighth after it.
-__device__ __forceinline__ void load_weights(u32 (&weights)[16], u32 from, u32 one) {
+// A thread's share of 64 rows by 64 of K: 16 bytes of each plane in two rows. `from` is where its first row's lie in a
+// plane in the 128-byte swizzle, which is the same for that row and the eighth after it.
+struct Bytes {
   u32 upper[2][4], lower[2][4];
+  __device__ __forceinline__ void load(u32 from) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    ptx::load_shared(upper[h], from + h * 8 * UNIT);
-    ptx::load_shared(lower[h], from + h * 8 * UNIT + PLANE_BYTES);
+    for (int h = 0; h < 2; ++h) {
+      ptx::load_shared(upper[h], from + h * 8 * UNIT);
+      ptx::load_shared(lower[h], from + h * 8 * UNIT + PLANE_BYTES);
+    }
   }
+  // As wgmma's A fragments: four registers for each 16 of K.
+  __device__ __forceinline__ void rebuild(u32 (&weights)[16], u32 one) const {
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) rebuild(upper[h][j], lower[h][j], one, weights[j * 4 + h], weights[j * 4 + h + 2]);
-}
+      for (int h = 0; h < 2; ++h)
+        ::rebuild(upper[h][j], lower[h][j], one, weights[j * 4 + h], weights[j * 4 + h + 2]);
+  }
+};
 
 // Where a pipeline of COUNT buffers stands: its next buffer, and the parity of its use of the buffers so far.
 template <int COUNT>
@@ -272,11 +279,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       }
     };
 
-    // Who gathers a slice of a tile that parts share. A worker's own sums stay in registers where no tile follows.
+    // Who gathers a slice of a tile that parts share. A worker with one part keeps its own sums in registers.
     auto gathers = [&](int slice, const Segment& segment, const Corner& at) {
       return (slice - at.skip) % parts == segment.part;
     };
-    const bool kept = schedule.count == 1;
+    const bool kept = schedule.part_count == 1;
 
     ptx::wait_for_previous_kernel();
     float sums[SUMS];
@@ -290,13 +297,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
 
       u32 weights[SETS][16];
       int previous = 0;
-      auto multiply = [&](u32 (&operand)[16], u32 from, bool first) {
-        if constexpr (SETS == 1) {
-          // The step before is through: its registers may be written, and its x.
-          ptx::wgmma_wait<0>();
-          if (!first) release_x(previous);
-        }
-        load_weights(operand, from + weight_ring.stage * 2 * PLANE_BYTES, one);
+      auto multiply = [&](u32 (&operand)[16], bool first) {
         ptx::barrier_wait(x_full + x_ring.stage * 8, x_ring.parity);
         const u64 x_panel = ptx::panel_descriptor(base + x_ring.stage * X_BYTES);
         ptx::wgmma_fence();
@@ -304,19 +305,51 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         for (int k = 0; k < 4; ++k) wgmma(sums, operand + k * 4, x_panel + k * 2, k > 0 || !first);
         ptx::wgmma_commit();
         if constexpr (SETS == 2) {
+          // The step before is through: its registers may be written, and its x.
           ptx::wgmma_wait<1>();
           if (!first) release_x(previous);
         }
         previous = x_ring.stage;
         x_ring.advance();
       };
+      auto make_room = [&](bool first) {
+        if constexpr (SETS == 2) return;
+        ptx::wgmma_wait<0>();
+        if (!first) release_x(previous);
+      };
+      auto await_weights = [&](int stage, u32 parity) -> u32 {
+        ptx::barrier_wait(weight_full + stage * 8, parity);
+        return share + stage * 2 * PLANE_BYTES;
+      };
+      Bytes bytes[2];
+      if constexpr (AHEAD) {
+        const u32 from = await_weights(weight_ring.stage, weight_ring.parity);
+        bytes[0].load(from);
+        bytes[1].load(from ^ 16);
+      }
       for (int unit = segment.first; unit < segment.last; ++unit) {
-        ptx::barrier_wait(weight_full + weight_ring.stage * 8, weight_ring.parity);
-        multiply(weights[0], share, unit == segment.first);
-        multiply(weights[SETS - 1], share ^ 16, false);
-        // Its bytes are in registers by now.
-        release_weights(weight_ring.stage);
+        const bool first = unit == segment.first;
+        const u32 from = AHEAD ? 0 : await_weights(weight_ring.stage, weight_ring.parity);
+        make_room(first);
+        if constexpr (!AHEAD) bytes[0].load(from);
+        bytes[0].rebuild(weights[0], one);
+        multiply(weights[0], first);
+        make_room(false);
+        if constexpr (!AHEAD) bytes[1].load(from ^ 16);
+        bytes[1].rebuild(weights[SETS - 1], one);
+        const int stage = weight_ring.stage;
+        const u32 parity = weight_ring.parity;
         weight_ring.advance();
+        if constexpr (AHEAD) {
+          // Behind the last unit it reads the same again, and nothing uses it: no branch may stand here.
+          const bool more = unit + 1 < segment.last;
+          const u32 next = await_weights(more ? weight_ring.stage : stage, more ? weight_ring.parity : parity);
+          bytes[0].load(next);
+          bytes[1].load(next ^ 16);
+        }
+        multiply(weights[SETS - 1], false);
+        // wgmma has been issued on all of its weights, so the loads of its bytes have ended.
+        release_weights(stage);
       }
       ptx::wgmma_wait<0>();
       ptx::hold(sums);
@@ -346,7 +379,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     }
 
     // Of each tile that this worker computed a part of, every `parts`-th slice: its own part, then the others in order.
-    for (int index = 0; index < schedule.part_count; ++index) {
+    for (int index = schedule.whole_count; index < schedule.count; ++index) {
       const Segment segment = schedule.segment(index);
       const Corner at = corner(segment.tile);
       u32 row_words[2];

@@ -28,6 +28,8 @@ _MOST_STAGES = 16
 _REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160), 4: (24, 112)}
 # Tokens up to which two sets of weights fit a consumer's registers beside its sums.
 _TWO_SETS = {1: 256, 2: 256, 3: 144, 4: 0}
+# Tokens up to which a lone warpgroup gains from loading bytes ahead.
+_MOST_TOKENS_AHEAD = 96
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Config:
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
+            "AHEAD": int(os.environ["AHEAD"]) if "AHEAD" in os.environ else int(self.warpgroups == 1 and self.tokens <= _MOST_TOKENS_AHEAD),
             "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
         }
 

@@ -2,11 +2,11 @@
 // cut into equal parts, which are those that would not fill a wave.
 //
 // The first `cut` tiles are cut into `parts` stretches of their `tile_units` units of K; part p of tile t has number
-// p * cut + t, so that workers side by side read the same stretch of K, which the L2 cache then serves. Parts go
-// round first, then whole tiles. A worker writes each of its parts to scratch and counts it for its tile; after its
-// last segment it gathers: of each tile that it computed a part of it adds a share of the parts of all workers, in
-// the order of K. It waits there for parts alone, and no part waits for anything: waits end if all workers are
-// resident, whatever the order in which they run.
+// p * cut + t, so that workers side by side read the same stretch of K, which the L2 cache then serves. Whole tiles go
+// round first, then parts, whose sums the L2 still holds when they are gathered: a worker writes each of its parts to
+// scratch and counts it for its tile; after its last segment, of each tile that it computed a part of it adds a share
+// of all parts. It waits there for parts alone, and no part waits for anything: waits end if all workers are resident,
+// whatever the order in which they run.
 #pragma once
 
 struct Segment {
@@ -15,17 +15,18 @@ struct Segment {
 
 struct Schedule {
   int worker, workers, cut, parts, tile_units;
-  int part_count, count;
+  int whole_count, part_count, count;
 
   __device__ __forceinline__ Schedule(int worker, int workers, int tiles, int cut, int parts, int tile_units)
       : worker(worker), workers(workers), cut(cut), parts(parts), tile_units(tile_units) {
+    whole_count = max(tiles - cut - worker + workers - 1, 0) / workers;
     part_count = max(cut * parts - worker + workers - 1, 0) / workers;
-    count = part_count + max(tiles - cut - worker + workers - 1, 0) / workers;
+    count = whole_count + part_count;
   }
 
   __device__ __forceinline__ Segment segment(int index) const {
-    if (index >= part_count) return {cut + worker + (index - part_count) * workers, -1, 0, tile_units};
-    const int number = worker + index * workers;
+    if (index < whole_count) return {cut + worker + index * workers, -1, 0, tile_units};
+    const int number = worker + (index - whole_count) * workers;
     const int part = number / cut;
     return {number - part * cut, part, tile_units * part / parts, tile_units * (part + 1) / parts};
   }
