@@ -4,6 +4,7 @@ Two kernels: one launch in CUDA C++ that quantises and multiplies (`cuda.gemm_fp
 in Gluon. A configuration with `warpgroups` belongs to the first, one with `warps` to the second.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,6 +24,10 @@ _GROUP_TOKENS = 1024
 # Weight rows of a tile: what fills the last wave best. wgmma takes any multiple of 8, the epilogue of 16.
 _FEW_ROWS = (32, 48, 64, 80, 96, 112, 128, 176)
 _MANY_ROWS = (48, 64, 80, 96, 128, 160, 192, 224, 256)
+# Of warpgroups with two blocks of 64 tokens.
+_BLOCK_ROWS = (96, 128, 160, 192)
+# Beyond it, a thread's sums leave no registers to exchange parts.
+_MOST_SPLIT_COLUMNS = 320
 
 
 def linear_fp8(
@@ -71,28 +76,41 @@ def candidates(M: int, N: int, K: int) -> list[Settings]:
     return [config.to_dict() for config in [*gluon, *fused_candidates(M, N, K)]]
 
 
-def fused_candidates(M: int, N: int, K: int, most: int = 14) -> list[fused.Config]:
-    """Of all tiles, clusters and splits of K the `most` that a model of the multiprocessor finds fastest."""
-    ranked = sorted(_fused_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
-    chosen: list[fused.Config] = []
-    tiles: dict[tuple[int, int, int], int] = {}
-    for config in ranked:
-        tile = (config.tokens, config.rows, config.split)
-        if tiles.get(tile, 0) < 3:
-            tiles[tile] = tiles.get(tile, 0) + 1
-            chosen.append(config)
-    chosen = chosen[:most]
+def fused_candidates(M: int, N: int, K: int, most: int = 12) -> list[fused.Config]:
+    """Of all tiles, clusters, schedules and splits of K the `most` that a model of the multiprocessor finds
+    fastest, half of each schedule where both apply; for many tokens the first also with other groups."""
+    space = sorted(_fused_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
+    shared = [config for config in space if not config.pingpong]
+    turns = [config for config in space if config.pingpong]
+    chosen = _varied(turns, most // 2)
+    chosen += _varied(shared, most - len(chosen))
+    chosen.sort(key=lambda config: estimated_cycles(config, M, N, K))
     if M < 1024:
         return chosen
-    return chosen + [replace(config, group=config.group * more) for config in chosen[:3] for more in (2, 4)]
+    groups = [(config, group) for config in chosen[:2] for group in (config.group // 2, config.group * 2)]
+    return chosen + [replace(config, group=group) for config, group in groups if group]
+
+
+def _varied(ranked: list[fused.Config], most: int) -> list[fused.Config]:
+    """The first `most`, no tile more than twice."""
+    chosen: list[fused.Config] = []
+    tiles: Counter[tuple[int, int]] = Counter()
+    for config in ranked:
+        if tiles[config.tokens, config.rows] < 2 and len(chosen) < most:
+            tiles[config.tokens, config.rows] += 1
+            chosen.append(config)
+    return chosen
 
 
 def _fused_space(M: int, N: int, K: int) -> Iterator[fused.Config]:
     few = M <= 64
-    shapes = [(1, 1, rows) for rows in _FEW_ROWS] if few else [(2, 1, rows) for rows in _MANY_ROWS]
+    # warpgroups, blocks, rows, whether warpgroups take turns
+    shapes = [(1, 1, rows, 0) for rows in _FEW_ROWS] if few else [(2, 1, rows, 0) for rows in _MANY_ROWS]
+    if M > 64:
+        shapes += [(2, 2, rows, 1) for rows in _BLOCK_ROWS]
     if M > 128:
-        shapes += [(2, 2, rows) for rows in (96, 128, 160, 192)]
-    for warpgroups, blocks, rows in shapes:
+        shapes += [(2, 2, rows, 0) for rows in _BLOCK_ROWS]
+    for warpgroups, blocks, rows, pingpong in shapes:
         for cluster_tokens, cluster_rows in ((1, 1), (2, 1), (1, 2)):
             tile = fused.Config(
                 rows,
@@ -102,38 +120,40 @@ def _fused_space(M: int, N: int, K: int) -> Iterator[fused.Config]:
                 promote=int(few),
                 cluster_tokens=cluster_tokens,
                 cluster_rows=cluster_rows,
+                pingpong=pingpong,
             )
             if cluster_tokens > 1 and tile.tokens * (cluster_tokens - 1) >= M:
                 continue
             tile = replace(tile, group=max(1, _GROUP_TOKENS // (tile.tokens * cluster_tokens)))
-            for split in range(1, 7):
-                config = replace(tile, split=split)
-                fits = _units(config, M, N) <= _MULTIPROCESSORS and split * 8 * 128 * config.chunks <= K
-                if split == 1 or fits:
-                    yield config
-
-
-def _units(config: fused.Config, M: int, N: int) -> int:
-    """CTAs' shares of work, those of CTAs outside the output included."""
-    along_m = -(-M // (config.tokens * config.cluster_tokens))
-    along_n = -(-N // (config.rows * config.cluster_rows))
-    return along_m * along_n * config.cluster * config.split
+            yield tile
+            most = 1 if blocks * rows > _MOST_SPLIT_COLUMNS else K // (8 * 128 * tile.chunks)
+            split = replace(tile, split=max(1, min(8, most)))
+            parts = fused.plan(split, M, N, K, _MULTIPROCESSORS // tile.cluster).split
+            if parts > 1:
+                yield replace(tile, split=parts)
+            if parts > 3:
+                yield replace(tile, split=parts // 2)
 
 
 def estimated_cycles(config: fused.Config, M: int, N: int, K: int) -> float:
     """Cycles of the busiest multiprocessor: the slowest of tensor cores, shared memory, L2 and memory in each
     step of K, and what a tile costs beside its steps. It ranks configurations; it predicts no times."""
-    slots = _MULTIPROCESSORS // config.cluster * config.cluster
-    waves = -(-_units(config, M, N) // slots)
+    workers = _MULTIPROCESSORS // config.cluster
+    cut = fused.plan(config, M, N, K, workers)
     tensor = config.tokens * config.rows / 32
     operands = config.tokens // 64 * 4 * (2048 + config.rows * 32)
     shared = ((config.tokens + config.rows) * 128 + operands) / 128
     l2 = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128 / 36
     memory = config.rows * 128 / 13.5 if M <= 128 else 0
-    beside = 1200 + config.rows * config.blocks * 6
-    if config.split > 1:
-        beside += 1500 + config.tokens * config.rows * config.split // 32
-    return waves * (K / 128 / config.split * max(tensor, shared, l2, memory) + beside)
+    tile = K / 128 * max(tensor, shared, l2, memory)
+    # Scaling and storing keeps the tensor cores waiting after each tile, or once where warpgroups take turns.
+    ending = 1200 + config.rows * config.blocks * 6
+    whole = -(-cut.whole // workers)
+    cycles = whole * (tile + 300) + ending if config.pingpong else whole * (tile + ending)
+    if cut.split > 1:
+        moved = 2 * config.tokens * config.rows * 4 * (cut.split - 1) / cut.split
+        cycles += tile / cut.split + ending + 2500 + moved / 40
+    return cycles
 
 
 def _token_tile(M: int) -> int:

@@ -195,13 +195,48 @@ __device__ __forceinline__ void hold(u32 (&values)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
+// The value, known only here: what follows from it is computed here and not kept from before.
+__device__ __forceinline__ int here(int value) {
+  int result;
+  asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(value));
+  return result;
+}
+
 // --- threads, clusters, kernels ---
 
 // Named barrier `id` among the 128 threads of a warpgroup.
 __device__ __forceinline__ void warpgroup_sync(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
+// Named barrier `id` among THREADS: some wait at it, the others only arrive.
+template <int THREADS>
+__device__ __forceinline__ void threads_sync(u32 id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
+template <int THREADS>
+__device__ __forceinline__ void threads_arrive(u32 id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// This thread of its block, this block, and how many there are; read anew instead of kept in registers.
+__device__ __forceinline__ u32 thread() {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ u32 block() {
+  u32 block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+__device__ __forceinline__ u32 blocks() {
+  u32 blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+  return blocks;
 }
 
 __device__ __forceinline__ u32 cluster_rank() {
@@ -236,6 +271,10 @@ __device__ __forceinline__ u32 flag_read(const u32* flag) {
   u32 value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
+}
+
+__device__ __forceinline__ void count_one(u32* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
 // Until raised; takes it down again.
