@@ -18,21 +18,21 @@
 // * scales, factors and biases reach shared memory during the first step; each warp stages its sums a slice at a time
 //   and stores them in rows, 16 bytes a thread: two barriers of a warpgroup a tile, however many slices it has.
 //
-// Whole waves. The first `whole` tiles, full waves of all workers, are multiplied whole. The K of each tile left is cut
-// into `split` equal parts, one a worker. Every part writes its sums to `partials`, except for its own share of the
-// tile; counts itself; and, when all parts are counted, adds the others' sums to its share in their order and stores it.
+// Whole waves. The first `whole` tiles, full waves of all workers, are multiplied whole. The K of each tile left is
+// cut into `split` equal parts, one a worker. A part writes its sums to `partials`, except for its own share of the
+// tile; counts itself; and, when all parts are counted, adds the others' sums to its share, in order, and stores it.
 //
 // Waits end. All of the grid is resident, which the launcher sees to, and products that share scratch run one after
-// another. Quantising waits for nothing; so codes come, and the ring moves unless a consumer stops. A consumer waits for
-// its turn, which its predecessor gives after its last step and without waiting for more than the ring; it waits for
-// other parts only in the last unit of its CTA, when it has emptied its stages and written and counted its own part.
-// A wait on a barrier of the ring is never more than one phase ahead (a parity could not tell): a warpgroup looks at
-// its first stage only when its predecessor has seen all of its own filled.
+// another. Quantising waits for nothing, so codes come, and the ring moves unless a consumer stops. A consumer waits
+// * for its turn, which its predecessor gives after its last step and without waiting for more than the ring;
+// * for other parts only in the last unit of its CTA, when it has emptied its stages and written and counted its own.
+// A wait on the ring is never more than one phase ahead, which a parity could not tell: a warpgroup looks at its first
+// stage only when its predecessor has seen all of its own filled.
 //
-// Accuracy. wgmma adds E4M3 products in about 14 bits, always truncating. With PROMOTE each step's sums are added to
-// float32 totals; without, all of K stays in wgmma's registers. On normal data the latter costs 0.2 % (K = 4096) to
-// 0.5 % (K = 32768) in norm, beside 3.7 % from quantising; on operands of one sign 7 % to 38 %, as it does in other
-// libraries' fast accumulation. Promotion doubles the registers: measured, it is free up to 64 tokens and is on there.
+// Accuracy, and when to promote. wgmma cuts its sums to about 14 bits. With PROMOTE each stage's sums are added to
+// float32 totals; without, all of K stays in wgmma. Measured on normal data the latter costs 0.12 % (K = 4096) to
+// 0.47 % (K = 32768) in norm, beside 3.7 % from quantising; on operands of one sign 7 % to 38 %, as in other
+// libraries' fast accumulation. Totals double the registers of a tile: up to 64 tokens they cost nothing and are on.
 //
 // Roof: one byte a weight over the memory bandwidth for few tokens, the E4M3 tensor-core rate for many; between them
 // shared memory, whose 128 bytes a cycle feed the copies in (BLOCK_M + BLOCK_N) and wgmma's operands (64 + BLOCK_N).
@@ -280,7 +280,7 @@ class Producer {
   u16 token_ctas_ = 0, weight_ctas_ = 0;
 };
 
-// One of the producer's idle warps, of which this is `warp`: quantises what the first tiles do not need, token by token.
+// One of the producer's idle warps, of which this is `warp`: quantises what the first tiles do not need.
 __device__ __forceinline__ void quantise_background(const Arguments& a, int warp, u32 lane) {
   ptx::wait_for_previous_kernel();
   auto largest = [](u32 magnitude) { return __reduce_max_sync(0xFFFFFFFF, magnitude); };
@@ -351,7 +351,8 @@ class Output {
     for (int i = 0; i < min(8, columns); ++i) {
       to[i] = u16(words[0]);
 #pragma unroll
-      for (int word = 0; word < 4; ++word) words[word] = __funnelshift_r(words[word], word < 3 ? words[word + 1] : 0, 16);
+      for (int word = 0; word < 4; ++word)
+        words[word] = __funnelshift_r(words[word], word < 3 ? words[word + 1] : 0, 16);
     }
   }
 
@@ -410,12 +411,13 @@ class Consumer {
     ring_.skip(team * schedule_.steps);
     int index = schedule_.worker() + team * schedule_.workers();
     for (; index < schedule_.units; index += TEAMS * schedule_.workers()) {
+      const bool first = index < schedule_.workers(), last = index + schedule_.workers() >= schedule_.units;
       const Unit unit = schedule_.unit(index);
       const int m = unit.m + warpgroup_ % TEAM * BLOCKS * 64;
       float sums[BLOCKS][SUMS];
-      if (PINGPONG && index >= schedule_.workers()) ptx::threads_sync<256>(TURN + team);
+      if (PINGPONG && !first) ptx::threads_sync<256>(TURN + team);
       multiply(sums, unit, m);
-      if (PINGPONG && index + schedule_.workers() < schedule_.units) ptx::threads_arrive<256>(TURN + (team + 1) % TEAMS);
+      if (PINGPONG && !last) ptx::threads_arrive<256>(TURN + (team + 1) % TEAMS);
       finish(sums);
       // A unit in parts is the last of its CTA, so those of others in between are whole.
       ring_.skip((TEAMS - 1) * schedule_.steps);
@@ -654,7 +656,8 @@ class Consumer {
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     gemm_fp8(const __grid_constant__ TensorMap codes_map, const __grid_constant__ TensorMap upper_map, u16* y,
              const u8* x, u8* codes, float* x_scale, const signed char* row_exponent, const u16* bias, float* partials,
-             u32* flags, int M, int N, int K, int x_pitch, int permute, int front, int team_warps, const Schedule schedule) {
+             u32* flags, int M, int N, int K, int x_pitch, int permute, int front, int team_warps,
+             const Schedule schedule) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
   const Arguments arguments = {&codes_map, &upper_map, y, x, codes,   x_scale,      row_exponent, bias, partials,
