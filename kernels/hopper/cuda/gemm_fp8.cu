@@ -432,9 +432,11 @@ class Consumer {
   }
 
  private:
+  // This thread's share of what the epilogue needs: of two columns, and of a row.
   struct Scales {
-    u32 factors, biases;  // of two columns
-    float row;
+    int exponents[2] = {-128, -128};
+    u32 biases[2] = {0, 0};
+    float row = 0;
   };
 
   // Of the warpgroup. Asked for anew each time, as what follows from them is: beside the sums no registers are left
@@ -458,18 +460,18 @@ class Consumer {
     if (lane < WAITS) arrive(base_ + BARRIER_OFFSET + (STAGES + stage) * 8, peer);
   }
 
-  // This thread's share of what the epilogue needs. Scales are there once the tokens are.
+  // Only asks, so that the first product waits for no answer. Scales are there once the tokens are.
   __device__ __forceinline__ Scales ask(const Unit& unit, int m) const {
     const Arguments& a = arguments_;
     const int thread = Consumer::thread(), column = unit.n + thread * 2;
-    Scales scales = {0, 0, 0};
+    Scales scales;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (thread * 2 < BLOCK_N && column + i < a.N) {
-        scales.factors |= power_of_two(__ldg(a.row_exponent + column + i)) << i * 16;
-        if (a.bias) scales.biases |= u32(__ldg(a.bias + column + i)) << i * 16;
+        scales.exponents[i] = __ldg(a.row_exponent + column + i);
+        if (a.bias) scales.biases[i] = __ldg(a.bias + column + i);
       }
-    if (thread < BLOCKS * 64 && m + thread < a.M) scales.row = __ldcg(a.x_scale + m + thread) * 0x1p-8f;
+    if (thread < BLOCKS * 64 && m + thread < a.M) scales.row = __ldcg(a.x_scale + m + thread);
     return scales;
   }
 
@@ -477,9 +479,10 @@ class Consumer {
   __device__ __forceinline__ void put(const Scales& scales) const {
     sync();  // those of the last tile have been read
     const u32 thread = Consumer::thread(), columns = Consumer::columns();
+    const u32 low = power_of_two(ptx::here(scales.exponents[0])), high = power_of_two(ptx::here(scales.exponents[1]));
     if (thread * 2 < BLOCK_N)
-      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(columns + thread * 8), "r"(scales.factors),
-                   "r"(scales.biases)
+      asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(columns + thread * 8), "r"(low | high << 16),
+                   "r"(ptx::here(scales.biases[0]) | ptx::here(scales.biases[1]) << 16)
                    : "memory");
     if (thread < BLOCKS * 64)
       asm volatile("st.shared.f32 [%0], %1;" ::"r"(columns + COLUMN_BYTES + thread * 4), "f"(scales.row) : "memory");
@@ -603,11 +606,14 @@ class Consumer {
     const Output out(arguments_, m + row, n, staging, lane);
     float scales[BLOCKS][2];
 #pragma unroll
-    for (int i = 0; i < BLOCKS * 2; ++i)
+    for (int i = 0; i < BLOCKS * 2; ++i) {
+      float& scale = scales[i / 2][i % 2];
       asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(scales[i / 2][i % 2])
+                   : "=f"(scale)
                    : "r"(columns + COLUMN_BYTES + (row + lane / 4 + i * 8 + i / 2 * 48) * 4)
                    : "memory");
+      scale *= 0x1p-8f;  // of the weights' format
+    }
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) {
       if (SPLITS && !share(piece)) continue;
