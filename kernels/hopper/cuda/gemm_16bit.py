@@ -106,7 +106,7 @@ class Config:
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
-            "AHEAD": int(os.environ["AHEAD"]) if "AHEAD" in os.environ else int(self.warpgroups == 1 and self.tokens <= _MOST_TOKENS_AHEAD),
+            "AHEAD": int(self.warpgroups == 1 and self.ctas == 1 and self.tokens <= _MOST_TOKENS_AHEAD),
             "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
         }
 
