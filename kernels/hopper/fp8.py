@@ -51,8 +51,8 @@ def rule(M: int, N: int, K: int) -> Config:
 
 
 def candidates(M: int, N: int, K: int, most: int = 14) -> list[Settings]:
-    """What the tuner times for a shape: the `most` that a model of the multiprocessor finds fastest, no tile more
-    than three times; for many tokens the first two also with other groups."""
+    """What the tuner times for a shape: the `most` that a model of the multiprocessor finds fastest, no tile
+    more than three times; for many tokens the first two also with other groups."""
     chosen: list[Config] = []
     tiles: Counter[tuple[int, int]] = Counter()
     for config in sorted(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K)):

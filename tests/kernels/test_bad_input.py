@@ -17,7 +17,7 @@ def operands() -> dict[str, Any]:
     return {
         "x": torch.randn(4, K, dtype=torch.float16),
         "upper": torch.randint(0, 127, (N, K), dtype=torch.uint8),
-        "lower": torch.zeros(N, K, dtype=torch.uint8),
+        "lower": torch.full((N, K), 64, dtype=torch.uint8),
         "row_exponent": torch.zeros(N, dtype=torch.int8),
         "bias": torch.zeros(N, dtype=torch.float16),
         "order": KOrder.NATURAL,

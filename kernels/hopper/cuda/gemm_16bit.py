@@ -36,9 +36,10 @@ _MOST_TOKENS_AHEAD = 96
 class Config:
     """One way to cut the product.
 
-    A tile has warpgroups * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens, cluster_rows: CTAs of
-    a cluster along each. ctas: programs a multiprocessor. split: parts into which K is cut in the tiles that do
-    not fill a wave, and in those of `waves` full waves beside them. group: token tiles that run side by side.
+    A tile has warpgroups * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens, cluster_rows: CTAs
+    of a cluster along each. ctas: programs a multiprocessor. split: parts into which K is cut in the tiles
+    that do not fill a wave, and in those of `waves` full waves beside them. group: token tiles that run side
+    by side.
     """
 
     tokens: int
@@ -77,7 +78,7 @@ class Config:
 
     @property
     def stages(self) -> tuple[int, int]:
-        """Of x, 64 of K each, and of weights, 128 each: as far ahead in K, and what is left goes to either."""
+        """Of x, 64 of K each, and of weights, 128 each: equally far ahead, and what is left goes to either."""
         room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 32 * _MOST_STAGES
         weights = min(room // (self._weight_bytes + 2 * self._x_bytes), _MOST_STAGES // 2)
         room -= weights * (self._weight_bytes + 2 * self._x_bytes)
@@ -124,7 +125,7 @@ class Plan:
 
 
 def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
-    """For a device that holds `resident` clusters at once. Parts without work, or without scratch, are left out."""
+    """For a device that holds `resident` clusters at once; no parts without work, or without scratch."""
     tiles = cluster_tiles(config, M, N)
     cut = min(tiles % resident + config.waves * resident, tiles)
     tile_floats = config.cluster * config.rows * config.tokens
@@ -175,7 +176,10 @@ def product(
     kernel = _kernel(config, x.dtype, x.device.index or 0)
     partials, counters = workspace(x.device)
     cut = plan(config, M, N, K, kernel.resident_clusters)
-    planes = [tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT) for plane in (upper, lower)]
+    planes = [
+        tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT)
+        for plane in (upper, lower)
+    ]
     arguments = [
         tensor_map(x, config.tokens // config.cluster_rows, _STEP),
         *planes,

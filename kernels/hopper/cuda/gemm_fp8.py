@@ -37,10 +37,10 @@ class Config:
     """One way to cut the product.
 
     A tile has warpgroups * blocks * 64 tokens by `rows` weight rows, a multiple of 16. chunks: 128-byte
-    stretches of K a stage. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor.
-    split: most parts of K, for tiles that do not fill a wave. group: tiles along M that run side by side
-    before the next rows. promote: 1 adds each stage's sums to float32 totals, since wgmma keeps about 14 bits
-    of them; gemm_fp8.cu states the error of either.
+    stretches of K a stage. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a
+    multiprocessor. split: most parts of K, for tiles that do not fill a wave. group: tiles along M that run
+    side by side before the next rows. promote: 1 adds each stage's sums to float32 totals, since wgmma keeps
+    about 14 bits of them; gemm_fp8.cu states the error of either.
     """
 
     rows: int

@@ -7,7 +7,7 @@ from torch import Tensor
 from nestedfp.format import split
 from nestedfp.kernels import reference
 from nestedfp.kernels.dispatch import Mode
-from nestedfp.kernels.layout import KOrder, to_order
+from nestedfp.kernels.layout import KOrder, store
 from nestedfp.weight import Exactness, NestedWeight, nest
 
 from .cases import (
@@ -97,6 +97,28 @@ def test_nothing_is_written_outside_the_output(
     assert guarded.intact()
 
 
+@modes
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [(1, 4096, 4096), (64, 5120, 14336), (256, 5120, 14336), (1024, 5120, 4096), (600, 6144, 4096)],
+)
+def test_products_on_each_others_heels_are_right(M: int, N: int, K: int, mode: Mode, backend: str) -> None:
+    """Launches overlap in a graph, and share scratch: twenty in a row, ten times, give the bits of one alone."""
+    _, nested = weight(N, K, torch.float16)
+    x = torch.randn(M, K, device="cuda", dtype=torch.float16)
+    linear = products(backend, mode)
+    expected = linear(x, nested).clone()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        made = [linear(x, nested) for _ in range(20)]
+    for _ in range(10):
+        for y in made:
+            y.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(y, expected) for y in made)
+
+
 @dtypes
 @modes
 @pytest.mark.parametrize(("M", "K"), [(5, 192), (70, 80), (300, 4096)])
@@ -140,14 +162,14 @@ def test_graphs_replay_on_new_tokens(
 
 
 def held_values(dtype: torch.dtype) -> Tensor:
-    """[rows, 64]: every finite value that a row of exponent zero holds exactly, 1.75 at each row's end.
+    """[rows, 128]: every finite value that a row of exponent zero holds exactly, 1.75 at each row's end.
 
     float16: all up to 1.75. bfloat16: zero, and magnitudes from 2^-17 to 1.75 (see `nestedfp.weight`).
     """
     magnitude = BITS.view(dtype).float().abs()
     least = 0.0 if dtype is torch.float16 else 2.0**-17
     held = BITS.view(dtype)[(magnitude <= 1.75) & ((magnitude >= least) | (magnitude == 0))].cuda()
-    rows = torch.cat([held, held.new_ones(-len(held) % 63)]).reshape(-1, 63)
+    rows = torch.cat([held, held.new_ones(-len(held) % 127)]).reshape(-1, 127)
     return torch.cat([rows, rows.new_full((len(rows), 1), 1.75)], 1)
 
 
@@ -166,7 +188,7 @@ def test_every_value_of_an_exact_row_comes_back(
     assert (nested.row_exponent == exponent).all()
     kept = nested.merge()
     assert exponent != 0 or torch.equal(kept, w)
-    y = products(backend, Mode.BITS16)(torch.eye(64, device="cuda", dtype=dtype), nested).T
+    y = products(backend, Mode.BITS16)(torch.eye(128, device="cuda", dtype=dtype), nested).T
     assert torch.equal(y, kept)
     assert torch.equal(y[kept != 0].view(torch.int16), kept[kept != 0].view(torch.int16))
 
@@ -176,15 +198,15 @@ def test_raw_bytes_rebuild_bit_for_bit(order: KOrder, backend: str) -> None:
     """Every float16 number below 1.875 in magnitude, at a row exponent of zero, by an identity product."""
     values = BITS.view(torch.float16).cuda()
     values = values[values.abs() < 1.875]
-    values = torch.cat([values, values.new_ones(-len(values) % 64)]).reshape(-1, 64)
+    values = torch.cat([values, values.new_ones(-len(values) % 128)]).reshape(-1, 128)
     upper, lower = split(values)
     assert torch.equal(reference.rebuild_16bit(upper, lower).view(torch.int16), values.view(torch.int16))
     exponents = torch.zeros(len(values), dtype=torch.int8, device="cuda")
     unchecked = Exactness(len(values), 0, 0, 0, None, 0.0)
     nested = NestedWeight(
-        to_order(upper, order), to_order(lower, order), exponents, torch.float16, order, unchecked
+        store(upper, order), store(lower, order), exponents, torch.float16, order, unchecked
     )
-    y = products(backend, Mode.BITS16)(torch.eye(64, device="cuda", dtype=torch.float16), nested).T
+    y = products(backend, Mode.BITS16)(torch.eye(128, device="cuda", dtype=torch.float16), nested).T
     assert torch.equal(y, values)
     assert torch.equal(y[values != 0].view(torch.int16), values[values != 0].view(torch.int16))
 

@@ -88,7 +88,9 @@ def test_only_tiles_beyond_full_waves_are_cut() -> None:
     assert plan(replace(config, split=1), 128, 65536, 4096, 132) == Plan(132, 0, 1)
 
 
-def segments(worker: int, workers: int, tiles: int, cut: int, parts: int, units: int) -> list[tuple[int, ...]]:
+def segments(
+    worker: int, workers: int, tiles: int, cut: int, parts: int, units: int
+) -> list[tuple[int, ...]]:
     """(tile, part, first, last) in turn, as schedule.cuh walks them."""
     whole = [(tile, -1, 0, units) for tile in range(cut + worker, tiles, workers)]
     numbers = range(worker, cut * parts, workers)
