@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nestedfp.vllm.bench import CONFIGURATIONS
+from nestedfp.vllm.bench.models import CONFIGURATIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -29,7 +29,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     task["capture_sizes"] = CAPTURED
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from nestedfp.vllm.contender import Engine
+        from nestedfp.vllm.bench.engine import Engine
 
         yield Engine(task, check_steps=True, plans={"mlp": ["gate_up_proj", "down_proj"]})
 
