@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -123,6 +124,24 @@ def test_a_layer_that_ran_something_else_is_reported(worker: Worker, monkeypatch
     assert getattr(worker.execute_model(step("fp8")), REPORT).mismatches == 1
     record.write(exponents, FP8.precision("down_proj"))
     assert getattr(worker.execute_model(step("fp8")), REPORT).mismatches == 0
+    assert worker.checked_steps() == {"steps": 2, "mixed": 1, "checksum": crc32(b"\x01\x02")}
+
+
+def test_ranks_that_ran_unlike_answer_unlike(monkeypatch: pytest.MonkeyPatch) -> None:
+    exponents = torch.zeros(4, dtype=torch.int8)
+    answers = []
+    for plans in (("fp8", "fp16"), ("fp8", "fp16"), ("fp16", "fp8"), ("fp8",)):
+        monkeypatch.setattr(ACTIVE, "plan", FP16)
+        record = LayerRecord({exponents.data_ptr(): "down_proj"}, torch.device("cpu"))
+        monkeypatch.setattr(ACTIVE, "record", record)
+        rank = Worker()
+        for plan in plans:
+            record.write(exponents, {"fp8": FP8, "fp16": FP16}[plan].precision("down_proj"))
+            rank.execute_model(step(plan))
+        answers.append(rank.checked_steps())
+    same, also, swapped, shorter = answers
+    assert same == also
+    assert len({str(answer) for answer in (same, swapped, shorter)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from nestedfp.vllm import compat
+from nestedfp.vllm.bench.models import DEVIATION
 
-DEVIATION = 0.02
 CHECKED_PROMPTS = 8
 CHECKED_TOKENS = 64
 FLIPPED_BATCH = 32
