@@ -98,8 +98,8 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
 def _in_place_of(weight: Tensor, nested: NestedWeight) -> tuple[Tensor, Tensor]:
     """The bytes of `nested` in the memory of the weight that they replace: exactly as many.
 
-    Bytes in memory of their own would leave a hole for each weight, cut up by the temporaries of nesting, which
-    the next layer's bytes do not fit: loading 15 GiB that way was seen to hold 59.
+    Bytes in memory of their own would leave a hole for each weight, cut up by the temporaries of nesting,
+    which the next layer's bytes do not fit: loading 15 GiB that way was seen to hold 59.
     """
     if not weight.is_contiguous():
         return nested.upper, nested.lower

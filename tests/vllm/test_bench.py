@@ -155,6 +155,11 @@ def test_a_later_run_keeps_whole_cells_of_an_earlier_one(
     _, data = run(parser, out, "--keep", "--cells", "128/64/1", "--dtype", "bfloat16")
     assert {row["dtype"] for row in data["rows"]} == {"float16", "bfloat16"}
     assert set(data["settings"]) == {"float16", "bfloat16"}
+    code, data = run(parser, out, "--keep", "--engines", "", "--solo", "vllm-16bit")
+    assert code == 0
+    assert set(data["settings"]) == {"float16", "bfloat16"}
+    assert len(data["rows"]) == 9
+    assert [entry["engine"] for entry in data["solo"]] == ["nestedfp", "vllm-16bit"]
     _, data = run(parser, out, "--cells", "128/64/1")
     assert {(row["dtype"], row["batch"]) for row in data["rows"]} == {("float16", 1)}
 

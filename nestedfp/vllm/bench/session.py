@@ -122,20 +122,19 @@ class Session:
     def report(self) -> dict[str, Any]:
         """What the file of this run holds, from the first engine's start on."""
         first = next(iter([*self.facts.values(), *self.solo]))
+        settings = {
+            **first["settings"],
+            "passes": self._args.passes,
+            "weights": "normal, deviation 0.02",
+            "order": "contenders in turn on one device, A-B-B-A",
+        }
         return {
             "device": first["device"],
             "versions": first["versions"],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": {
-                self._args.dtype: {
-                    **first["settings"],
-                    "passes": self._args.passes,
-                    "weights": "normal, deviation 0.02",
-                    "order": "contenders in turn on one device, A-B-B-A",
-                }
-            },
-            "engines": [_shown(self._entry(facts)) for facts in self.facts.values()],
-            "solo": [_shown(entry) for entry in self.solo],
+            "settings": {self._args.dtype: settings} if self.facts else {},
+            "engines": [_without(self._entry(facts), "settings") for facts in self.facts.values()],
+            "solo": [_without(entry) for entry in self.solo],
             "profiles": self.profiles,
             "failures": self.failures,
             "rows": self.rows(),
@@ -182,9 +181,9 @@ class Session:
         }
 
 
-def _shown(entry: dict[str, Any]) -> dict[str, Any]:
+def _without(entry: dict[str, Any], *more: str) -> dict[str, Any]:
     """Without what the header of the file says of all."""
-    return {key: value for key, value in entry.items() if key not in ("device", "versions", "settings")}
+    return {key: value for key, value in entry.items() if key not in ("device", "versions", *more)}
 
 
 def _start(facts: dict[str, Any]) -> str:
