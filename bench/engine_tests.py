@@ -4,7 +4,7 @@
 
 One pytest process for each runner of vLLM and dtype, all at once; with two GPUs, those of tensor parallelism
 instead. `--only text` compares a real model's tokens with plain vLLM's; it needs the demonstration model in
-the cache. Writes engine-tests-<device>.json: device, versions, date, and for each run the counts of outcomes,
+the cache. Writes vllm-tests-<device>.json: device, versions, date, and for each run the counts of outcomes,
 the names of failures and the figures that its tests recorded; runs that were not made again stay in it.
 """
 
@@ -117,7 +117,7 @@ def main() -> int:
             if result.get("failures") or not result["complete"]:
                 print(f"--- {run.name}\n{run.log.read_text()[-2500:]}")
     several = f"{devices}x-" if devices > 1 else ""
-    out = args.out or ROOT / "bench" / "data" / f"engine-tests-{several}{gpu.slug()}.json"
+    out = args.out or ROOT / "bench" / "data" / f"vllm-tests-{several}{gpu.slug()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
         json.dumps({"header": {**gpu.describe(), "devices": devices}, "runs": found}, indent=1) + "\n"

@@ -11,7 +11,7 @@ The engines share the card: `--blocks` gives each the same KV cache, and with `-
 only for the engine whose turn it is. `--solo` starts each engine once more, alone, with the card to itself:
 that gives the start-up time with warm caches and the number of KV-cache blocks at the same memory setting.
 
-The file written holds a header (device, versions, date, settings by dtype), `rows` (one a contender and
+The file written holds a header (device, versions, date, settings), `rows` (one a contender and
 cell: medians over the passes, with the spread of the throughput), `engines` with start-up and memory and, for
 NestedFP engines, `checks`: flips before every step, their cost, and whether greedy tokens in 16 bits were
 the same afterwards; `solo`; `failures`; and, with `--profile`, `profiles`: GPU time by kernel of a decode
@@ -65,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wait-for", type=Path, help="time nothing before this file exists (or the time limit is near)"
     )
     parser.add_argument("--logs", type=Path, help="folder for the engines' output (default: not kept)")
-    parser.add_argument("--out", type=Path, help="default: bench/data/engine-<device>.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: bench/data/engine-<device>.json, with several GPUs tensor-parallel-<GPUs>-<device>.json",
+    )
     parser.add_argument(
         "--keep", action="store_true", help="keep what the file holds of other cells, dtypes and models"
     )
@@ -110,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace, session: Session) -> None:
     report = session.report()
-    several = f"{args.tensor_parallel}x-" if args.tensor_parallel > 1 else ""
-    out: Path = args.out or Path("bench/data") / f"engine-{several}{slug(report['device'])}.json"
+    kind = f"tensor-parallel-{args.tensor_parallel}" if args.tensor_parallel > 1 else "engine"
+    out: Path = args.out or Path("bench/data") / f"{kind}-{slug(report['device'])}.json"
     if args.keep and out.is_file():
         report = merged(json.loads(out.read_text()), report)
     out.parent.mkdir(parents=True, exist_ok=True)

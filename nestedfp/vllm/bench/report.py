@@ -75,7 +75,7 @@ def merged(kept: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         again = {tuple(entry.get(field) for field in key) for entry in new[name]}
         old = [entry for entry in kept[name] if tuple(entry.get(field) for field in key) not in again]
         result[name] = [*old, *new[name]]
-    result["settings"] = {**kept["settings"], **new["settings"]}
+    result["settings"] = new["settings"] or kept["settings"]
     return result
 
 

@@ -132,7 +132,7 @@ class Session:
             "device": first["device"],
             "versions": first["versions"],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "settings": {self._args.dtype: settings} if self.facts else {},
+            "settings": settings if self.facts else {},
             "engines": [_without(self._entry(facts), "settings") for facts in self.facts.values()],
             "solo": [_without(entry) for entry in self.solo],
             "profiles": self.profiles,
