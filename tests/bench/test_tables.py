@@ -134,6 +134,7 @@ def test_each_dtype_and_a_start_alone_have_their_own_figures(module: ModuleType)
 def test_the_engines_tests_have_a_row_a_run(module: ModuleType) -> None:
     run = {"name": "a", "model": "m", "dtype": "float16", "runner": 2, "complete": True, "failures": {}}
     figures = {"flips": 9999.0, "failed_requests": 0.0, "mixed_steps": 0.0, "flip_us_p99": 41.2}
+    figures |= {"sizes": 6.0, "sizes_with_equal_logits": 6.0}
     runs = [
         {
             **run,
@@ -159,8 +160,8 @@ def test_a_pytest_report_is_read(tmp_path: Path) -> None:
     spec.loader.exec_module(module)
     report = tmp_path / "report.xml"
     report.write_text(
-        '<testsuites><testsuite><testcase name="a"><properties><property name="flips" value="7"/></properties>'
-        '</testcase><testcase name="b"><failure message="assert 1 == 2">…</failure></testcase>'
+        '<testsuites><testsuite><testcase name="a"><properties>'
+        '<property name="flips" value="7"/></properties></testcase><testcase name="b"><failure message="assert 1 == 2">…</failure></testcase>'
         '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
     )
     assert module.read(report) == {

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="default: bench/data/engine-<device>.json, with several GPUs tensor-parallel-<GPUs>-<device>.json",
+        help="default: bench/data/engine-<device>.json, or tensor-parallel-<GPUs>-<device>.json",
     )
     parser.add_argument(
         "--keep", action="store_true", help="keep what the file holds of other cells, dtypes and models"
