@@ -3,6 +3,7 @@ compiled in service."""
 
 from collections.abc import Iterable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ def finish_compiling() -> None:
 
 @cache
 def _precompiler() -> Any:
-    from nestedfp.kernels import precompile
-
+    precompile = import_module("nestedfp.kernels.precompile")
     return precompile.Precompiler(precompile.threads_beside_other_work())
 
 

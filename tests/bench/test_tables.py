@@ -136,11 +136,7 @@ def test_the_engines_tests_have_a_row_a_run(module: ModuleType) -> None:
     figures = {"flips": 9999.0, "failed_requests": 0.0, "mixed_steps": 0.0, "flip_us_p99": 41.2}
     figures |= {"sizes": 6.0, "sizes_with_equal_logits": 6.0}
     runs = [
-        {
-            **run,
-            "outcomes": {"passed": 9},
-            "figures": {**figures, "sizes": 6.0, "sizes_with_equal_logits": 6.0},
-        },
+        {**run, "outcomes": {"passed": 9}, "figures": figures},
         {**run, "outcomes": {"passed": 4, "failed": 1}, "figures": {"ranks_alike": 1.0, "logits_equal": 0.0}},
         {**run, "complete": False},
     ]
@@ -160,9 +156,11 @@ def test_a_pytest_report_is_read(tmp_path: Path) -> None:
     spec.loader.exec_module(module)
     report = tmp_path / "report.xml"
     report.write_text(
-        '<testsuites><testsuite><testcase name="a"><properties>'
-        '<property name="flips" value="7"/></properties></testcase><testcase name="b"><failure message="assert 1 == 2">…</failure></testcase>'
-        '<testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+        "<testsuites><testsuite>"
+        '<testcase name="a"><properties><property name="flips" value="7"/></properties></testcase>'
+        '<testcase name="b"><failure message="assert 1 == 2">…</failure></testcase>'
+        '<testcase name="c"><skipped/></testcase>'
+        "</testsuite></testsuites>"
     )
     assert module.read(report) == {
         "complete": True,
