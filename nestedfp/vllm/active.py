@@ -66,6 +66,12 @@ class ActivePlan:
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self._kinds: dict[int, str] = {}
 
+    def clear(self) -> None:
+        """Forgets the layers of an engine that lived in this process before."""
+        self.plan, self.record = FP16, None
+        for known in (self.layers, self.inexact_rows, self._kinds):
+            known.clear()
+
     def note_layer(self, name: str, state: str, row_exponent: Tensor | None = None) -> None:
         """Notes a layer's state at load; `row_exponent` identifies a nested one.
 

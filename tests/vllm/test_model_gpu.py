@@ -86,9 +86,9 @@ def test_tokens_in_16_bits_equal_plain_vllm_but_for_near_ties(
 
 def test_tokens_are_the_same_after_flips(llm: Any, first: list[Greedy]) -> None:
     for mode in ("fp8", "fp16", "fp8"):
-        control(llm, "set_target", mode=mode)
+        control(llm, "set_target", mode=mode, epoch=0)
         greedy(llm)
-    control(llm, "set_target", mode="fp16")
+    control(llm, "set_target", mode="fp16", epoch=0)
     assert greedy(llm) == first
     status = control(llm, "status")["result"]
     assert status["flips"] >= 4
