@@ -39,7 +39,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from nestedfp.vllm.bench.engine import Engine
 
-        yield Engine(task, check_steps=True, plans={"mlp": ["gate_up_proj", "down_proj"]})
+        yield Engine(task, check_steps=True, plans=["mlp"])
 
 
 @pytest.fixture(scope="module", autouse=True)

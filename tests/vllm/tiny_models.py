@@ -1,9 +1,9 @@
-"""Small random models of several classes, each in plain vLLM and in a nested engine. Prints one JSON line each.
+"""Small random models of several classes, each in plain vLLM and in a nested engine; prints a JSON line each.
 
     python tiny_models.py [NAME ...]
 
-A line holds the counts of the nested engine's layers with the reasons of those that stayed plain, and of every
-prompt token the log-probability and rank under plain vLLM and under both precisions.
+A line holds the counts of the nested engine's layers with the reasons of those that stayed plain, and of
+every prompt token the log-probability and rank under plain vLLM and under both precisions.
 """
 
 import gc
@@ -39,8 +39,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("gemma2", "bfloat16", {"tie_word_embeddings": True, "query_pre_attn_scalar": 32}),
     "mixtral": ("mixtral", "float16", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
-"""By name: transformers' model type, the dtype, what differs from the shared configuration. Qwen2 has biases on
-QKV; vLLM refuses Gemma 2 in float16."""
+"""By name: transformers' model type, the dtype, what differs from the shared configuration. Qwen2 has biases
+on QKV; vLLM refuses Gemma 2 in float16."""
 
 PROMPTS = [[(7 * prompt + 13 * position) % 500 + 3 for position in range(24)] for prompt in range(4)]
 
@@ -122,6 +122,7 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main(names: list[str]) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
     from greedy_reference import ENVIRONMENT
 
     os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
