@@ -61,7 +61,7 @@ class Engine:
         self._held = ExitStack()
         self._parallel = task.get("tensor_parallel", 1)
         compat.fill_dummy_weights(_fill)
-        if self._cuda:
+        if self._cuda and self._parallel == 1:
             compat.watch_worker(PHASES, self._entered, self._left)
             if task.get("share_kv"):
                 self._parking = compat.ParkedKV()
@@ -106,7 +106,7 @@ class Engine:
             self.peak_load_bytes = torch.cuda.max_memory_allocated()
 
     def facts(self) -> dict[str, Any]:
-        """The start, in all and by phase (the rest is the host's), and memory."""
+        """The start, in all and, where the worker lives in this process, by phase; and memory."""
         found = {"start_s": self.start_s, "phases_s": self.phases_s, "memory": self.memory()}
         if self._parallel == 1 and hasattr(self.worker, "kernels_s"):
             found["kernels_s"] = self.worker.kernels_s
