@@ -15,7 +15,7 @@ import torch
 from triton.errors import TritonError
 
 from nestedfp.kernels.dispatch import Backend, Config, Mode, Problem, choose
-from nestedfp.kernels.layout import GROUP, KOrder
+from nestedfp.kernels.layout import PANEL, KOrder
 
 _MOST_PROCESSES = 12
 
@@ -34,7 +34,7 @@ class Job(NamedTuple):
 
 def chosen(mode: Mode, dtype: str, M: int, N: int, K: int) -> Job:
     """What the dispatch chooses on this device for operands laid out well."""
-    order = KOrder.HOPPER if K % GROUP == 0 else KOrder.NATURAL
+    order = KOrder.HOPPER if K % PANEL == 0 else KOrder.NATURAL
     choice = choose(Problem(mode, M, N, K, dtype, order), torch.cuda.get_device_capability())
     return Job(choice.backend, mode, dtype, M, N, K, choice.config)
 
@@ -55,7 +55,7 @@ def compile_ahead(jobs: Iterable[Job]) -> list[str]:
 
 def _identity(job: Job) -> tuple[object, ...]:
     """Jobs with the same one compile the same kernel."""
-    shape = (job.M, job.N, job.K) if job.config is None else (job.N % 8, job.K % GROUP)
+    shape = (job.M, job.N, job.K) if job.config is None else (job.N % 8, job.K % PANEL)
     config = None if job.config is None else tuple(sorted(job.config.items()))
     return (job.backend, job.mode, job.dtype, shape, config)
 
@@ -66,7 +66,7 @@ def _run(job: Job) -> str:
     x = torch.empty(job.M, job.K, dtype=dtype, device="cuda")
     upper = torch.empty(job.N, job.K, dtype=torch.uint8, device="cuda")
     exponent = torch.zeros(job.N, dtype=torch.int8, device="cuda")
-    order = KOrder.HOPPER if job.K % GROUP == 0 else KOrder.NATURAL
+    order = KOrder.HOPPER if job.K % PANEL == 0 else KOrder.NATURAL
     options = {"order": order, "config": job.config}
     try:
         if job.mode is Mode.FP8:

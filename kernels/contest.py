@@ -35,7 +35,7 @@ _CHECKED_TOKENS = 64
 class Operands:
     """Input sets for one [N, K] and dtype, past the cache in sum even where one byte a weight is read.
 
-    Sets differ by the order of rows: distinct memory, the same values.
+    Sets are copies: distinct memory, the same values.
     """
 
     def __init__(self, N: int, K: int, dtype: str, most_tokens: int) -> None:
@@ -69,7 +69,7 @@ class Operands:
 
 
 def _copies(tensor: Tensor, count: int) -> list[Tensor]:
-    return [tensor, *(tensor.roll(i, 0) for i in range(1, count))]
+    return [tensor, *(tensor.clone() for _ in range(1, count))]
 
 
 def _nested_copies(nested: NestedWeight, count: int) -> list[NestedWeight]:

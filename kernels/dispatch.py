@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nestedfp.kernels.layout import GROUP, KOrder
+from nestedfp.kernels.layout import PANEL, KOrder
 
 Config = Mapping[str, int]
 
@@ -98,7 +98,7 @@ def choose_backend(problem: Problem, capability: Capability | None) -> Backend:
 def preferred_order(device: torch.device | str, N: int, K: int) -> KOrder:
     """The order in which `device` wants the columns of a [N, K] weight stored."""
     device = torch.device(device)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and K % GROUP == 0:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) and K % PANEL == 0:
         return KOrder.HOPPER
     return KOrder.NATURAL
 

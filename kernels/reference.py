@@ -7,7 +7,7 @@ float and integer arithmetic that a reader can check by hand. Slow, any device, 
 import torch
 from torch import Tensor
 
-from nestedfp.kernels.layout import KOrder, to_natural
+from nestedfp.kernels.layout import KOrder, unstore
 
 E4M3_MAX = 448.0
 WEIGHT_EXPONENT_OFFSET = 8
@@ -17,10 +17,10 @@ SMALLEST_AMAX = 2.0**-100
 
 def rebuild_16bit(upper: Tensor, lower: Tensor, order: KOrder = KOrder.NATURAL) -> Tensor:
     """The float16 numbers [N, K], natural order, whose bytes are `upper` and `lower`; no row exponent."""
-    high, low = to_natural(upper, order).int(), to_natural(lower, order).int()
-    high = high - ((high & 1) ^ (low >> 7))
-    bits = (high & 0x80) << 8 | (high & 0x7E) << 7 | low
-    return torch.where(bits >= 1 << 15, bits - (1 << 16), bits).short().view(torch.float16)
+    high, low = unstore(upper, order).int(), unstore(lower, order).int()
+    code = high % 128
+    magnitude = (code - code % 2) * 128 + low - 64
+    return torch.where(high < 128, magnitude, magnitude - (1 << 15)).short().view(torch.float16)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def linear_fp8(
 ) -> Tensor:
     """y [M, N] = quantised x [M, K] times the E4M3 weights; the dtype as for `linear_16bit`."""
     codes, scale = quantize(x)
-    w = to_natural(upper, order).view(torch.float8_e4m3fn).to(accumulate)
+    w = unstore(upper, order).view(torch.float8_e4m3fn).to(accumulate)
     y = (codes.to(accumulate) @ w.T) * scale.to(accumulate)[:, None]
     return _finish(y, torch.exp2(row_exponent.to(accumulate) - WEIGHT_EXPONENT_OFFSET), bias, x.dtype)
 

@@ -1,23 +1,32 @@
 """The bit-level contract of the NestedFP format. Every kernel refers to this page.
 
 A float16 number is a sign S, five exponent bits E4..E0 (bias 15) and ten mantissa bits M9..M0. Where
-|w| < 2 the bit E4 is zero, and fifteen bits remain to be kept in two bytes:
+|w| < 2 the bit E4 is zero, and two bytes keep the sign and the magnitude m = E3..E0 M9..M0:
 
-    upper = S E3 E2 E1 E0 M9 M8 M7   + 1 if M6..M0 round up (to nearest, ties to even)
-    lower = M7 M6 M5 M4 M3 M2 M1 M0    the low eight bits of w, unchanged
+    code  = m / 128 rounded to nearest, ties to even, at most 0x7E
+    upper = S << 7 | code
+    lower = (m + 64) & 0xFF
 
 `upper`, read as E4M3 (bias 7), is the FP8 number nearest to w * 2^8: both formats keep the same four
-exponent bits once the biases differ by eight, subnormals included. `lower` repeats M7, and that bit
-tells whether `upper` was rounded up: if the lowest bit of `upper` differs from M7, it was. So
+exponent bits once the biases differ by eight, subnormals included. The code 0x7F is NaN in E4M3, so
+rounding never reaches it: w rebuilds exactly for |w| < 1.875 (m < 0x3F80) and FP8 saturates at 1.75
+(448 * 2^-8).
 
-    borrow = (upper & 1) ^ (lower >> 7)
-    u      = upper - borrow
-    w      = (u & 0x80) << 8 | (u & 0x7E) << 7 | lower
+An even code has m from 64 below (code & 0x7E) << 7 to 64 above it (0x7E: to 127 above); an odd one, to which
+no tie rounds, from 65 to 191 above. So m + 64 is 0 to 255 more than this multiple of 256: six bits of the
+code are its high byte, `lower` is its low byte, and
 
-The code 0x7F is NaN in E4M3, so rounding never reaches it: w rebuilds exactly for |w| < 1.875 and FP8
-saturates at 1.75 (448 * 2^-8). The splitting follows NestedFP (arXiv 2506.02024). The paper leaves a
-layer with one larger weight in FP16; here each row carries a power of two that brings its largest
-magnitude into (0.875, 1.75], so every row nests, and small rows use E4M3's whole range.
+    w = S << 15 | ((code & 0x7E) << 7 | lower) - 64
+
+Whichever way the code was rounded, rebuilding is a concatenation and one subtraction. The difference is m, so
+nothing is borrowed from the sign, nor from a neighbour: two weights in a 32-bit word take one subtraction of
+0x00400040. The low eight bits of m itself would hold as much, but rounding would then have to be found and
+undone byte by byte. Not every pair of bytes is a weight: two bytes of zero rebuild to NaN, so a kernel that
+pads K with zeros of x must not multiply them with zero bytes.
+
+The splitting follows NestedFP (arXiv 2506.02024), which keeps the low eight bits and leaves a layer with one
+larger weight in FP16; here each row carries a power of two that brings its largest magnitude into
+(0.875, 1.75], so every row nests, and small rows use E4M3's whole range.
 
 Functions here work on any device and on whole tensors; `nestedfp.weight` walks a layer in row blocks.
 """
@@ -36,6 +45,7 @@ FP8_EXPONENT_OFFSET = 8
 
 _EXACT_BITS = 0x3F80
 _TOP_CODE = 0x7E
+_OFFSET = 64
 
 
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,19 +70,22 @@ def split_unchecked(w: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = bits & 0x7FFF
     code = (magnitude + 63 + ((magnitude >> 7) & 1)) >> 7
     upper = (bits >> 15) << 7 | code.clamp_(max=_TOP_CODE)
-    return upper.to(torch.uint8), (bits & 0xFF).to(torch.uint8)
+    lower = magnitude.add_(_OFFSET).bitwise_and_(0xFF)
+    return upper.to(torch.uint8), lower.to(torch.uint8)
 
 
 def rebuild(upper: Tensor, lower: Tensor) -> Tensor:
-    """The float16 tensor whose `split` gave `upper` and `lower` (uint8, equal shapes), bit for bit."""
+    """The float16 tensor whose `split` gave `upper` and `lower` (uint8, equal shapes), bit for bit.
+
+    Bytes that no `split` gives are not refused; they rebuild to anything.
+    """
     for name, byte in (("upper", upper), ("lower", lower)):
         if byte.dtype != torch.uint8:
             raise TypeError(f"rebuild: {name} has dtype {byte.dtype}, expected torch.uint8")
     if upper.shape != lower.shape:
         raise ValueError(f"rebuild: upper has shape {tuple(upper.shape)}, lower {tuple(lower.shape)}")
     high, low = upper.to(torch.int32), lower.to(torch.int32)
-    high -= (high & 1) ^ (low >> 7)
-    bits = (high & 0x80) << 8 | (high & 0x7E) << 7 | low
+    bits = (high & 0x80) << 8 | ((high & 0x7E) << 7 | low) - _OFFSET
     return bits.to(torch.int16).view(torch.float16)
 
 

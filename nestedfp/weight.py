@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from nestedfp.format import FP8_EXPONENT_OFFSET, exponents_of, rebuild, row_maxima, split_unchecked
-from nestedfp.kernels.layout import KOrder, check_order, to_natural, to_order
+from nestedfp.kernels.layout import KOrder, check_order, to_natural, to_order, unstore
+from nestedfp.kernels.layout import rows as rows_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -66,7 +67,7 @@ class Exactness:
 class NestedWeight:
     """The nested form of w [N, K].
 
-    upper, lower: uint8 [N, K], columns in `order`. row_exponent: int8 [N]. dtype: the dtype of w, which
+    upper, lower: uint8 [N, K], stored in `order`. row_exponent: int8 [N]. dtype: the dtype of w, which
     `merge` restores and which activations must have. exactness: the report of nesting.
     """
 
@@ -88,11 +89,10 @@ class NestedWeight:
     def merge(self) -> Tensor:
         """w [N, K], contiguous, natural order: bit for bit what was nested wherever `exactness` says so."""
         w = torch.empty(self.shape, dtype=self.dtype, device=self.upper.device)
+        upper, lower = rows_of(self.upper, self.order), rows_of(self.lower, self.order)
         for rows in _row_blocks(w):
-            w[rows] = to_natural(
-                _merge_rows(self.upper[rows], self.lower[rows], self.row_exponent[rows], self.dtype),
-                self.order,
-            )
+            high, low = (byte[rows].reshape(w[rows].shape) for byte in (upper, lower))
+            w[rows] = to_natural(_merge_rows(high, low, self.row_exponent[rows], self.dtype), self.order)
         return w
 
     def fp8(self) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ class NestedWeight:
 
         The E4M3 tensor shares memory with `upper` where the stored order is natural.
         """
-        codes = to_natural(self.upper, self.order).view(torch.float8_e4m3fn)
+        codes = unstore(self.upper, self.order).view(torch.float8_e4m3fn)
         return codes, torch.exp2(self.row_exponent.float() - FP8_EXPONENT_OFFSET)
 
 
@@ -133,7 +133,9 @@ def nest(w: Tensor, *, order: KOrder = KOrder.NATURAL, require_exact: bool = Tru
         rebuilt = _merge_rows(high, low, exponents[rows], w.dtype)
         inexact[rows] = (rebuilt.view(torch.int16) != block.contiguous().view(torch.int16)).any(dim=1)
         errors[rows] = (rebuilt.float() - block.float()).abs().amax(dim=1)
-        upper[rows], lower[rows] = to_order(high, order), to_order(low, order)
+        for stored, byte in ((upper, high), (lower, low)):
+            view = rows_of(stored, order)[rows]
+            view.copy_(to_order(byte, order).view(view.shape))
     report = _report(exponents, inexact, errors)
     if require_exact and report.inexact_rows:
         raise InexactRowsError(report)

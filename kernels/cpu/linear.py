@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.cpu.operands import BLOCK_ROWS, CHUNK, STREAM_TOKENS, Field, Variant
-from nestedfp.kernels.layout import KOrder, to_order
+from nestedfp.kernels.layout import KOrder, unstore
 
 if TYPE_CHECKING:
     from nestedfp.kernels.cpu import emit
@@ -76,10 +76,13 @@ def _linear(
     y = torch.empty((M, N), dtype=x.dtype)
     if M == 0 or N == 0:
         return y
-    if order is not KOrder.NATURAL:
-        x = to_order(x, order)
+    # An order made for a GPU is undone in each call.
+    upper, lower = unstore(upper, order), unstore(lower, order)
     if K < CHUNK:
-        x, upper, lower = (torch.nn.functional.pad(t, (0, CHUNK - K)) for t in (x, upper, lower))
+        # Zeros of x meet some weight: the bytes 64 and 64 are one, 0 and 0 would rebuild to NaN.
+        padding = (0, CHUNK - K)
+        x = torch.nn.functional.pad(x, padding)
+        upper, lower = (torch.nn.functional.pad(byte, padding, value=64) for byte in (upper, lower))
         K = CHUNK
     if x.stride(1) != 1:
         x = x.contiguous()

@@ -141,19 +141,16 @@ class _Weight:
         """Sixteen weights as float32: rebuilt from both bytes, or e4m3(upper) * 2^-8.
 
         The E4M3 code S EEEE MMM, its sign kept in place and the rest moved to bits 13 to 7, is the float16
-        number e4m3 * 2^-8. The fourteen low bits of w differ from these by d, between -64 and 127 since
-        `upper` was rounded from them, and d is lower - (upper << 7) modulo 256: `lower`, its top bit flipped
-        where `upper` is odd, read as a signed byte. That is the contract's borrow without a branch.
+        number e4m3 * 2^-8. In 16 bits the code's lowest bit is dropped, and `lower` - 64 makes up the rest.
         """
         b = self._b
         offset = b.ir.add(row, chunk_start(b, k, self._K))
         upper = b.load(self._upper, offset, I8, CHUNK)
         bits = b.ir.shl(b.ir.sext(upper, _SHORTS), splat(_SHORTS, 7))
-        bits = b.ir.and_(bits, splat(_SHORTS, ~0x4000))
+        bits = b.ir.and_(bits, splat(_SHORTS, ~0x4000 if self._fp8 else ~0x4080))
         if not self._fp8:
-            odd = b.ir.shl(upper, splat(upper.type, 7))
-            difference = b.ir.xor(b.load(self._lower, offset, I8, CHUNK), odd)
-            bits = b.ir.add(bits, b.ir.sext(difference, _SHORTS))
+            lower = b.ir.zext(b.load(self._lower, offset, I8, CHUNK), _SHORTS)
+            bits = b.ir.sub(b.ir.add(bits, lower), splat(_SHORTS, 64))
         return b.ir.fpext(b.ir.bitcast(bits, vector(F16, CHUNK)), vector(F32, CHUNK))
 
 

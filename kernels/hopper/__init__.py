@@ -12,9 +12,8 @@ __all__ = ["candidates", "linear_16bit", "linear_fp8"]
 def candidates(mode: Mode, M: int, N: int, K: int, dtype: str) -> list[Config]:
     """Configurations worth timing for a product, as `linear_16bit` and `linear_fp8` take them.
 
-    They are what a table stores. The first is the rule's own, where the mode has one. dtype: "float16" or
-    "bfloat16".
+    They are what a table stores, the same ones for either `dtype`.
     """
     if mode is Mode.FP8:
         return fp8.candidates(M, N, K)
-    return sixteen.candidates(M, N, K, dtype)
+    return sixteen.candidates(M, N, K)

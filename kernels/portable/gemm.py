@@ -20,11 +20,11 @@ import triton.language as tl
 
 @triton.jit
 def stored_column(position):
-    """k(p) of `KOrder.HOPPER`: position t*16 + j*4 + h*2 + b holds k = j*16 + h*8 + t*2 + b."""
-    t = position // 16 % 4
-    j = position // 4 % 4
+    """k(p) of `KOrder.HOPPER`: position t*32 + s*16 + j*4 + h*2 + b holds s*64 + j*16 + h*8 + t*2 + b."""
+    t = position // 32 % 4
+    sj = position // 4 % 8
     h = position // 2 % 2
-    return position // 64 * 64 + j * 16 + h * 8 + t * 2 + position % 2
+    return position // 128 * 128 + sj * 16 + h * 8 + t * 2 + position % 2
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def rebuild(upper, lower):
     """float16 weights from their bytes, before the row exponent."""
     high = upper.to(tl.int32)
     low = lower.to(tl.int32)
-    high -= (high & 1) ^ (low >> 7)
-    return ((high & 0x80) << 8 | (high & 0x7E) << 7 | low).to(tl.int16).to(tl.float16, bitcast=True)
+    bits = (high & 0x80) << 8 | ((high & 0x7E) << 7 | low) - 64
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def gemm_kernel(
     a_ptr, upper_ptr, lower_ptr, y_ptr, row_exponent_ptr, row_scale_ptr, bias_ptr,
     M, N, K, a_stride_m, a_stride_k,
     FP8: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr, PERMUTED: tl.constexpr,
+    PANELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -72,27 +73,29 @@ def gemm_kernel(
     column_in = columns < N
 
     a_rows = a_ptr + rows.to(tl.int64)[:, None] * a_stride_m
-    w_rows = columns.to(tl.int64)[None, :] * K
+    w_rows = columns.to(tl.int64)[None, :] * (128 if PANELS else K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         position = start + tl.arange(0, BLOCK_K)
         inside = position < K
         k = stored_column(position) if PERMUTED else position
         a = tl.load(a_rows + k[None, :] * a_stride_k, mask=row_in[:, None] & inside[None, :], other=0.0)
+        w = w_rows + (position.to(tl.int64) // 128 * 128 * N + position % 128 if PANELS else position)[:, None]
         w_mask = inside[:, None] & column_in[None, :]
-        upper = tl.load(upper_ptr + w_rows + position[:, None], mask=w_mask, other=0)
+        upper = tl.load(upper_ptr + w, mask=w_mask, other=0)
         if NATIVE:
             acc = tl.dot(a, upper.to(tl.float8e4nv, bitcast=True), acc)
         elif FP8:
             acc = tl.dot(a, widen(upper), acc)
         else:
-            lower = tl.load(lower_ptr + w_rows + position[:, None], mask=w_mask, other=0)
+            # 64 beside an upper byte of 0 is a weight of zero.
+            lower = tl.load(lower_ptr + w, mask=w_mask, other=64)
             # With bfloat16 activations the weight was bfloat16 too: the conversion rounds nothing away.
-            w = rebuild(upper, lower).to(tl.float32)
+            weights = rebuild(upper, lower).to(tl.float32)
             if WIDE:
-                acc = tl.dot(a.to(tl.float32), w, acc, input_precision="ieee")
+                acc = tl.dot(a.to(tl.float32), weights, acc, input_precision="ieee")
             else:
-                acc = tl.dot(a, w.to(a.dtype), acc)
+                acc = tl.dot(a, weights.to(a.dtype), acc)
 
     exponent = tl.load(row_exponent_ptr + columns, mask=column_in, other=0).to(tl.float32)
     if NATIVE:

@@ -29,8 +29,7 @@ def linear_16bit(
 ) -> Tensor:
     """y [M, N] for x [M, K], as `nestedfp.kernels.linear_16bit`, which checks the operands."""
     y = torch.empty((x.shape[0], upper.shape[0]), dtype=x.dtype, device=x.device)
-    permuted = order is KOrder.HOPPER
-    _launch(x, upper, lower, row_exponent, None, bias, y, permuted, config or default_config(x.shape[0]))
+    _launch(x, upper, lower, row_exponent, None, bias, y, order, config or default_config(x.shape[0]))
     return y
 
 
@@ -52,7 +51,7 @@ def linear_fp8(
     quantize_kernel[(M,)](
         x, codes, scale, K, *x.stride(), PERMUTED=order is KOrder.HOPPER, BLOCK_K=_QUANTIZE_COLUMNS
     )
-    _launch(codes, upper, None, row_exponent, scale, bias, y, False, config or default_config(M))
+    _launch(codes, upper, None, row_exponent, scale, bias, y, order, config or default_config(M))
     return y
 
 
@@ -103,7 +102,7 @@ def _launch(
     row_scale: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    permuted: bool,
+    order: KOrder,
     config: Config,
 ) -> None:
     (M, K), N = a.shape, upper.shape[0]
@@ -124,6 +123,7 @@ def _launch(
         FP8=lower is None,
         NATIVE=a.dtype is torch.float8_e4m3fn,
         WIDE=a.dtype is torch.bfloat16 and not _has_capability(a.device, _BFLOAT16_TENSOR_CORES),
-        PERMUTED=permuted,
+        PERMUTED=order is KOrder.HOPPER and lower is not None,
+        PANELS=order is KOrder.HOPPER,
         **config,
     )

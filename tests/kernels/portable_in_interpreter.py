@@ -9,12 +9,13 @@ import json
 import torch
 from torch import Tensor
 
+from nestedfp.format import split
 from nestedfp.kernels import reference
-from nestedfp.kernels.layout import KOrder, to_order
+from nestedfp.kernels.layout import PANEL, KOrder, store, to_order
 from nestedfp.kernels.portable.gemm import quantize_kernel
 from nestedfp.kernels.portable.linear import linear_16bit, linear_fp8
 
-SHAPES = [(1, 1, 1), (1, 33, 64), (3, 40, 70), (5, 7, 192), (17, 65, 130), (70, 50, 64)]
+SHAPES = [(1, 1, 1), (1, 33, 128), (3, 40, 70), (5, 7, 192), (17, 65, 130), (70, 50, 256)]
 
 
 def strided(M: int, K: int, dtype: torch.dtype, kind: str) -> Tensor:
@@ -29,22 +30,22 @@ def relative(y: Tensor, truth: Tensor) -> float:
     return float((y.double() - truth).norm() / truth.norm())
 
 
+def random_weight(N: int, K: int, dtype: torch.dtype) -> Tensor:
+    """float16 [N, K], all bit patterns below 1.875 alike, rounded to `dtype`; 0x3F78 is its largest there."""
+    magnitude = torch.randint(0, 0x3F79, (N, K), dtype=torch.int16).view(torch.float16)
+    return torch.where(torch.rand(N, K) < 0.5, magnitude, -magnitude).to(dtype).half()
+
+
 def products() -> dict[str, float]:
     errors = {}
     kinds = itertools.cycle(["contiguous", "transposed", "every other"])
     for (M, N, K), dtype, order in itertools.product(SHAPES, (torch.float16, torch.bfloat16), KOrder):
-        if order is KOrder.HOPPER and K % 64:
+        if order is KOrder.HOPPER and K % PANEL:
             continue
         for _ in range(2):
             kind = next(kinds)
             x = strided(M, K, dtype, kind)
-            upper = torch.randint(0, 256, (N, K), dtype=torch.uint8)
-            upper[(upper & 0x7F) == 0x7F] = 0x41
-            lower = torch.randint(0, 256, (N, K), dtype=torch.uint8)
-            # A bfloat16 weight has seven mantissa bits: the three lowest of ten are zero.
-            lower = lower & 0xF8 if dtype is torch.bfloat16 else lower
-            # An odd upper byte of zero magnitude cannot have been rounded up.
-            lower[(upper & 0x7F) == 0] &= 0x7F
+            upper, lower = split(random_weight(N, K, dtype))
             exponent = torch.randint(-12, 9, (N,), dtype=torch.int8)
             bias = torch.randn(N, dtype=dtype) if kind == "contiguous" else None
             name = f"{M}x{N}x{K} {str(dtype).removeprefix('torch.')} {order} {kind}"
@@ -61,13 +62,12 @@ def products() -> dict[str, float]:
 
 def identity_product(order: KOrder) -> float:
     """Largest error of x = 1: every product is one weight, so 16-bit mode must return it as it is."""
-    K = 64
-    upper = torch.randint(0, 256, (48, K), dtype=torch.uint8)
-    lower = torch.randint(0, 256, (48, K), dtype=torch.uint8)
-    lower[(upper & 0x7F) == 0] &= 0x7F
+    K = 128
+    w = random_weight(48, K, torch.float16)
+    upper, lower = (store(byte, order) for byte in split(w))
     exponent = torch.zeros(48, dtype=torch.int8)
     y = linear_16bit(torch.eye(K, dtype=torch.float16), upper, lower, exponent, order=order)
-    return float((y.T.double() - reference.rebuild_16bit(upper, lower, order).double()).abs().max())
+    return float((y.T.double() - w.double()).abs().max())
 
 
 def quantizer_differences(order: KOrder, dtype: torch.dtype) -> float:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestedfp.format import rebuild, row_exponents, split
+from nestedfp.kernels.reference import rebuild_16bit
 
 ALL_FP16 = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
 EXACT = ALL_FP16[ALL_FP16.abs().nan_to_num(nan=torch.inf) < 1.875]
@@ -33,6 +34,11 @@ def test_covers_every_promised_pattern() -> None:
 
 def test_rebuild_is_the_inverse_of_split_bit_for_bit() -> None:
     rebuilt = rebuild(*split(EXACT))
+    assert torch.equal(rebuilt.view(torch.int16), EXACT.view(torch.int16))
+
+
+def test_the_reference_of_the_kernels_rebuilds_the_same() -> None:
+    rebuilt = rebuild_16bit(*(byte[None] for byte in split(EXACT)))[0]
     assert torch.equal(rebuilt.view(torch.int16), EXACT.view(torch.int16))
 
 
@@ -63,10 +69,38 @@ def test_upper_agrees_with_torch_conversion_wherever_that_saturates_alike() -> N
     assert torch.equal(upper, reference.view(torch.uint8))
 
 
-def test_lower_is_the_low_byte() -> None:
-    lower = split(EXACT)[1]
-    low_bytes = EXACT.view(torch.uint8).reshape(-1, 2)[:, 0]
-    assert torch.equal(lower, low_bytes)
+def magnitude_bits(w: torch.Tensor) -> np.ndarray:
+    return np.abs(w.numpy()).view(np.uint16).astype(np.int64)
+
+
+def test_lower_is_the_distance_from_an_even_code_plus_64() -> None:
+    upper, lower = (byte.numpy().astype(np.int64) for byte in split(EXACT))
+    code = upper % 128
+    # An even code, read eight binades lower, is itself a float16 number: the one that the distance is from.
+    even = torch.from_numpy(np.abs(E4M3)[code - code % 2] / 256).half()
+    distance = magnitude_bits(EXACT) - magnitude_bits(even)
+    assert (lower == distance + 64).all()
+    odd = code % 2 == 1
+    assert distance[odd].min() == 65
+    assert distance[odd].max() == 191
+    assert distance[~odd].min() == -64
+    assert distance[~odd & (code < 0x7E)].max() == 64
+    assert distance[code == 0x7E].max() == 127
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_one_subtraction_rebuilds_two_weights(half: int) -> None:
+    """Every weight in one half of a word beside extremes in the other: a borrow would change either."""
+    upper, lower = (byte.numpy().astype(np.int64) for byte in split(EXACT))
+    patterns = EXACT.view(torch.int16).numpy().astype(np.int64) % 65536
+    joined = (upper & 0x80) << 8 | (upper >> 1 & 0x3F) << 8 | lower
+    extremes = np.flatnonzero(np.isin(patterns % 0x8000, [0, 1, 64, 65, 191, 192, 193, 0x3EFF, 0x3F7F]))
+    assert len(extremes) == 18
+    for other in extremes:
+        pair = [joined, joined[other]] if half == 0 else [joined[other], joined]
+        expected = [patterns, patterns[other]] if half == 0 else [patterns[other], patterns]
+        words = (pair[1] << 16 | pair[0]) - 0x00400040
+        assert (words == (expected[1] << 16 | expected[0])).all()
 
 
 @pytest.mark.parametrize("value", [1.875, -1.875, 2.0, 65504.0, math.inf, -math.inf, math.nan])

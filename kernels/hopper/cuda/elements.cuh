@@ -23,3 +23,14 @@ __device__ __forceinline__ float widen(u16 bits) {
   return value;
 #endif
 }
+
+#if BFLOAT16
+// Two float16 numbers of at most eight significant bits as bfloat16: exact, as float32 holds either.
+__device__ __forceinline__ u32 as_bfloat16(u32 pair) {
+  float low, high;
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+  return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+}
+#endif

@@ -1,22 +1,27 @@
 // y [M, N] = x [M, K] w^T * 2^row_exponent (+ bias), w [N, K] rebuilt exactly in registers, on Hopper.
 //
-// Operands. x: 16-bit floats, rows on 16-byte boundaries; upper, lower: bytes [N, K] in the stored order of
-// `KOrder.HOPPER`, so K is a multiple of 64. M and N are free: the copy engine fills what lies outside with zeros and
-// clips what is stored outside. partials, flags: scratch for tiles that several CTAs share; flags are zero before and
-// after. Products that share scratch run one after another.
+// Operands. x: 16-bit floats, rows on 16-byte boundaries; upper, lower: bytes in the stored order of `KOrder.HOPPER`,
+// panels of N rows by 128 of K one after another, so K is a multiple of 128. M and N are free: the copy engine fills
+// what lies outside x with zeros; weight rows past N belong to the next panel, and nothing of them is stored.
+// partials, counters: scratch for tiles whose K is cut; counters are zero before and after. Products that share
+// scratch run one after another.
 //
-// A tile is ROWS weight rows by TOKENS tokens, computed transposed: the weights are wgmma's A operand, which may come
-// from registers, and its N side takes any multiple of 8 tokens, so that tiles can fill whole waves.
-// * one thread streams x and both byte planes through STAGES buffers by TMA, 64 of K a stage. CTAs of a cluster that
-//   share a panel each fetch a part of it and multicast it: without that, small tiles wait for the L2;
-// * CONSUMERS warpgroups own BLOCKS * 64 rows each. A thread's share of 64 of K of one row is 16 adjacent bytes of
-//   each plane; it rebuilds the weights of one block while the block before multiplies, in two sets of registers;
-// * a warpgroup scales, adds the bias, transposes through shared memory and stores by itself, while the producer
-//   fills buffers for the next tile and the other warpgroups go on.
-// schedule.cuh says how tiles are shared; the sums of a shared tile are added in the order of K.
+// A tile is CONSUMERS * 64 weight rows by TOKENS tokens, computed transposed: the weights are wgmma's A operand, which
+// may come from registers, and its N side takes any multiple of 8 tokens, so that tiles can fill whole waves.
+// * one thread streams both byte planes, 128 of K a stage, another x, 64 of K a stage: rows of 128 bytes either way,
+//   since the copy engine takes its time by rows. CTAs of a cluster that share a panel each fetch a part of it and
+//   multicast it: without that, small tiles wait for the L2;
+// * CONSUMERS warpgroups own 64 rows each. A thread's share of 128 of K of one row is 32 adjacent bytes of each plane.
+//   With SETS = 2 sets of registers a warpgroup rebuilds one step while its step before multiplies; with one set,
+//   which leaves room for more warpgroups, it rebuilds while the others multiply. AHEAD it loads the bytes of the
+//   next 128 of K before it multiplies the last of these, which pays where one warpgroup multiplies few tokens;
+// * a warp scales, adds the bias, transposes through shared memory and stores by itself, while the producers fill
+//   buffers for the next tile and the other warpgroups go on.
+// schedule.cuh says how tiles are shared and why gathering the parts of a tile cannot deadlock.
 //
 // Roof: two bytes a weight over the memory bandwidth for few tokens, the tensor cores' rate for many; between them
-// the L2, which feeds (TOKENS + ROWS) * 128 bytes a stage, divided by the clusters' sharing.
+// shared memory, whose 128 bytes a cycle take in (TOKENS + ROWS) * 128 a step, read as many for the weights and feed
+// every warpgroup's wgmma with all tokens.
 #include "ptx.cuh"
 #include "elements.cuh"
 #include "schedule.cuh"
@@ -25,91 +30,104 @@
 namespace {
 
 constexpr int CLUSTER = CLUSTER_TOKENS * CLUSTER_ROWS;
-constexpr int ROWS = 64 * BLOCKS * CONSUMERS;
-constexpr int STEP = 64;
-constexpr int UNIT_STEPS = 2;
-constexpr int TOKEN_BYTES = TOKENS * STEP * 2;
-constexpr int PLANE_BYTES = ROWS * STEP;
-constexpr int STAGE_BYTES = TOKEN_BYTES + 2 * PLANE_BYTES;
-constexpr int SLICE_BYTES = SLICE * 64 * 2;  // tokens staged at once, 64 weight rows each
-constexpr int OUTPUT_OFFSET = STAGES * STAGE_BYTES;
-constexpr int BARRIER_OFFSET = OUTPUT_OFFSET + CONSUMERS * 2 * SLICE_BYTES;
+constexpr int ROWS = 64 * CONSUMERS;
+constexpr int STEP = 64;  // of K: what one stage of x holds, and a quarter of the products of a unit
+constexpr int UNIT = 128;  // of K: what one stage of weights holds
+constexpr int X_BYTES = TOKENS * STEP * 2;
+constexpr int PLANE_BYTES = ROWS * UNIT;
+constexpr int WEIGHT_OFFSET = X_STAGES * X_BYTES;
+constexpr int OUTPUT_OFFSET = WEIGHT_OFFSET + WEIGHT_STAGES * 2 * PLANE_BYTES;
+constexpr int BARRIER_OFFSET = OUTPUT_OFFSET + CONSUMERS * 4 * SLICE * 32;  // a warp stages SLICE tokens of 16 rows
+constexpr int SLICES = TOKENS / SLICE;
 constexpr int SUMS = TOKENS / 2;
-constexpr int WAITS = CLUSTER_TOKENS + CLUSTER_ROWS - 1;  // CTAs that a panel of this one goes to
 
-static_assert(TOKENS % (16 * CLUSTER_ROWS) == 0 && TOKENS <= 256);
+static_assert(TOKENS % (8 * CLUSTER_ROWS) == 0 && TOKENS <= 256);
 static_assert(ROWS % (8 * CLUSTER_TOKENS) == 0);
-static_assert(TOKENS % SLICE == 0 && SLICE % 16 == 0 && SLICE_BYTES % 1024 == 0);
+static_assert(TOKENS % SLICE == 0 && SLICE % 16 == 0);
 
-// Four weights of the two byte planes as two pairs of 16-bit floats; nestedfp/kernels/hopper/rebuild.py derives it.
-__device__ __forceinline__ void rebuild(u32 upper, u32 lower, u32& first, u32& second) {
-  const u32 high = upper - (lower >> 7 & 0x01010101);
+// Four weights of the two byte planes as two pairs of 16-bit floats: nestedfp/format.py says why this rebuilds them.
+// Five instructions are for the narrow integer pipe; the subtractions are written as multiply-adds, with a factor
+// that the compiler does not know to be one, so that they run beside them on the pipe of float multiplications.
+__device__ __forceinline__ void rebuild(u32 upper, u32 lower, u32 one, u32& first, u32& second) {
+  const u32 high = (upper & 0x80808080) | (upper >> 1 & 0x3F3F3F3F);
+  first = __byte_perm(lower, high, 0x5140) * one - 0x00400040;
+  second = __byte_perm(lower, high, 0x7362) * one - 0x00400040;
 #if BFLOAT16
-  const u32 magnitude = high >> 1 & 0x3F3F3F3F;
-  u32 low_pair = __byte_perm(lower, magnitude, 0x5140), high_pair = __byte_perm(lower, magnitude, 0x7362);
-  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(low_pair) : "r"(0x74007400));
-  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(high_pair) : "r"(0x74007400));
-  low_pair = low_pair >> 3 | (__byte_perm(upper, 0, 0x1404) & 0x80008000);
-  high_pair = high_pair >> 3 | (__byte_perm(upper, 0, 0x3424) & 0x80008000);
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(first) : "r"(low_pair), "r"(0x70807080));
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(second) : "r"(high_pair), "r"(0x70807080));
-#else
-  const u32 bytes = (high & 0x80808080) | (high >> 1 & 0x3F3F3F3F);
-  first = __byte_perm(lower, bytes, 0x5140);
-  second = __byte_perm(lower, bytes, 0x7362);
+  first = as_bfloat16(first);
+  second = as_bfloat16(second);
 #endif
 }
 
-// wgmma's A fragments of 64 rows by 64 of K: four registers for each 16 of K. `from` is the thread's first row in a
-// plane whose 64-byte rows are in the 64-byte swizzle, which is the same for that row and the eighth after it.
-__device__ __forceinline__ void load_weights(u32 (&weights)[16], u32 from) {
+// A thread's share of 64 rows by 64 of K: 16 bytes of each plane in two rows. `from` is where its first row's lie in a
+// plane in the 128-byte swizzle, which is the same for that row and the eighth after it.
+struct Bytes {
   u32 upper[2][4], lower[2][4];
+  __device__ __forceinline__ void load(u32 from) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    ptx::load_shared(upper[h], from + h * 8 * STEP);
-    ptx::load_shared(lower[h], from + h * 8 * STEP + PLANE_BYTES);
+    for (int h = 0; h < 2; ++h) {
+      ptx::load_shared(upper[h], from + h * 8 * UNIT);
+      ptx::load_shared(lower[h], from + h * 8 * UNIT + PLANE_BYTES);
+    }
   }
+  // As wgmma's A fragments: four registers for each 16 of K.
+  __device__ __forceinline__ void rebuild(u32 (&weights)[16], u32 one) const {
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) rebuild(upper[h][j], lower[h][j], weights[j * 4 + h], weights[j * 4 + h + 2]);
-}
+      for (int h = 0; h < 2; ++h)
+        ::rebuild(upper[h][j], lower[h][j], one, weights[j * 4 + h], weights[j * 4 + h + 2]);
+  }
+};
 
+// Where a pipeline of COUNT buffers stands: its next buffer, and the parity of its use of the buffers so far.
+template <int COUNT>
 struct Ring {
   int stage = 0;
   u32 parity = 0;
   __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) {
+    if (++stage == COUNT) {
       stage = 0;
       parity ^= 1;
     }
   }
 };
 
+// Where a warp stages half (16 bytes) of the 16 rows of `token`: eight tokens in turn lie in different banks.
+__device__ __forceinline__ u32 staged(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2 & 1)) << 4); }
+
+// The tile of one CTA: its first row and token, and how many slices of it belong to the tile before.
+struct Corner {
+  int row, token, skip;
+};
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     gemm_16bit(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap upper_map,
-               const __grid_constant__ TensorMap lower_map, const __grid_constant__ TensorMap y_map, u16* y,
-               const signed char* row_exponent, const u16* bias, float* partials, u32* flags, int M, int N, int K,
-               int group, int stream_tiles, int bulk) {
+               const __grid_constant__ TensorMap lower_map, u16* y,
+               const signed char* row_exponent, const u16* bias, float* partials, u32* counters, int M, int N, int K,
+               int group, int cut, int parts, int wide) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
-  const u32 full = base + BARRIER_OFFSET, empty = full + STAGES * 8;
+  const u32 x_full = base + BARRIER_OFFSET, x_empty = x_full + X_STAGES * 8;
+  const u32 weight_full = x_empty + X_STAGES * 8, weight_empty = weight_full + WEIGHT_STAGES * 8;
   const u32 rank = CLUSTER == 1 ? 0 : ptx::cluster_rank();
   const u32 rank_token = rank % CLUSTER_TOKENS, rank_row = rank / CLUSTER_TOKENS;
   const int row_tiles = (N + ROWS * CLUSTER_ROWS - 1) / (ROWS * CLUSTER_ROWS);
   const int token_tiles = (M + TOKENS * CLUSTER_TOKENS - 1) / (TOKENS * CLUSTER_TOKENS);
-  const int tile_units = (K + STEP * UNIT_STEPS - 1) / (STEP * UNIT_STEPS);
-  const int worker = blockIdx.x / CLUSTER;
-  const Schedule schedule(worker, gridDim.x / CLUSTER, row_tiles * token_tiles, stream_tiles, tile_units);
+  const int last_token = max((M + SLICE - 1) / SLICE * SLICE - TOKENS, 0);
+  const Schedule schedule(blockIdx.x / CLUSTER, gridDim.x / CLUSTER, row_tiles * token_tiles, cut, parts, K / UNIT);
   const u32 warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
   const u32 thread = threadIdx.x % 128;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; ++i) {
-      ptx::barrier_init(full + i * 8, 1);
-      ptx::barrier_init(empty + i * 8, CONSUMERS * 4 * WAITS);
+    for (int i = 0; i < X_STAGES; ++i) {
+      ptx::barrier_init(x_full + i * 8, 1);
+      ptx::barrier_init(x_empty + i * 8, CONSUMERS * 4 * CLUSTER_ROWS);
+    }
+    for (int i = 0; i < WEIGHT_STAGES; ++i) {
+      ptx::barrier_init(weight_full + i * 8, 1);
+      ptx::barrier_init(weight_empty + i * 8, CONSUMERS * 4 * CLUSTER_TOKENS);
     }
     ptx::barrier_init_fence();
   }
@@ -119,73 +137,61 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     __syncthreads();
   ptx::let_next_kernel_start();
 
-  auto corner = [&](int tile) {
-    Position at = position(tile, row_tiles, token_tiles, group);
-    at.row = (at.row * CLUSTER_ROWS + rank_row) * ROWS;
-    at.token = (at.token * CLUSTER_TOKENS + rank_token) * TOKENS;
-    return at;
+  // The copy engine is slow where a box reaches past the last token, so the last tile begins where it ends there.
+  auto corner = [&](int tile) -> Corner {
+    const Position at = position(tile, row_tiles, token_tiles, group);
+    const int token = (at.token * CLUSTER_TOKENS + rank_token) * TOKENS;
+    const int from = min(token, last_token);
+    return {(at.row * CLUSTER_ROWS + int(rank_row)) * ROWS, from, (token - from) / SLICE};
   };
 
   if (warpgroup == CONSUMERS) {
 #if PRODUCER_REGISTERS
     ptx::registers_less<PRODUCER_REGISTERS>();
 #endif
+    // Of a panel that several CTAs of the cluster share, each fetches its part for all of them.
     if (thread == 0) {
-      // Of a panel that several CTAs of the cluster share, each fetches its part for all of them.
-      constexpr int TOKEN_PART = TOKENS / CLUSTER_ROWS, ROW_PART = ROWS / CLUSTER_TOKENS;
-      u16 token_ctas = 0, row_ctas = 0;
-      for (int i = 0; i < CLUSTER_ROWS; ++i) token_ctas |= 1 << (rank_token + i * CLUSTER_TOKENS);
-      for (int i = 0; i < CLUSTER_TOKENS; ++i) row_ctas |= 1 << (i + rank_row * CLUSTER_TOKENS);
-
-      auto load_x = [&](int stage, int token, int step) {
-        const u32 to = base + stage * STAGE_BYTES + rank_row * TOKEN_PART * STEP * 2;
-        const int from = token + rank_row * TOKEN_PART;
-        if constexpr (CLUSTER_ROWS > 1)
-          ptx::load_2d_multicast(to, &x_map, step * STEP, from, full + stage * 8, token_ctas, ptx::EVICT_NORMAL);
-        else
-          ptx::load_2d(to, &x_map, step * STEP, from, full + stage * 8, ptx::EVICT_NORMAL);
-      };
-      auto load_planes = [&](int stage, int row, int step) {
-        const u32 to = base + stage * STAGE_BYTES + TOKEN_BYTES + rank_token * ROW_PART * STEP;
-        const int from = row + rank_token * ROW_PART;
-        if constexpr (CLUSTER_TOKENS > 1) {
-          ptx::load_2d_multicast(to, &upper_map, step * STEP, from, full + stage * 8, row_ctas, ptx::EVICT_NORMAL);
-          ptx::load_2d_multicast(to + PLANE_BYTES, &lower_map, step * STEP, from, full + stage * 8, row_ctas,
-                                 ptx::EVICT_NORMAL);
-        } else {
-          ptx::load_2d(to, &upper_map, step * STEP, from, full + stage * 8, ptx::EVICT_NORMAL);
-          ptx::load_2d(to + PLANE_BYTES, &lower_map, step * STEP, from, full + stage * 8, ptx::EVICT_NORMAL);
-        }
-      };
-
-      // Weights depend on nothing: the first of them are asked for before the kernel before this one has ended.
-      int early = 0;
-      if (schedule.count) {
-        const Segment segment = schedule.segment(0);
-        const Position at = corner(segment.tile);
-        early = min((segment.last - segment.first) * UNIT_STEPS, STAGES);
-        for (int i = 0; i < early; ++i) {
-          ptx::barrier_expect(full + i * 8, STAGE_BYTES);
-          load_planes(i, at.row, segment.first * UNIT_STEPS + i);
-        }
-        ptx::wait_for_previous_kernel();
-        for (int i = 0; i < early; ++i) load_x(i, at.token, segment.first * UNIT_STEPS + i);
-      }
-      int stage = early % STAGES;
-      u32 parity = early == STAGES ? 0 : 1;
+      // Weights depend on nothing: they are asked for before the kernel before this one has ended.
+      constexpr int PART = ROWS / CLUSTER_TOKENS;
+      u16 ctas = 0;
+      for (int i = 0; i < CLUSTER_TOKENS; ++i) ctas |= 1 << (i + rank_row * CLUSTER_TOKENS);
+      Ring<WEIGHT_STAGES> ring;
       for (int index = 0; index < schedule.count; ++index) {
         const Segment segment = schedule.segment(index);
-        const Position at = corner(segment.tile);
-        const int last = segment.last * UNIT_STEPS;
-        for (int step = segment.first * UNIT_STEPS + (index == 0 ? early : 0); step < last; ++step) {
-          ptx::barrier_wait(empty + stage * 8, parity);
-          ptx::barrier_expect(full + stage * 8, STAGE_BYTES);
-          load_planes(stage, at.row, step);
-          load_x(stage, at.token, step);
-          if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
+        const int row = corner(segment.tile).row + rank_token * PART;
+        for (int unit = segment.first; unit < segment.last; ++unit) {
+          const u32 barrier = weight_full + ring.stage * 8;
+          const u32 to = base + WEIGHT_OFFSET + ring.stage * 2 * PLANE_BYTES + rank_token * PART * UNIT;
+          ptx::barrier_wait(weight_empty + ring.stage * 8, ring.parity ^ 1);
+          ptx::barrier_expect(barrier, 2 * PLANE_BYTES);
+          if constexpr (CLUSTER_TOKENS > 1) {
+            ptx::load_2d_multicast(to, &upper_map, 0, unit * N + row, barrier, ctas, ptx::EVICT_NORMAL);
+            ptx::load_2d_multicast(to + PLANE_BYTES, &lower_map, 0, unit * N + row, barrier, ctas, ptx::EVICT_NORMAL);
+          } else {
+            ptx::load_2d(to, &upper_map, 0, unit * N + row, barrier, ptx::EVICT_NORMAL);
+            ptx::load_2d(to + PLANE_BYTES, &lower_map, 0, unit * N + row, barrier, ptx::EVICT_NORMAL);
           }
+          ring.advance();
+        }
+      }
+    } else if (thread == 32) {
+      constexpr int PART = TOKENS / CLUSTER_ROWS;
+      u16 ctas = 0;
+      for (int i = 0; i < CLUSTER_ROWS; ++i) ctas |= 1 << (rank_token + i * CLUSTER_TOKENS);
+      ptx::wait_for_previous_kernel();
+      Ring<X_STAGES> ring;
+      for (int index = 0; index < schedule.count; ++index) {
+        const Segment segment = schedule.segment(index);
+        const int token = corner(segment.tile).token + rank_row * PART;
+        for (int step = segment.first * 2; step < segment.last * 2; ++step) {
+          const u32 barrier = x_full + ring.stage * 8, to = base + ring.stage * X_BYTES + rank_row * PART * STEP * 2;
+          ptx::barrier_wait(x_empty + ring.stage * 8, ring.parity ^ 1);
+          ptx::barrier_expect(barrier, X_BYTES);
+          if constexpr (CLUSTER_ROWS > 1)
+            ptx::load_2d_multicast(to, &x_map, step * STEP, token, barrier, ctas, ptx::EVICT_NORMAL);
+          else
+            ptx::load_2d(to, &x_map, step * STEP, token, barrier, ptx::EVICT_NORMAL);
+          ring.advance();
         }
       }
     }
@@ -194,158 +200,220 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     ptx::registers_more<CONSUMER_REGISTERS>();
 #endif
     const u32 lane = thread % 32, warp = thread / 32;
-    const u32 output = base + OUTPUT_OFFSET + warpgroup * 2 * SLICE_BYTES;
-    const u32 share = base + TOKEN_BYTES + (warpgroup * BLOCKS * 64 + warp * 16 + lane / 4) * STEP +
-                      ((lane % 4 ^ (lane / 8 & 3)) << 4);
-    u32 peer_cta = rank;
-    if constexpr (CLUSTER > 1)
-      peer_cta = lane < CLUSTER_TOKENS
-                     ? lane + rank_row * CLUSTER_TOKENS
-                     : rank_token + (lane - CLUSTER_TOKENS + (lane - CLUSTER_TOKENS >= rank_row)) * CLUSTER_TOKENS;
-    auto release = [&](int stage) {
-      if (lane < WAITS) {
-        if constexpr (CLUSTER == 1)
-          ptx::barrier_arrive(empty + stage * 8);
-        else
-          ptx::barrier_arrive_at(empty + stage * 8, peer_cta);
+    const u32 one = gridDim.y;
+    const u32 output = base + OUTPUT_OFFSET + (warpgroup * 4 + warp) * SLICE * 32;
+    // Of the first of two 64-wide steps; the second one's is 16 bytes on, which the swizzle makes ^ 16.
+    const u32 share = base + WEIGHT_OFFSET + (warpgroup * 64 + warp * 16 + lane / 4) * UNIT +
+                      ((lane % 4 * 2 ^ lane / 4) << 4);
+    // To every CTA whose producer writes to this one's buffer.
+    auto release_x = [&](int stage) {
+      if (lane >= CLUSTER_ROWS) return;
+      if constexpr (CLUSTER_ROWS == 1)
+        ptx::barrier_arrive(x_empty + stage * 8);
+      else
+        ptx::barrier_arrive_at(x_empty + stage * 8, rank_token + lane * CLUSTER_TOKENS);
+    };
+    auto release_weights = [&](int stage) {
+      if (lane >= CLUSTER_TOKENS) return;
+      if constexpr (CLUSTER_TOKENS == 1)
+        ptx::barrier_arrive(weight_empty + stage * 8);
+      else
+        ptx::barrier_arrive_at(weight_empty + stage * 8, lane + rank_row * CLUSTER_TOKENS);
+    };
+    // Of this warpgroup: where its sums of part `part` of `tile` lie, one float4 a thread, and the tile's counter.
+    auto scratch = [&](int part, int tile) {
+      const size_t slot = (size_t(part * cut + tile) * CLUSTER + rank) * CONSUMERS + warpgroup;
+      return reinterpret_cast<float4*>(partials) + slot * (SUMS / 4 * 128) + thread;
+    };
+    auto counter = [&](int tile) { return counters + (tile * CLUSTER + rank) * CONSUMERS + warpgroup; };
+
+    // The exponent, biased as a float's, and the bias of this thread's two rows: asked for before the product, so
+    // that the epilogue waits for neither.
+    auto ask = [&](u32 (&row_words)[2], int tile_row) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = tile_row + warpgroup * 64 + warp * 16 + h * 8 + lane / 4;
+        const u32 exponent = row < N ? u32(int(__ldg(row_exponent + row)) + 127) : 0;
+        row_words[h] = exponent << 16 | (row < N && bias ? __ldg(bias + row) : 0);
       }
     };
-    constexpr int PART = BLOCKS * SUMS / 4 * 128;  // of a warpgroup, in float4
-    auto slot = [&](int of) { return (of * CLUSTER + rank) * CONSUMERS + warpgroup; };
+    // SLICE tokens of `sums`, scaled and shifted, to y. Each warp transposes its 16 rows through shared memory of its
+    // own, so that no warp waits for another, and stores the 32 bytes of a token by two threads.
+    auto store = [&](const float* sums, const u32 (&row_words)[2], int tile_row, int token) {
+      const int row = tile_row + warpgroup * 64 + warp * 16;
+      float scale[2], shift[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        scale[h] = __uint_as_float(row_words[h] >> 16 << 23);
+        shift[h] = widen(u16(row_words[h]));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int pair = 0; pair < SLICE / 16; ++pair) {
+        u32 words[4];
+#pragma unroll
+        for (int g = 0; g < 2; ++g) {
+          const float* sum = sums + (pair * 16 + g * 8) / 2;
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            words[g * 2 + h] = pack(sum[h * 2] * scale[h] + shift[h], sum[h * 2 + 1] * scale[h] + shift[h]);
+        }
+        ptx::store_matrices_transposed(output + staged(pair * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2), words[0],
+                                       words[1], words[2], words[3]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int pair = 0; pair < SLICE / 16; ++pair) {
+        const int line = pair * 16 + lane / 2, column = row + lane % 2 * 8;
+        u32 words[4];
+        ptx::load_shared(words, output + staged(line, lane % 2));
+        if (token + line >= M || column >= N) continue;
+        u16* to = y + size_t(token + line) * N + column;
+        if (wide) {
+          *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 8; ++i)
+            if (column + i < N) to[i] = u16(words[i / 2] >> i % 2 * 16);
+        }
+      }
+    };
+
+    // Who gathers a slice of a tile that parts share. A worker with one part keeps its own sums in registers.
+    auto gathers = [&](int slice, const Segment& segment, const Corner& at) {
+      return (slice - at.skip) % parts == segment.part;
+    };
+    const bool kept = schedule.part_count == 1;
 
     ptx::wait_for_previous_kernel();
-    Ring ring;
-    int buffer = 0;
+    float sums[SUMS];
+    Ring<X_STAGES> x_ring;
+    Ring<WEIGHT_STAGES> weight_ring;
     for (int index = 0; index < schedule.count; ++index) {
       const Segment segment = schedule.segment(index);
-      const Position at = corner(segment.tile);
+      const Corner at = corner(segment.tile);
+      u32 row_words[2];
+      ask(row_words, at.row);
 
-      // What the epilogue needs is asked for before the product, so that it waits for none of it.
-      u32 row_words[BLOCKS][2];
-#pragma unroll
-      for (int b = 0; b < BLOCKS; ++b)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = at.row + (warpgroup * BLOCKS + b) * 64 + warp * 16 + h * 8 + lane / 4;
-          const u32 exponent = row < N ? u32(int(__ldg(row_exponent + row)) + 127) : 0;
-          row_words[b][h] = exponent << 16 | (row < N && bias ? __ldg(bias + row) : 0);
-        }
-
-      float sums[BLOCKS][SUMS];
-      u32 weights[2][16];
+      u32 weights[SETS][16];
       int previous = 0;
-      for (int unit = segment.first; unit < segment.last; ++unit) {
+      auto multiply = [&](u32 (&operand)[16], bool first) {
+        ptx::barrier_wait(x_full + x_ring.stage * 8, x_ring.parity);
+        const u64 x_panel = ptx::panel_descriptor(base + x_ring.stage * X_BYTES);
+        ptx::wgmma_fence();
 #pragma unroll
-        for (int half = 0; half < UNIT_STEPS; ++half) {
-          ptx::barrier_wait(full + ring.stage * 8, ring.parity);
-          const u64 x_panel = ptx::panel_descriptor(base + ring.stage * STAGE_BYTES);
-#pragma unroll
-          for (int b = 0; b < BLOCKS; ++b) {
-            u32(&operand)[16] = weights[(half * BLOCKS + b) % 2];
-            load_weights(operand, share + ring.stage * STAGE_BYTES + b * 64 * STEP);
-            ptx::wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-              wgmma(sums[b], operand + k * 4, x_panel + k * 2, half + k > 0 || unit > segment.first);
-            ptx::wgmma_commit();
-            // The block before is through: its registers may be written, and its stage unless it is this one.
-            ptx::wgmma_wait<1>();
-            if (b == 0 && (half > 0 || unit > segment.first)) release(previous);
-          }
-          previous = ring.stage;
-          ring.advance();
+        for (int k = 0; k < 4; ++k) wgmma(sums, operand + k * 4, x_panel + k * 2, k > 0 || !first);
+        ptx::wgmma_commit();
+        if constexpr (SETS == 2) {
+          // The step before is through: its registers may be written, and its x.
+          ptx::wgmma_wait<1>();
+          if (!first) release_x(previous);
         }
+        previous = x_ring.stage;
+        x_ring.advance();
+      };
+      auto make_room = [&](bool first) {
+        if constexpr (SETS == 2) return;
+        ptx::wgmma_wait<0>();
+        if (!first) release_x(previous);
+      };
+      auto await_weights = [&](int stage, u32 parity) -> u32 {
+        ptx::barrier_wait(weight_full + stage * 8, parity);
+        return share + stage * 2 * PLANE_BYTES;
+      };
+      Bytes bytes[2];
+      if constexpr (AHEAD) {
+        const u32 from = await_weights(weight_ring.stage, weight_ring.parity);
+        bytes[0].load(from);
+        bytes[1].load(from ^ 16);
+      }
+      for (int unit = segment.first; unit < segment.last; ++unit) {
+        const bool first = unit == segment.first;
+        const u32 from = AHEAD ? 0 : await_weights(weight_ring.stage, weight_ring.parity);
+        make_room(first);
+        if constexpr (!AHEAD) bytes[0].load(from);
+        bytes[0].rebuild(weights[0], one);
+        multiply(weights[0], first);
+        make_room(false);
+        if constexpr (!AHEAD) bytes[1].load(from ^ 16);
+        bytes[1].rebuild(weights[SETS - 1], one);
+        const int stage = weight_ring.stage;
+        const u32 parity = weight_ring.parity;
+        weight_ring.advance();
+        if constexpr (AHEAD) {
+          // Behind the last unit it reads the same again, and nothing uses it: no branch may stand here.
+          const bool more = unit + 1 < segment.last;
+          const u32 next = await_weights(more ? weight_ring.stage : stage, more ? weight_ring.parity : parity);
+          bytes[0].load(next);
+          bytes[1].load(next ^ 16);
+        }
+        multiply(weights[SETS - 1], false);
+        // wgmma has been issued on all of its weights, so the loads of its bytes have ended.
+        release_weights(stage);
       }
       ptx::wgmma_wait<0>();
-#pragma unroll
-      for (int b = 0; b < BLOCKS; ++b) ptx::hold(sums[b]);
-      release(previous);
+      ptx::hold(sums);
+      release_x(previous);
 
-      if (segment.first > 0) {
-        float4* to = reinterpret_cast<float4*>(partials) + size_t(slot(worker)) * PART + thread;
+      float4* to = segment.part < 0 ? nullptr : scratch(segment.part, segment.tile);
 #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b)
+      for (int slice = 0; slice < SLICES; ++slice) {
+        const int token = at.token + slice * SLICE;
+        if (slice < at.skip || token >= M) continue;
+        const float* sum = sums + slice * (SLICE / 2);
+        if (!to) {
+          store(sum, row_words, at.row, token);
+          continue;
+        }
+        if (kept && gathers(slice, segment, at)) continue;
 #pragma unroll
-          for (int i = 0; i < SUMS / 4; ++i)
-            __stcg(to + (b * (SUMS / 4) + i) * 128, make_float4(sums[b][i * 4], sums[b][i * 4 + 1],
-                                                                sums[b][i * 4 + 2], sums[b][i * 4 + 3]));
+        for (int i = 0; i < SLICE / 8; ++i)
+          __stcg(to + (slice * (SLICE / 8) + i) * 128,
+                 make_float4(sum[i * 4], sum[i * 4 + 1], sum[i * 4 + 2], sum[i * 4 + 3]));
+      }
+      if (to) {
         __threadfence();
         ptx::warpgroup_sync(warpgroup + 1);
-        if (thread == 0) ptx::flag_raise(flags + slot(worker));
-        continue;
-      }
-      if (segment.last < tile_units) {
-        for (int peer = worker + 1; schedule.holds_part(peer, segment.tile); ++peer) {
-          if (thread == 0) ptx::flag_take(flags + slot(peer));
-          ptx::warpgroup_sync(warpgroup + 1);
-          const float4* from = reinterpret_cast<const float4*>(partials) + size_t(slot(peer)) * PART + thread;
-#pragma unroll
-          for (int b = 0; b < BLOCKS; ++b)
-#pragma unroll
-            for (int i = 0; i < SUMS / 4; ++i) {
-              const float4 value = __ldcg(from + (b * (SUMS / 4) + i) * 128);
-              sums[b][i * 4] += value.x;
-              sums[b][i * 4 + 1] += value.y;
-              sums[b][i * 4 + 2] += value.z;
-              sums[b][i * 4 + 3] += value.w;
-            }
-        }
-      }
-
-#pragma unroll
-      for (int b = 0; b < BLOCKS; ++b) {
-        const int row = at.row + (warpgroup * BLOCKS + b) * 64;
-        float scale[2], shift[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          scale[h] = __uint_as_float(row_words[b][h] >> 16 << 23);
-          shift[h] = widen(u16(row_words[b][h]));
-        }
-#pragma unroll
-        for (int slice = 0; slice < TOKENS / SLICE; ++slice) {
-          // Tiles reach past the last token by whole slices.
-          if (at.token + slice * SLICE >= M) break;
-          const u32 to = output + buffer * SLICE_BYTES;
-          if (bulk) {
-            if (thread == 0) ptx::store_wait_read<1>();
-            ptx::warpgroup_sync(warpgroup + 1);
-          }
-#pragma unroll
-          for (int pair = 0; pair < SLICE / 16; ++pair) {
-            u32 words[4];
-#pragma unroll
-            for (int g = 0; g < 2; ++g) {
-              const float* sum = sums[b] + (slice * SLICE + pair * 16 + g * 8) / 2;
-#pragma unroll
-              for (int h = 0; h < 2; ++h)
-                words[g * 2 + h] =
-                    pack(sum[h * 2] * scale[h] + shift[h], sum[h * 2 + 1] * scale[h] + shift[h]);
-            }
-            if (bulk) {
-              const u32 token = pair * 16 + lane / 16 * 8 + lane % 8;
-              const u32 chunk = (warp * 2 + lane / 8 % 2) ^ (token & 7);
-              ptx::store_matrices_transposed(to + token * 128 + chunk * 16, words[0], words[1], words[2], words[3]);
-            } else {
-#pragma unroll
-              for (int word = 0; word < 4; ++word)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                  const int token = at.token + slice * SLICE + pair * 16 + word / 2 * 8 + lane % 4 * 2 + half;
-                  const int column = row + warp * 16 + word % 2 * 8 + lane / 4;
-                  if (token < M && column < N) y[size_t(token) * N + column] = u16(words[word] >> half * 16);
-                }
-            }
-          }
-          if (bulk) {
-            ptx::fence_async_shared();
-            ptx::warpgroup_sync(warpgroup + 1);
-            if (thread == 0) ptx::store_2d(&y_map, row, at.token + slice * SLICE, to);
-            buffer ^= 1;
-          }
-        }
+        if (thread == 0) ptx::count_one(counter(segment.tile));
       }
     }
-    if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+
+    // Of each tile that this worker computed a part of, every `parts`-th slice: its own part, then the others in order.
+    for (int index = schedule.whole_count; index < schedule.count; ++index) {
+      const Segment segment = schedule.segment(index);
+      const Corner at = corner(segment.tile);
+      u32 row_words[2];
+      ask(row_words, at.row);
+      auto mine = [&](int slice) {
+        return slice >= at.skip && at.token + slice * SLICE < M && gathers(slice, segment, at);
+      };
+      auto add = [&](int part, bool first) {
+        const float4* from = scratch(part, segment.tile);
+#pragma unroll
+        for (int slice = 0; slice < SLICES; ++slice) {
+          if (!mine(slice)) continue;
+#pragma unroll
+          for (int i = 0; i < SLICE / 8; ++i) {
+            const float4 value = __ldcg(from + (slice * (SLICE / 8) + i) * 128);
+            float* sum = sums + slice * (SLICE / 2) + i * 4;
+            sum[0] = first ? value.x : sum[0] + value.x;
+            sum[1] = first ? value.y : sum[1] + value.y;
+            sum[2] = first ? value.z : sum[2] + value.z;
+            sum[3] = first ? value.w : sum[3] + value.w;
+          }
+        }
+      };
+      if (thread == 0) ptx::count_await(counter(segment.tile), parts);
+      ptx::warpgroup_sync(warpgroup + 1);
+      if (!kept) add(segment.part, true);
+      for (int part = 0; part < parts; ++part)
+        if (part != segment.part) add(part, false);
+#pragma unroll
+      for (int slice = 0; slice < SLICES; ++slice)
+        if (mine(slice)) store(sums + slice * (SLICE / 2), row_words, at.row, at.token + slice * SLICE);
+      // All have waited once all have counted themselves again: the last leaves the counter at zero.
+      if (thread == 0) ptx::count_leave(counter(segment.tile), 2 * parts);
+    }
   }
   // Others of the cluster still signal here until they are through.
   __syncwarp();

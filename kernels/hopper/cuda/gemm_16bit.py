@@ -13,11 +13,10 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from nestedfp.kernels.hopper.choose_16bit import STREAM_REST_AND_WAVE, WHOLE_TILES, ceil_div
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import Kernel, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
-from nestedfp.kernels.hopper.workspace import workspace
+from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, workspace
 
 # Of a multiprocessor; each CTA also costs 1 KiB that the system keeps.
 SHARED_MEMORY = 228 * 1024
@@ -26,30 +25,34 @@ _STEP = 64
 _UNIT = 128
 _MOST_STAGES = 16
 # Of the 65,536 registers: what (producer, consumer) threads get, by consumer warpgroups, at one CTA.
-_REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160)}
+_REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160), 4: (24, 112)}
+# Tokens up to which two sets of weights fit a consumer's registers beside its sums.
+_TWO_SETS = {1: 256, 2: 256, 3: 144, 4: 0}
+# Tokens up to which a lone warpgroup gains from loading bytes ahead.
+_MOST_TOKENS_AHEAD = 96
 
 
 @dataclass(frozen=True)
 class Config:
     """One way to cut the product.
 
-    A tile has warpgroups * blocks * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens,
-    cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor. group: token tiles that run
-    side by side. split: as `choose_16bit.Config16`'s, in clusters instead of CTAs.
+    A tile has warpgroups * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens, cluster_rows: CTAs of
+    a cluster along each. ctas: programs a multiprocessor. split: parts into which K is cut in the tiles that do
+    not fill a wave, and in those of `waves` full waves beside them. group: token tiles that run side by side.
     """
 
     tokens: int
     warpgroups: int = 2
-    blocks: int = 1
     cluster_tokens: int = 1
     cluster_rows: int = 1
     ctas: int = 1
-    split: int = WHOLE_TILES
+    split: int = 1
+    waves: int = 0
     group: int = 8
 
     @property
     def rows(self) -> int:
-        return 64 * self.blocks * self.warpgroups
+        return 64 * self.warpgroups
 
     @property
     def cluster(self) -> int:
@@ -61,37 +64,49 @@ class Config:
         return gcd(self.tokens, 32)
 
     @property
-    def _stage_bytes(self) -> int:
-        return 2 * _STEP * (self.tokens + self.rows)
+    def _x_bytes(self) -> int:
+        return 2 * _STEP * self.tokens
+
+    @property
+    def _weight_bytes(self) -> int:
+        return 2 * _UNIT * self.rows
 
     @property
     def _output_bytes(self) -> int:
-        return self.warpgroups * 2 * self.slice * 64 * 2
+        return self.warpgroups * 64 * self.slice * 2
 
     @property
-    def stages(self) -> int:
-        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 16 * _MOST_STAGES
-        return min(room // self._stage_bytes, _MOST_STAGES)
+    def stages(self) -> tuple[int, int]:
+        """Of x, 64 of K each, and of weights, 128 each: as far ahead in K, and what is left goes to either."""
+        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 32 * _MOST_STAGES
+        weights = min(room // (self._weight_bytes + 2 * self._x_bytes), _MOST_STAGES // 2)
+        room -= weights * (self._weight_bytes + 2 * self._x_bytes)
+        more = weights < _MOST_STAGES // 2 and room >= self._weight_bytes
+        return 2 * weights + (not more and room >= self._x_bytes), weights + more
 
     @property
     def shared_memory(self) -> int:
-        return self.stages * (self._stage_bytes + 16) + self._output_bytes
+        x, weights = self.stages
+        return x * (self._x_bytes + 16) + weights * (self._weight_bytes + 16) + self._output_bytes
 
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of gemm_16bit.cu."""
+        x_stages, weight_stages = self.stages
         producer, consumer = _REGISTERS[self.warpgroups] if self.ctas == 1 else (0, 0)
         return {
             "CONSUMERS": self.warpgroups,
-            "BLOCKS": self.blocks,
             "TOKENS": self.tokens,
             "SLICE": self.slice,
-            "STAGES": self.stages,
+            "X_STAGES": x_stages,
+            "WEIGHT_STAGES": weight_stages,
+            "SETS": 2 if self.tokens <= _TWO_SETS[self.warpgroups] else 1,
             "CLUSTER_TOKENS": self.cluster_tokens,
             "CLUSTER_ROWS": self.cluster_rows,
             "CTAS": self.ctas,
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
+            "AHEAD": int(os.environ["AHEAD"]) if "AHEAD" in os.environ else int(self.warpgroups == 1 and self.tokens <= _MOST_TOKENS_AHEAD),
             "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
         }
 
@@ -101,27 +116,22 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a launch shares its tiles: by `clusters`, the first `stream_tiles` of them by stream-K."""
+    """How a launch shares its tiles among `clusters`: K of the first `cut` of them in `parts` parts."""
 
     clusters: int
-    stream_tiles: int
+    cut: int
+    parts: int
 
 
 def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
-    """For a device that holds `resident` clusters at once. A split that gains nothing is lowered."""
+    """For a device that holds `resident` clusters at once. Parts without work, or without scratch, are left out."""
     tiles = cluster_tiles(config, M, N)
-    units = ceil_div(K, _UNIT)
-    if config.split == WHOLE_TILES:
-        return Plan(min(tiles, resident), 0)
-    if config.split > 0:
-        parts = min(config.split, units, resident // tiles)
-        return Plan(tiles * parts, tiles) if parts > 1 else Plan(min(tiles, resident), 0)
-    rest = tiles % resident
-    if tiles > resident and config.split == STREAM_REST_AND_WAVE and rest:
-        rest += resident
-    clusters = min(resident, tiles * units)
-    # Every run must hold a unit: the owner of a tile asks the workers after it, whose runs follow its own.
-    return Plan(clusters, rest if rest * units >= clusters else 0)
+    cut = min(tiles % resident + config.waves * resident, tiles)
+    tile_floats = config.cluster * config.rows * config.tokens
+    parts = min(config.split, K // _UNIT, SCRATCH_FLOATS // (tile_floats * max(cut, 1)))
+    if parts < 2 or cut * config.cluster * config.warpgroups > SCRATCH_COUNTERS:
+        return Plan(min(tiles, resident), 0, 1)
+    return Plan(min(resident, max(cut * parts, tiles - cut)), cut, parts)
 
 
 def cluster_tiles(config: Config, M: int, N: int) -> int:
@@ -163,15 +173,17 @@ def product(
     """
     (M, K), N = x.shape, upper.shape[0]
     kernel = _kernel(config, x.dtype, x.device.index or 0)
-    partials, flags = workspace(x.device)
+    partials, counters = workspace(x.device)
     cut = plan(config, M, N, K, kernel.resident_clusters)
-    bulk = N % 8 == 0
-    planes = [tensor_map(plane, config.rows // config.cluster_tokens, _STEP) for plane in (upper, lower)]
+    planes = [tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT) for plane in (upper, lower)]
     arguments = [
         tensor_map(x, config.tokens // config.cluster_rows, _STEP),
         *planes,
-        tensor_map(y, config.slice, 64) if bulk else TensorMap(),
-        *map(pointer, (y, row_exponent, bias, partials, flags)),
+        *map(pointer, (y, row_exponent, bias, partials, counters)),
     ]
-    numbers = (M, N, K, config.group, cut.stream_tiles, bulk)
+    numbers = (M, N, K, config.group, cut.cut, cut.parts, N % 8 == 0)
     kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -226,10 +226,10 @@ __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
-// --- flags in global memory ---
+// --- counters in global memory ---
 
-__device__ __forceinline__ void flag_raise(u32* flag) {
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+__device__ __forceinline__ void count_one(u32* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 __device__ __forceinline__ u32 flag_read(const u32* flag) {
@@ -238,16 +238,20 @@ __device__ __forceinline__ u32 flag_read(const u32* flag) {
   return value;
 }
 
-// Until raised; takes it down again.
-__device__ __forceinline__ void flag_take(u32* flag) {
+// Until at least `target` have counted themselves, and what they wrote before is visible.
+__device__ __forceinline__ void count_await(const u32* counter, u32 target) {
 #if BOUNDED
-  for (u32 polls = 0; flag_read(flag) == 0; ++polls)
+  for (u32 polls = 0; flag_read(counter) < target; ++polls)
     if (polls > (1u << 22)) give_up();
 #else
-  while (flag_read(flag) == 0) {
+  while (flag_read(counter) < target) {
   }
 #endif
-  *flag = 0;
+}
+
+// Counts once more; who makes it `last` sets it back to zero, for the next kernel.
+__device__ __forceinline__ void count_leave(u32* counter, u32 last) {
+  if (atomicAdd(counter, 1) + 1 == last) *counter = 0;
 }
 
 }  // namespace ptx

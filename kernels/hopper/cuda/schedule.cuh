@@ -1,46 +1,34 @@
-// How persistent workers (CTAs or clusters) share the work: stream-K for some tiles, the others whole.
+// How persistent workers (CTAs or clusters) share the tiles of a product: whole tiles in turn, and tiles whose K is
+// cut into equal parts, which are those that would not fill a wave.
 //
-// A unit is a fixed stretch of K of one tile; a tile has `tile_units`. The first `stream_tiles` tiles are cut into
-// `workers` equal runs of units, one a worker, whatever tiles they cross (none is empty: stream_tiles * tile_units
-// >= workers, or stream_tiles is 0); the other tiles go round whole. A worker walks its segments, its run first.
-//
-// A tile cut by runs belongs to the worker whose run holds its first unit; that worker keeps its own sum in
-// registers and adds the others', in the order of K. Such a head is always the last segment of its run, and a part
-// without the head the first of its: a part is written before its worker waits for anyone, so waits end.
+// The first `cut` tiles are cut into `parts` stretches of their `tile_units` units of K; part p of tile t has number
+// p * cut + t, so that workers side by side read the same stretch of K, which the L2 cache then serves. Whole tiles go
+// round first, then parts, whose sums the L2 still holds when they are gathered: a worker writes each of its parts to
+// scratch and counts it for its tile; after its last segment, of each tile that it computed a part of it adds a share
+// of all parts. It waits there for parts alone, and no part waits for anything: waits end if all workers are resident,
+// whatever the order in which they run.
 #pragma once
 
 struct Segment {
-  int tile, first, last;
+  int tile, part, first, last;  // part is -1 for a whole tile
 };
 
 struct Schedule {
-  int worker, workers, tiles, stream_tiles, tile_units;
-  int run, longer;  // units of a run, and how many of the first runs have one more
-  int begin, end, streamed, count;
+  int worker, workers, cut, parts, tile_units;
+  int whole_count, part_count, count;
 
-  __device__ __forceinline__ Schedule(int worker, int workers, int tiles, int stream_tiles, int tile_units)
-      : worker(worker), workers(workers), tiles(tiles), stream_tiles(stream_tiles), tile_units(tile_units) {
-    run = stream_tiles * tile_units / workers;
-    longer = stream_tiles * tile_units - run * workers;
-    begin = run_start(worker);
-    end = run_start(worker + 1);
-    streamed = end > begin ? (end - 1) / tile_units - begin / tile_units + 1 : 0;
-    count = streamed + (tiles - stream_tiles - worker + workers - 1) / workers;
-  }
-
-  __device__ __forceinline__ int run_start(int of) const {
-    return of * run + min(of, longer);
+  __device__ __forceinline__ Schedule(int worker, int workers, int tiles, int cut, int parts, int tile_units)
+      : worker(worker), workers(workers), cut(cut), parts(parts), tile_units(tile_units) {
+    whole_count = max(tiles - cut - worker + workers - 1, 0) / workers;
+    part_count = max(cut * parts - worker + workers - 1, 0) / workers;
+    count = whole_count + part_count;
   }
 
   __device__ __forceinline__ Segment segment(int index) const {
-    if (index >= streamed) return {stream_tiles + worker + (index - streamed) * workers, 0, tile_units};
-    int tile = begin / tile_units + index;
-    return {tile, max(begin - tile * tile_units, 0), min(end - tile * tile_units, tile_units)};
-  }
-
-  // Whether `peer`, of the workers after the owner in turn, holds a part of `tile`.
-  __device__ __forceinline__ bool holds_part(int peer, int tile) const {
-    return peer < workers && run_start(peer) < (tile + 1) * tile_units;
+    if (index < whole_count) return {cut + worker + index * workers, -1, 0, tile_units};
+    const int number = worker + (index - whole_count) * workers;
+    const int part = number / cut;
+    return {number - part * cut, part, tile_units * part / parts, tile_units * (part + 1) / parts};
   }
 };
 

@@ -32,8 +32,9 @@ E4M3_MAGNITUDES = E4M3[:0x7F].contiguous()
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
     """The bytes of float16 `w`, |w| < 1.875: `upper` by searching for the nearest E4M3 code to w * 2^8."""
     bits = w.view(torch.int16).int() & 0xFFFF
-    upper = nearest_code(w.double() * 2**8) | (bits >> 15) << 7
-    return upper.to(torch.uint8), (bits & 0xFF).to(torch.uint8)
+    code = nearest_code(w.double() * 2**8)
+    lower = bits % 2**15 - 256 * (code // 2) + 64
+    return (code + 128 * (bits >> 15)).to(torch.uint8), lower.to(torch.uint8)
 
 
 def nearest_code(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nestedfp import kernels
 from nestedfp.kernels import reference
 from nestedfp.kernels.dispatch import Mode
-from nestedfp.kernels.layout import GROUP, KOrder
+from nestedfp.kernels.layout import PANEL, KOrder
 from nestedfp.weight import NestedWeight, nest
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -21,7 +21,7 @@ Linear = Callable[..., Tensor]
 
 def order_for(K: int) -> KOrder:
     """What a Hopper GPU stores such a weight in."""
-    return KOrder.HOPPER if K % GROUP == 0 else KOrder.NATURAL
+    return KOrder.HOPPER if K % PANEL == 0 else KOrder.NATURAL
 
 
 def weight(N: int, K: int, dtype: torch.dtype, order: KOrder | None = None) -> tuple[Tensor, NestedWeight]:
