@@ -80,10 +80,7 @@ def gemm_kernel(
         inside = position < K
         k = stored_column(position) if PERMUTED else position
         a = tl.load(a_rows + k[None, :] * a_stride_k, mask=row_in[:, None] & inside[None, :], other=0.0)
-        w = (
-            w_rows
-            + (position.to(tl.int64) // 128 * 128 * N + position % 128 if PANELS else position)[:, None]
-        )
+        w = w_rows + (position.to(tl.int64) // 128 * 128 * N + position % 128 if PANELS else position)[:, None]
         w_mask = inside[:, None] & column_in[None, :]
         upper = tl.load(upper_ptr + w, mask=w_mask, other=0)
         if NATIVE:

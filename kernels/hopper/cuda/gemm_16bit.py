@@ -106,9 +106,7 @@ class Config:
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
-            "AHEAD": int(os.environ["AHEAD"])
-            if "AHEAD" in os.environ
-            else int(self.warpgroups == 1 and self.tokens <= _MOST_TOKENS_AHEAD),
+            "AHEAD": int(self.warpgroups == 1 and self.ctas == 1 and self.tokens <= _MOST_TOKENS_AHEAD),
             "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
         }
 
@@ -177,10 +175,7 @@ def product(
     kernel = _kernel(config, x.dtype, x.device.index or 0)
     partials, counters = workspace(x.device)
     cut = plan(config, M, N, K, kernel.resident_clusters)
-    planes = [
-        tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT)
-        for plane in (upper, lower)
-    ]
+    planes = [tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT) for plane in (upper, lower)]
     arguments = [
         tensor_map(x, config.tokens // config.cluster_rows, _STEP),
         *planes,
