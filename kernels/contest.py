@@ -11,8 +11,7 @@ from torch import Tensor
 
 from nestedfp.kernels import linear_16bit, linear_fp8, preferred_order
 from nestedfp.kernels.dispatch import Mode
-from nestedfp.kernels.hopper.quantize import quantize
-from nestedfp.kernels.layout import KOrder
+from nestedfp.kernels.portable.gemm import quantize_kernel
 from nestedfp.kernels.timing import Contender, copies_past_cache
 from nestedfp.weight import NestedWeight, nest
 
@@ -131,7 +130,8 @@ def own_quantiser(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [M, K] in natural order and scales [M, 1]."""
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    quantize(x, codes, scale, KOrder.NATURAL)
+    M, K = x.shape
+    quantize_kernel[(M,)](x, codes, scale, K, *x.stride(), PERMUTED=False, BLOCK_K=1024)
     return codes, scale
 
 

@@ -80,7 +80,7 @@ def _space(M: int, N: int, K: int) -> Iterator[Config]:
                 if tokens % (8 * cluster_rows) or tokens * (cluster_tokens - 1) >= M:
                     continue
                 yield from _splits(tile, M, N, K)
-                if warpgroups <= 2 and tokens <= 64 and tile.cluster == 1:
+                if warpgroups == 1 and tokens <= 64 and tile.cluster == 1:
                     yield from _splits(replace(tile, ctas=2), M, N, K)
 
 

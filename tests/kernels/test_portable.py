@@ -39,7 +39,7 @@ def test_products_match_float64(errors: dict[str, dict[str, float]]) -> None:
 
 
 def test_rebuild_is_exact(errors: dict[str, dict[str, float]]) -> None:
-    assert errors["rebuild"] == {"natural": 0.0, "hopper64": 0.0}
+    assert errors["rebuild"] == {"natural": 0.0, "hopper128": 0.0}
 
 
 def test_quantizer_equals_reference(errors: dict[str, dict[str, float]]) -> None:

@@ -21,7 +21,7 @@ def compile_gemm(capability: int, mode: str, dtype: str, tile: Config, *, permut
     fp8 = mode == "fp8"
     native = fp8 and capability >= E4M3_FROM
     constants = {
-        "FP8": fp8, "NATIVE": native, "WIDE": False, "PERMUTED": permuted,
+        "FP8": fp8, "NATIVE": native, "WIDE": False, "PERMUTED": permuted, "PANELS": permuted,
         **{name: tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP")},
     }  # fmt: skip
     if fp8:

@@ -6,16 +6,14 @@ it with an error: for trying out changes, since other work on the device may rig
 
 import ctypes
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from math import gcd
 
 import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import Kernel, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import workspace
 from nestedfp.kernels.layout import KOrder
@@ -25,6 +23,8 @@ SHARED_MEMORY = 228 * 1024
 _SYSTEM_SHARE = 1024
 _CHUNK = 128
 _MOST_STAGES = 16
+# Columns of a token that a warp keeps in registers while it quantises: eight times sixteen a thread.
+_HELD_A_WARP = 8 * 16 * 32
 # As gemm_fp8.cu lays out its flags: counts of token tiles, of CTAs, of parts of split tiles.
 _TOKEN_FLAGS = 1024
 _FLAGS = _TOKEN_FLAGS + 1 + 4096
@@ -37,9 +37,10 @@ class Config:
     """One way to cut the product.
 
     A tile has warpgroups * blocks * 64 tokens by `rows` weight rows, a multiple of 16. chunks: 128-byte
-    stretches of K a stage. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a
-    multiprocessor. split: parts of K. group: tiles along M that run side by side before the next rows.
-    promote: 1 adds each stage's sums to float32 totals, since wgmma keeps about 14 bits of them.
+    stretches of K a stage. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor.
+    split: most parts of K, for tiles that do not fill a wave. group: tiles along M that run side by side
+    before the next rows. promote: 1 adds each stage's sums to float32 totals, since wgmma keeps about 14 bits
+    of them; gemm_fp8.cu states the error of either.
     """
 
     rows: int
@@ -62,18 +63,15 @@ class Config:
         return self.cluster_tokens * self.cluster_rows
 
     @property
-    def slice(self) -> int:
-        """Columns of the output that are staged at once."""
-        return gcd(self.rows, 64)
-
-    @property
     def _stage_bytes(self) -> int:
         return (self.tokens + self.rows) * _CHUNK * self.chunks
 
     @property
     def _fixed_bytes(self) -> int:
-        """Beside the stages: staged output, factors and biases of columns, scratch of the quantiser."""
-        return self.warpgroups * (2 * 64 * self.slice * 2 + self.rows * 4 + 32)
+        """Beside the stages: staged output, factors and biases of columns, scales of rows, scratch of the
+        quantiser."""
+        slice_columns = 32 if self.rows % 32 == 0 and self.rows > 64 else 16
+        return self.warpgroups * (64 * slice_columns * 2 + self.rows * 4 + self.blocks * 64 * 4 + 32)
 
     @property
     def stages(self) -> int:
@@ -88,7 +86,7 @@ class Config:
         """The macros of gemm_fp8.cu."""
         producer, consumer = 0, 0
         if self.ctas == 1 and self.warpgroups == 2:
-            producer, consumer = (56, 224) if self.blocks * self.rows <= 320 else (40, 232)
+            producer, consumer = (56, 224) if self.blocks * self.rows <= 256 else (48, 232)
         return {
             "CONSUMERS": self.warpgroups,
             "BLOCKS": self.blocks,
@@ -99,15 +97,12 @@ class Config:
             "CLUSTER_N": self.cluster_rows,
             "CTAS": self.ctas,
             "PROMOTE": self.promote,
+            "SPLITS": int(self.split > 1),
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
             "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
         }
-
-    @staticmethod
-    def of(values: Mapping[str, int]) -> "Config":
-        return Config(**values)
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -115,31 +110,57 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a launch covers a shape: clusters, parts of K, tokens quantised up front, warps a token for it."""
+    """How a launch covers a shape.
 
-    clusters: int
+    Tiles of a cluster along M and N, and steps of K; `whole` tiles are multiplied whole, the others in
+    `split` parts of K, which makes `units`. clusters: the grid. front: tokens quantised before the first
+    tile; team_warps: warps for each of them.
+    """
+
+    tiles_m: int
+    tiles_n: int
+    steps: int
+    whole: int
     split: int
+    units: int
+    clusters: int
     front: int
     team_warps: int
 
 
 def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
-    """For a device that holds `resident` clusters at once. A split that gains nothing is lowered."""
+    """For a device that holds `resident` clusters at once.
+
+    Tiles that fill no wave are split into as many parts as there are clusters for them, `config.split` at
+    most: all parts of a tile run at once.
+    """
     tiles_m = -(-M // (config.tokens * config.cluster_tokens))
     tiles_n = -(-N // (config.rows * config.cluster_rows))
-    tiles = tiles_m * tiles_n
     steps = -(-K // (_CHUNK * config.chunks))
-    split = max(1, min(config.split, resident // tiles, steps))
-    units = tiles * split
+    tiles = tiles_m * tiles_n
+    left = tiles % resident
+    split = min(config.split, resident // left, steps) if left else 1
+    whole = tiles - left if split > 1 else tiles
+    units = whole + (tiles - whole) * split
     clusters = min(units, resident)
     front = M
     if units > clusters:
-        groups = (clusters - 1) // (config.group * tiles_n * split) + 1
-        front = min(M, groups * config.group * config.cluster_tokens * config.tokens)
-    warpgroups = clusters * config.cluster * config.warpgroups
-    if front >= 3 * warpgroups:
-        return Plan(clusters, split, front, 1)
-    return Plan(clusters, split, front, 4 if front >= 0.75 * warpgroups else 4 * config.warpgroups)
+        groups, beyond = divmod(clusters, config.group * tiles_n)
+        high = groups * config.group + min(beyond, config.group)
+        front = min(M, high * config.cluster_tokens * config.tokens)
+    team_warps = _team_warps(config, front, K, clusters * config.cluster)
+    return Plan(tiles_m, tiles_n, steps, whole, split, units, clusters, front, team_warps)
+
+
+def _team_warps(config: Config, front: int, K: int, ctas: int) -> int:
+    """Warps that quantise a token together: few where there are many tokens, but enough to hold the token in
+    registers, since what they do not hold is read twice and a load at a time."""
+    tokens_a_warpgroup = front / (ctas * config.warpgroups)
+    if tokens_a_warpgroup >= 3 and K <= _HELD_A_WARP:
+        return 1
+    if tokens_a_warpgroup >= 0.75 and K <= 4 * _HELD_A_WARP:
+        return 4
+    return 4 * config.warpgroups
 
 
 def code(config: Config, dtype: torch.dtype) -> bytes:
@@ -218,15 +239,14 @@ def _product(
     kernel = _kernel(config, x.dtype, x.device.index or 0)
     scratch = _scratch(x.device)
     codes = scratch.codes(M, K)
+    panels = order is KOrder.HOPPER
     cut = plan(config, M, N, K, kernel.resident_clusters)
-    bulk = N % 8 == 0
     arguments = [
         tensor_map(codes, config.tokens // config.cluster_rows, _CHUNK),
-        tensor_map(upper, config.rows // config.cluster_tokens, _CHUNK),
-        tensor_map(y, 64, config.slice) if bulk else TensorMap(),
+        tensor_map(upper.view(-1, _CHUNK) if panels else upper, config.rows // config.cluster_tokens, _CHUNK),
         *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
     ]
     pitch = (x.stride(0) if M > 1 else K) * x.element_size()
-    permute = order is KOrder.HOPPER
-    numbers = (M, N, K, pitch, permute, cut.front, cut.team_warps, config.group, cut.split, bulk)
-    kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])
+    numbers = (M, N, K, pitch, panels, cut.front, cut.team_warps)
+    schedule = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
+    kernel(cut.clusters, [*arguments, *map(ctypes.c_int, numbers), (ctypes.c_int * 7)(*schedule)])

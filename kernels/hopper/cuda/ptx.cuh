@@ -195,13 +195,43 @@ __device__ __forceinline__ void hold(u32 (&values)[COUNT]) {
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
+// The value, known only here: what follows from it is computed here and not kept from before.
+__device__ __forceinline__ int here(int value) {
+  int result;
+  asm volatile("mov.b32 %0, %1;" : "=r"(result) : "r"(value));
+  return result;
+}
+
 // --- threads, clusters, kernels ---
 
 // Named barrier `id` among the 128 threads of a warpgroup.
 __device__ __forceinline__ void warpgroup_sync(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
+// Named barrier `id` among THREADS threads.
+template <int THREADS>
+__device__ __forceinline__ void threads_sync(u32 id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// This thread of its block, this block, and how many there are; read anew instead of kept in registers.
+__device__ __forceinline__ u32 thread() {
+  u32 thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+__device__ __forceinline__ u32 block() {
+  u32 block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+__device__ __forceinline__ u32 blocks() {
+  u32 blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+  return blocks;
 }
 
 __device__ __forceinline__ u32 cluster_rank() {
@@ -232,19 +262,19 @@ __device__ __forceinline__ void count_one(u32* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-__device__ __forceinline__ u32 flag_read(const u32* flag) {
+__device__ __forceinline__ u32 count_read(const u32* counter) {
   u32 value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
 
 // Until at least `target` have counted themselves, and what they wrote before is visible.
 __device__ __forceinline__ void count_await(const u32* counter, u32 target) {
 #if BOUNDED
-  for (u32 polls = 0; flag_read(counter) < target; ++polls)
+  for (u32 polls = 0; count_read(counter) < target; ++polls)
     if (polls > (1u << 22)) give_up();
 #else
-  while (flag_read(counter) < target) {
+  while (count_read(counter) < target) {
   }
 #endif
 }

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from nestedfp.kernels.dispatch import Backend, Mode, table
 from nestedfp.kernels.hopper.cuda.gemm_fp8 import SHARED_MEMORY, Config, code, plan
-from nestedfp.kernels.hopper.fp8 import fused_candidates
+from nestedfp.kernels.hopper.fp8 import candidates
 
 from .machine_code import disassemble
 
@@ -20,17 +20,23 @@ PER_PROGRAM = SHARED_MEMORY - 1024
 
 def tabled() -> list[Config]:
     configs = (row.config for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.FP8)
-    cut = {Config(**{**config, "split": 1, "group": 8}) for config in configs if "warpgroups" in config}
+    # Machine code depends on whether there are parts, not on how many.
+    cut = {
+        Config(**{**config, "split": min(config["split"], 2), "group": 8})
+        for config in configs
+        if "warpgroups" in config
+    }
     return sorted(cut, key=repr)
 
 
 SOME = [
     Config(256, cluster_tokens=2),
-    Config(192, blocks=2, cluster_rows=2),
     Config(48, chunks=2, cluster_rows=2),
     Config(64, warpgroups=1, chunks=2),
-    Config(64, warpgroups=1, ctas=2),
     Config(128, promote=1),
+    Config(256, cluster_tokens=2, split=2),
+    Config(128, blocks=2, split=2),
+    Config(128, blocks=2, cluster_tokens=2),
 ]
 
 
@@ -51,41 +57,51 @@ def test_machine_code(config: Config) -> None:
 @pytest.mark.parametrize("M", [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (65536, 5120), (5120, 32768), (77, 80), (16, 16)])
 def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
-    configs = fused_candidates(M, N, K)
-    assert configs
-    for config in configs:
+    configs = candidates(M, N, K)
+    assert 0 < len(configs) <= 18
+    for config in (Config(**settings) for settings in configs):
         resident = 132 // config.cluster
         cut = plan(config, M, N, K, resident)
-        steps = ceil(K / (128 * config.chunks))
-        assert 1 <= cut.split <= min(config.split, steps)
-        assert 1 <= cut.clusters <= resident
+        assert cut.steps == ceil(K / (128 * config.chunks))
+        assert cut.tiles_m == ceil(M / (config.tokens * config.cluster_tokens))
+        assert cut.tiles_n == ceil(N / (config.rows * config.cluster_rows))
+        assert 1 <= cut.split <= min(config.split, cut.steps)
+        left = cut.tiles_m * cut.tiles_n - cut.whole
+        assert cut.units == cut.whole + left * cut.split
+        assert cut.clusters == min(cut.units, resident)
+        # Parts of a tile wait for one another: a worker has at most one, after its whole tiles.
+        assert cut.split == 1 or (cut.whole % resident == 0 and 0 < left * cut.split <= resident)
         assert 1 <= cut.front <= M
         assert cut.team_warps in (1, 4, 4 * config.warpgroups)
-        tiles = ceil(M / (config.tokens * config.cluster_tokens)) * ceil(
-            N / (config.rows * config.cluster_rows)
-        )
-        assert cut.clusters == min(tiles * cut.split, resident)
-        if tiles * cut.split <= resident:
+        if cut.units <= resident:
             assert cut.front == M
 
 
 def test_front_holds_every_token_of_the_first_tiles() -> None:
     M, N, K = 8192, 6144, 4096
-    for config in fused_candidates(M, N, K):
+    for config in (Config(**settings) for settings in candidates(M, N, K)):
         resident = 132 // config.cluster
         cut = plan(config, M, N, K, resident)
-        height = ceil(M / (config.tokens * config.cluster_tokens))
-        width = ceil(N / (config.rows * config.cluster_rows))
-        for unit in range(cut.clusters):
-            tile = unit // cut.split
-            first = tile // (config.group * width) * config.group
-            within = tile - first * width
-            row = first + within % min(height - first, config.group)
+        for tile in range(min(cut.clusters, cut.whole)):
+            first = tile // (config.group * cut.tiles_n) * config.group
+            within = tile - first * cut.tiles_n
+            row = first + within % min(cut.tiles_m - first, config.group)
             assert min(M, (row + 1) * config.tokens * config.cluster_tokens) <= cut.front
 
 
-def test_a_split_tuned_for_another_shape_is_lowered() -> None:
+def test_parts_fill_the_last_wave() -> None:
     config = Config(128, split=4)
-    assert plan(config, 128, 4096, 4096, 132).split == 4
-    assert plan(config, 128, 65536, 4096, 132).split == 1
-    assert plan(config, 128, 4096, 256, 132).split == 2
+    cut = plan(config, 128, 4096, 4096, 132)
+    assert (cut.whole, cut.split, cut.clusters) == (0, 4, 128)
+    cut = plan(config, 1024, 5120, 4096, 132)
+    assert (cut.whole, cut.split, cut.units) == (264, 2, 264 + 2 * 56)
+    cut = plan(config, 128, 65536, 4096, 132)
+    assert (cut.whole, cut.split) == (512, 1), "116 tiles are left: no parts for so few multiprocessors"
+    assert plan(config, 128, 4096, 256, 132).split == 2, "no more parts than steps"
+
+
+@pytest.mark.parametrize("K", [4096, 5120, 14336, 32768])
+def test_tokens_are_held_in_registers_while_they_are_quantised(K: int) -> None:
+    for M in (1024, 4096):
+        cut = plan(Config(256, cluster_tokens=2, group=4), M, 5120, K, 66)
+        assert cut.team_warps * 4096 >= K

@@ -1,0 +1,117 @@
+"""The 16-bit kernel in CUDA C++ compiled for sm_90a without a GPU, and how it is planned."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed")
+pytest.importorskip("triton")
+
+from nestedfp.kernels.dispatch import Backend, Mode, table
+from nestedfp.kernels.hopper.cuda.gemm_16bit import (
+    SHARED_MEMORY,
+    Config,
+    Plan,
+    cluster_tiles,
+    code,
+    plan,
+)
+from nestedfp.kernels.hopper.linear_16bit import candidates
+from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS
+
+from .machine_code import disassemble
+
+SOME = [
+    Config(256),
+    Config(256, cluster_tokens=2, cluster_rows=2),
+    Config(144, warpgroups=3),
+    Config(192, warpgroups=3, cluster_rows=2),
+    Config(96, warpgroups=4, cluster_tokens=4),
+    Config(64, warpgroups=1, ctas=2),
+    Config(16, warpgroups=1),
+]
+SHAPES = [(4096, 4096), (65536, 5120), (5120, 32768), (77, 128), (16, 256)]
+TOKENS = [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384]
+
+
+def tabled() -> list[Config]:
+    rows = (row.config for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.BITS16)
+    return sorted({Config(**{**row, "split": 1, "waves": 0, "group": 8}) for row in rows}, key=repr)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled()]), ids=repr)
+def test_machine_code(config: Config, dtype: torch.dtype) -> None:
+    sass = disassemble(code(config, dtype))
+    products = re.findall(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, (\w+)", sass)
+    # Two stages of x, four 16-wide steps each.
+    assert len(products) == 8
+    assert all(int(tokens) == config.tokens for tokens, _ in products)
+    assert all(operand.startswith("R") for _, operand in products), "weights must come from registers"
+    assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
+    assert sass.count("WARPGROUP.DEPBAR") <= 3, "ptxas runs products one at a time"
+    # Rebuilding four weights subtracts twice: not on the pipe that its other instructions need.
+    assert re.findall(r"(\w+)[.\w]* R\d+, [^;]*-0x400040", sass) == ["IMAD"] * 32
+    assert ("UTMALDG.2D.MULTICAST" in sass) == (config.cluster > 1)
+    x, weights = config.stages
+    assert x >= 3
+    assert weights >= 2
+    assert config.shared_memory <= SHARED_MEMORY // config.ctas - 1024
+
+
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
+    configs = [Config(**settings) for settings in candidates(M, N, K)]
+    assert configs
+    for config in configs:
+        resident = 132 * config.ctas // config.cluster
+        work = plan(config, M, N, K, resident)
+        tiles = cluster_tiles(config, M, N)
+        assert tiles * config.cluster * config.rows * config.tokens >= M * N
+        assert 1 <= work.clusters <= resident
+        assert 0 <= work.cut <= tiles
+        assert 1 <= work.parts <= max(1, K // 128), "a part holds some of K"
+        assert (work.cut == 0) == (work.parts == 1)
+        assert work.cut * work.parts * config.cluster * config.rows * config.tokens <= SCRATCH_FLOATS
+        assert work.cut * config.cluster * config.warpgroups <= SCRATCH_COUNTERS
+
+
+def test_only_tiles_beyond_full_waves_are_cut() -> None:
+    config = Config(128, split=3)
+    assert plan(config, 128, 4096, 4096, 132) == Plan(96, 32, 3)
+    assert plan(config, 128, 4096, 128, 132) == Plan(32, 0, 1), "one unit of K has no parts"
+    assert plan(config, 128, 65536, 4096, 132) == Plan(132, 512 - 3 * 132, 3)
+    assert plan(replace(config, waves=1), 128, 65536, 4096, 132).cut == 512 - 2 * 132
+    assert plan(replace(config, split=1), 128, 65536, 4096, 132) == Plan(132, 0, 1)
+
+
+def segments(worker: int, workers: int, tiles: int, cut: int, parts: int, units: int) -> list[tuple[int, ...]]:
+    """(tile, part, first, last) in turn, as schedule.cuh walks them."""
+    whole = [(tile, -1, 0, units) for tile in range(cut + worker, tiles, workers)]
+    numbers = range(worker, cut * parts, workers)
+    return whole + [
+        (n % cut, n // cut, units * (n // cut) // parts, units * (n // cut + 1) // parts) for n in numbers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "config"),
+    [
+        (1024, 5120, 4096, Config(256, split=4)),
+        (300, 28672, 4096, Config(128, 3, split=5, waves=1)),
+        (64, 4096, 14336, Config(64, 1, split=3, ctas=2)),
+    ],
+)
+def test_workers_cover_every_step_of_every_tile_once(M: int, N: int, K: int, config: Config) -> None:
+    resident = 132 * config.ctas // config.cluster
+    work, tiles = plan(config, M, N, K, resident), cluster_tiles(config, M, N)
+    covered = [
+        (tile, unit)
+        for worker in range(work.clusters)
+        for tile, _, first, last in segments(worker, work.clusters, tiles, work.cut, work.parts, K // 128)
+        for unit in range(first, last)
+    ]
+    assert len(covered) == len(set(covered)) == tiles * (K // 128)
