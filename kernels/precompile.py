@@ -2,7 +2,7 @@
 
 What a weight needs is every configuration that the tables hold for it. Threads compile side by side, since
 NVRTC does not hold Python's lock, and leave their work in the cache that products look into; a product that
-meets one under way waits for it. Without a table nothing is known ahead: kernels compile at their first launch.
+meets one under way waits for it. Without a table nothing is known ahead: kernels compile when first launched.
 """
 
 import argparse
