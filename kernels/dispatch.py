@@ -105,12 +105,12 @@ def preferred_order(device: torch.device | str, N: int, K: int) -> KOrder:
 
 def configuration(backend: Backend, problem: Problem, capability: Capability) -> Config | None:
     """The tabled configuration of the shape nearest to `problem`, or None without a table."""
-    rows = _rows_near(backend, capability, problem.mode, problem.dtype, problem.N, problem.K)
+    rows = rows_near(backend, capability, problem.mode, problem.dtype, problem.N, problem.K)
     return holding(rows, problem.M).config if rows else None
 
 
 @lru_cache(maxsize=4096)
-def _rows_near(
+def rows_near(
     backend: Backend, capability: Capability, mode: Mode, dtype: str, N: int, K: int
 ) -> list[TableRow]:
     """The rows for the nearest N and K: serving meets few weights and many numbers of tokens."""

@@ -36,6 +36,9 @@ COMMANDS: dict[str, Command] = {
     "tune kernels": Command(
         "nestedfp.kernels.tune", "time the kernels' configurations on this GPU and write the best as a table"
     ),
+    "compile kernels": Command(
+        "nestedfp.kernels.precompile", "compile the CUDA C++ kernels for given weights; needs no GPU"
+    ),
     "report policy": Command(
         "nestedfp.deployments.policy_report", "draw the policies' figures and write their tables into docs"
     ),

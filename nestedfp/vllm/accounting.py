@@ -1,7 +1,7 @@
 """Counts of what was executed: steps, tokens, flips, and tokens by request."""
 
 import re
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from nestedfp.vllm.step import StepReport, StepTag
@@ -26,40 +26,51 @@ def client_ids(request_id: str) -> list[str]:
 class RequestTokens:
     """Executed tokens by request and plan, for at most `capacity` requests; the oldest go first.
 
-    A request that was taken or evicted is forgotten: late steps of it are not counted again.
+    A request that was taken or evicted is forgotten: late steps of it are not counted again. Every step goes
+    through `add` with its whole batch, so a plan has a count for each open request from the start.
     """
 
     def __init__(self, capacity: int = 16384) -> None:
         self._capacity = capacity
-        self._tokens: OrderedDict[str, dict[str, int]] = OrderedDict()
+        self._open: dict[str, None] = {}
+        self._tokens: dict[str, Counter[str]] = {"fp16": Counter(), "fp8": Counter()}
         self._ids: dict[str, list[str]] = {}
 
     def open(self, request_id: str) -> None:
-        if request_id in self._tokens:
+        if request_id in self._open:
             return
-        self._tokens[request_id] = {}
+        self._open[request_id] = None
+        for tokens in self._tokens.values():
+            tokens[request_id] = 0
         for name in client_ids(request_id):
             self._ids.setdefault(name, []).append(request_id)
-        if len(self._tokens) > self._capacity:
-            self._drop(next(iter(self._tokens)))
+        if len(self._open) > self._capacity:
+            self._drop(next(iter(self._open)))
 
     def add(self, scheduled: Mapping[str, int], plan: str) -> None:
-        entries = self._tokens
-        for request_id, tokens in scheduled.items():
-            entry = entries.get(request_id)
-            if entry is not None:
-                entry[plan] = entry.get(plan, 0) + tokens
+        tokens = self._tokens.get(plan)
+        if tokens is None:
+            tokens = self._tokens[plan] = Counter(dict.fromkeys(self._open, 0))
+        # Counting keys runs in C, and all but a few requests of a large batch have one token.
+        tokens.update(scheduled.keys())
+        if sum(scheduled.values()) != len(scheduled):
+            for request_id, count in scheduled.items():
+                if count != 1:
+                    tokens[request_id] += count - 1
+        if len(tokens) != len(self._open):
+            for forgotten in tokens.keys() - self._open.keys():
+                del tokens[forgotten]
 
     def take(self, client_id: str) -> dict[str, int] | None:
         """The tokens of all requests that the client knows by this id, removed; None if there are none."""
         request_ids = self._ids.get(client_id)
         if request_ids is None:
             return None
-        total: dict[str, int] = {"fp16": 0, "fp8": 0}
+        total: dict[str, int] = dict.fromkeys(self._tokens, 0)
         for request_id in list(request_ids):
             for plan, tokens in self._drop(request_id).items():
-                total[plan] = total.get(plan, 0) + tokens
-        return total
+                total[plan] += tokens
+        return {plan: tokens for plan, tokens in total.items() if tokens or plan in ("fp16", "fp8")}
 
     def _drop(self, request_id: str) -> dict[str, int]:
         for name in client_ids(request_id):
@@ -67,7 +78,8 @@ class RequestTokens:
             siblings.remove(request_id)
             if not siblings:
                 del self._ids[name]
-        return self._tokens.pop(request_id)
+        del self._open[request_id]
+        return {plan: tokens.pop(request_id) for plan, tokens in self._tokens.items()}
 
 
 class StepCounts:

@@ -18,7 +18,6 @@ logger = logging.getLogger("vllm.nestedfp")
 
 NESTED = "nested"
 _CODES = {Precision.FP16: 1, Precision.FP8: 2}
-_NOTHING_RAN = 0
 
 
 class LayerRecord:
@@ -42,10 +41,14 @@ class LayerRecord:
         else:
             self._marks[position].fill_(_CODES[precision])
 
-    def take_mismatches(self, plan: Plan) -> int:
-        """Layers that did not run what `plan` says since the last call; waits for the device."""
-        marks = self._marks.tolist()
+    def take(self) -> bytes:
+        """What ran since the last call, a byte a layer in the order of the load; waits for the device."""
+        marks = bytes(self._marks.tolist())
         self._marks.zero_()
+        return marks
+
+    def mismatches(self, marks: bytes, plan: Plan) -> int:
+        """Layers of `marks` that did not run what `plan` says."""
         return sum(
             mark != _CODES[plan.precision(kind)] for mark, kind in zip(marks, self._kinds, strict=True)
         )
@@ -62,6 +65,12 @@ class ActivePlan:
         self.inexact_rows: dict[str, int] = {}
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self._kinds: dict[int, str] = {}
+
+    def clear(self) -> None:
+        """Forgets the layers of an engine that lived in this process before."""
+        self.plan, self.record = FP16, None
+        for known in (self.layers, self.inexact_rows, self._kinds):
+            known.clear()
 
     def note_layer(self, name: str, state: str, row_exponent: Tensor | None = None) -> None:
         """Notes a layer's state at load; `row_exponent` identifies a nested one.

@@ -159,21 +159,24 @@ def fill_dummy_weights(fill: Any) -> None:
         module.initialize_single_dummy_weight = initialize
 
 
-def watch_worker(loaded: Any, before_kv: Any) -> None:
-    """Calls `loaded()` once a GPU worker holds its weights, and `before_kv()` before it allocates its KV
-    cache; for benchmarks."""
+def watch_worker(methods: Any, entered: Any, left: Any) -> None:
+    """Calls `entered(name)` before and `left(name)` after each of a GPU worker's `methods`; for benchmarks.
+
+    vLLM's own part of a method is watched, not what a subclass does around it.
+    """
     worker = gpu_worker()
-    load_model, initialize = worker.load_model, worker.initialize_from_config
 
-    def load(self: Any, *args: Any, **kwargs: Any) -> None:
-        load_model(self, *args, **kwargs)
-        loaded()
+    def watched(name: str, method: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            entered(name)
+            result = method(self, *args, **kwargs)
+            left(name)
+            return result
 
-    def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> None:
-        before_kv()
-        initialize(self, *args, **kwargs)
+        return call
 
-    worker.load_model, worker.initialize_from_config = load, initialize_from_config
+    for name in methods:
+        setattr(worker, name, watched(name, getattr(worker, name)))
 
 
 class ParkedKV:

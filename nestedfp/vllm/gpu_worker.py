@@ -10,9 +10,15 @@ import torch
 
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE
-from nestedfp.vllm.graphs import GraphBank, Holder
+from nestedfp.vllm.graphs import GraphBank, Holder, estimated_bytes
 from nestedfp.vllm.plan import FP8, FP16, Plan
-from nestedfp.vllm.warm_up import distinct_layers, run_products, tabled_counts, token_counts
+from nestedfp.vllm.warm_up import (
+    distinct_layers,
+    finish_compiling,
+    run_products,
+    tabled_counts,
+    token_counts,
+)
 from nestedfp.vllm.worker import PrecisionMixin
 
 logger = logging.getLogger("vllm.nestedfp")
@@ -27,7 +33,10 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
     model_config: Any
     cache_config: Any
     scheduler_config: Any
+    parallel_config: Any
     compilation_config: Any
+    kernels_s = 0.0
+    """Time that the start spent on running kernels for the first time."""
 
     def init_device(self) -> None:
         super().init_device()
@@ -36,19 +45,18 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
         self._capture_one = runner.capture_model
         runner.capture_model = self._capture_model
 
+    @torch.inference_mode()
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache: vLLM's figure, measured in FP8, whose activations take more room, less
-        the graphs of the plans that vLLM knows nothing of."""
+        """Bytes for the KV cache: vLLM's figure, measured in FP8, whose activations take more room, less what
+        the kernels keep and the graphs of the plans that vLLM knows nothing of."""
+        # First, so that nothing is compiled within what vLLM measures and captures, and so that no KV cache
+        # stands idle meanwhile.
+        kept_bytes = self._warm_up_products()
         with _in_force(FP8):
             available: int = super().determine_available_memory()
-        if self.cache_config.kv_cache_memory_bytes or self.model_config.enforce_eager:
+        if self.cache_config.kv_cache_memory_bytes:
             return available
-        return available - self._unestimated_graph_bytes()
-
-    def compile_or_warm_up_model(self) -> Any:
-        # Before vLLM's own warm-up, whose end starts its watch for compilations in service.
-        self._warm_up_products()
-        return super().compile_or_warm_up_model()
+        return available - kept_bytes - self._unestimated_graph_bytes()
 
     def flip(self, plan: Plan) -> None:
         super().flip(plan)
@@ -77,29 +85,44 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
             compat.allow_graph_capture(False)
 
     def _unestimated_graph_bytes(self) -> int:
+        """For the families that vLLM did not subtract: all but one, or all where it estimates nothing."""
+        sizes = len(self.compilation_config.cudagraph_capture_sizes or [])
+        if self.model_config.enforce_eager or not sizes:
+            return 0
         plans = len(self.precision_settings.plans)
         estimate: int = getattr(self, "cudagraph_memory_estimate", 0)
+        chosen = self.precision_settings.graph_reserve_gib
         if estimate:
-            return estimate * (plans - 1)
-        reserve = plans * self.precision_settings.graph_reserve_gib
-        logger.info("nestedfp: %.2f GiB kept free for the CUDA graphs of %d plans", reserve, plans)
-        return int(reserve * 2**30)
+            reserve = estimate * (plans - 1)
+        elif chosen is not None:
+            reserve = int(plans * chosen * 2**30)
+        else:
+            layers = self.model_config.get_num_layers(self.parallel_config)
+            reserve = estimated_bytes(plans, sizes, layers)
+        logger.info("nestedfp: %.2f GiB kept free for the CUDA graphs of %d plans", reserve / 2**30, plans)
+        return reserve
 
-    def _warm_up_products(self) -> None:
-        """Runs every configuration of the kernels that a step of this engine can meet, under every plan."""
+    def _warm_up_products(self) -> int:
+        """Runs every configuration of the kernels that a step of this engine can meet, under every plan.
+
+        Returns the bytes that kernels keep for good: their workspaces.
+        """
         start = time.perf_counter()
+        finish_compiling()
+        before = torch.cuda.memory_allocated(self.device)
         layers = distinct_layers(self.model_runner.get_model())
-        counts = token_counts(
-            self.scheduler_config.max_num_batched_tokens,
-            self.compilation_config.cudagraph_capture_sizes or [],
-            tabled_counts(self.device),
-        )
-        with torch.inference_mode():
-            for plan in self.precision_settings.plans.values():
-                with _in_force(plan):
-                    run_products(layers, counts, self.model_config.dtype)
+        counts = token_counts(self.scheduler_config.max_num_batched_tokens, tabled_counts(self.device))
+        for plan in self.precision_settings.plans.values():
+            with _in_force(plan):
+                run_products(layers, counts, self.model_config.dtype)
         torch.accelerator.synchronize()
-        logger.info("nestedfp: kernels warmed up in %.1f s", time.perf_counter() - start)
+        kept_bytes: int = torch.cuda.memory_allocated(self.device) - before
+        self.kernels_s = time.perf_counter() - start
+        logger.info(
+            "nestedfp: kernels warmed up in %.1f s, %.2f GiB of workspaces",
+            self.kernels_s, kept_bytes / 2**30,
+        )  # fmt: skip
+        return kept_bytes
 
 
 @contextmanager

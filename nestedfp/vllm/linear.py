@@ -11,12 +11,11 @@ from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE, NESTED, layer_kind
 from nestedfp.vllm.op import planned_linear
 from nestedfp.vllm.settings import Inexact
+from nestedfp.vllm.warm_up import begin_compiling
 from nestedfp.weight import DTYPES, InexactRowsError, NestedWeight, NonFiniteWeightError, nest
 
 # Under vLLM's own logger, which is the only one that its processes configure.
 logger = logging.getLogger("vllm.nestedfp")
-
-_MOST_CACHED_BYTES = 1 << 30
 
 _LinearMethodBase: Any
 _UnquantizedLinearMethod: Any
@@ -39,8 +38,9 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         self._is_plain: bool | None = None
         self._order = ""
 
-    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self._plain.create_weights(layer, *args, **kwargs)
+        begin_compiling(layer.weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         nested = None if self._is_plain else self._nest(layer.weight.data)
@@ -49,12 +49,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             self._plain.process_weights_after_loading(layer)
             return
         self._order = nested.order.value
+        upper, lower = _in_place_of(layer.weight.data, nested)
         del layer.weight
-        for name in ("upper", "lower", "row_exponent"):
-            parameter = nn.Parameter(getattr(nested, name), requires_grad=False)
-            layer.register_parameter(f"weight_{name}", parameter)
+        for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", nested.row_exponent)):
+            layer.register_parameter(f"weight_{name}", nn.Parameter(tensor, requires_grad=False))
         ACTIVE.note_layer(self._name, NESTED, layer.weight_row_exponent)
-        _return_freed_memory(layer.weight_upper.device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._is_plain:
@@ -96,16 +95,18 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         return self._inexact is Inexact.PLAIN or (self._inexact is Inexact.AUTO and dtype is torch.float16)
 
 
-def _return_freed_memory(device: torch.device) -> None:
-    """Gives a GPU back what torch keeps of freed weights, where it is much.
+def _in_place_of(weight: Tensor, nested: NestedWeight) -> tuple[Tensor, Tensor]:
+    """The bytes of `nested` in the memory of the weight that they replace: exactly as many.
 
-    Temporaries of nesting cut up the blocks that plain weights leave, so that the bytes of the next layer do
-    not fit them: without this, loading 15 GiB was seen to hold 59.
+    Bytes in memory of their own would leave a hole for each weight, cut up by the temporaries of nesting,
+    which the next layer's bytes do not fit: loading 15 GiB that way was seen to hold 59.
     """
-    if device.type != "cuda":
-        return
-    if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > _MOST_CACHED_BYTES:
-        torch.cuda.empty_cache()
+    if not weight.is_contiguous():
+        return nested.upper, nested.lower
+    planes = weight.view(torch.uint8).view(2, *nested.shape)
+    planes[0].copy_(nested.upper)
+    planes[1].copy_(nested.lower)
+    return planes[0], planes[1]
 
 
 class PlainLinearMethod(_UnquantizedLinearMethod):  # type: ignore[misc]

@@ -7,8 +7,9 @@ from nestedfp.precision import Precision
 
 AUTO = "auto"
 
-MLP_KINDS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "c_fc")
-"""vLLM's names of MLP projections: the example of a plan in between (`mlp`)."""
+EXAMPLES = {"mlp": ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2", "c_fc")}
+"""Plans in between that can be asked for by name. `mlp`: vLLM's names of MLP projections, so that those run
+in FP8 and the projections of attention in FP16."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,32 @@ FP16 = Plan(Precision.FP16.value, frozenset())
 FP8 = Plan(Precision.FP8.value, None)
 
 
-def configured_plans(named: Mapping[str, Sequence[str]]) -> dict[str, Plan]:
-    """The plans of an engine by name: `fp16`, `fp8`, then those in `named` (name -> kinds in FP8).
+def configured_plans(named: Mapping[str, Sequence[str]] | Sequence[str]) -> dict[str, Plan]:
+    """The plans of an engine by name: `fp16`, `fp8`, then those in `named`: name -> kinds in FP8, or a list
+    of names in `EXAMPLES`.
 
-    Raises ValueError for a name that is taken or a plan without kinds.
+    Raises ValueError for a name that is taken or unknown and for a plan without kinds.
     """
     plans = {plan.name: plan for plan in (FP16, FP8)}
-    for name, kinds in named.items():
+    for name, kinds in _with_kinds(named).items():
         if name in plans or name == AUTO:
             raise ValueError(f"plans: {name!r} is already a mode; choose another name")
         if isinstance(kinds, str) or not kinds or not all(isinstance(kind, str) for kind in kinds):
             raise ValueError(
-                f"plans: {name!r} has {kinds!r}, expected a list of layer kinds such as {list(MLP_KINDS[:4])}"
+                f"plans: {name!r} has {kinds!r}, expected a list of layer kinds such as "
+                f"{list(EXAMPLES['mlp'][:4])}"
             )
         plans[name] = Plan(name, frozenset(kinds))
     return plans
+
+
+def _with_kinds(named: Mapping[str, Sequence[str]] | Sequence[str]) -> Mapping[str, Sequence[str]]:
+    if isinstance(named, Mapping):
+        return named
+    names = [named] if isinstance(named, str) else named
+    if unknown := [name for name in names if name not in EXAMPLES]:
+        raise ValueError(
+            f"plans: {unknown} ship with no layer kinds, expected some of {list(EXAMPLES)}, or a mapping "
+            "from a name to layer kinds"
+        )
+    return {name: EXAMPLES[name] for name in names}

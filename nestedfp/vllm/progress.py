@@ -14,27 +14,26 @@ class Progress:
     def __init__(self) -> None:
         self._started: dict[str, tuple[float, int]] = {}
 
-    def running(
-        self, scheduled: Iterable[str], requests: Mapping[str, Any], now: float
-    ) -> list[tuple[int, float]]:
-        """Tokens made and seconds gone since the start, of each of `scheduled` that has a first token."""
+    def of(
+        self, scheduled: Iterable[str], requests: Mapping[str, Any], now: float, wall: float
+    ) -> tuple[list[tuple[int, float]], float]:
+        """Of `scheduled`: tokens made and seconds gone since the start of each that has a first token, and
+        the age of the oldest without one, 0 without any. `now` is monotonic, `wall` Unix seconds."""
         made: list[tuple[int, float]] = []
+        started, oldest = self._started, wall
         for request_id in scheduled:
             request = requests.get(request_id)
-            tokens = request.num_output_tokens if request is not None else 0
-            if tokens:
-                started_s, before = self._started.setdefault(request_id, (now, tokens))
-                made.append((tokens - before, now - started_s))
-        return made
-
-    def oldest_prompt_s(self, scheduled: Iterable[str], requests: Mapping[str, Any], wall: float) -> float:
-        """Age of the oldest of `scheduled` without a first token; 0 without any. `wall` is Unix seconds."""
-        ages = [
-            wall - request.arrival_time
-            for request_id in scheduled
-            if (request := requests.get(request_id)) is not None and not request.num_output_tokens
-        ]
-        return max(ages, default=0.0)
+            if request is None:
+                continue
+            tokens = request.num_output_tokens
+            if not tokens:
+                oldest = min(oldest, request.arrival_time)
+                continue
+            start = started.get(request_id)
+            if start is None:
+                start = started[request_id] = (now, tokens)
+            made.append((tokens - start[1], now - start[0]))
+        return made, wall - oldest
 
     def forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -116,7 +116,7 @@ class PrecisionMixin:
             self.progress.clear()
             return StepFacts(tokens, waiting, usage)
         wall = time.time()
-        oldest_s = self.progress.oldest_prompt_s(scheduled, self.requests, wall)
+        running, oldest_s = self.progress.of(scheduled, self.requests, time.monotonic(), wall)
         first = next(iter(self.waiting), None)
         if first is not None:
             oldest_s = max(oldest_s, wall - first.arrival_time)
@@ -124,7 +124,7 @@ class PrecisionMixin:
             tokens,
             waiting,
             usage,
-            running=self.progress.running(scheduled, self.requests, time.monotonic()),
+            running=running,
             waiting_prompt_tokens=queued_tokens(self.waiting, limits.queue_tokens),
             oldest_wait_s=oldest_s,
         )

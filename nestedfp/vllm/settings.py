@@ -35,8 +35,9 @@ class Settings:
     """Thresholds of `auto`."""
     check_steps: bool = False
     """Record on the device what every layer ran and compare after each step (always on for a CPU)."""
-    graph_reserve_gib: float = 0.7
-    """GPU memory kept out of the KV cache for each plan's CUDA graphs that vLLM does not estimate."""
+    graph_reserve_gib: float | None = None
+    """GPU memory kept out of the KV cache for each plan's CUDA graphs where vLLM estimates none; None: by
+    their number (`graphs.estimated_bytes`)."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -54,7 +55,7 @@ class Settings:
             target=data.get("target", "fp16"),
             limits=Limits.from_dict(data.get("limits", {})),
             check_steps=bool(data.get("check_steps", False)),
-            graph_reserve_gib=_gib(data.get("graph_reserve_gib", 0.7)),
+            graph_reserve_gib=_gib(data.get("graph_reserve_gib")),
         )
         settings.check_mode(settings.target)
         return settings
@@ -74,7 +75,9 @@ def _inexact(value: str) -> Inexact:
         ) from error
 
 
-def _gib(value: Any) -> float:
+def _gib(value: Any) -> float | None:
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
         raise ValueError(f"quantization_config: graph_reserve_gib is {value!r}, expected a number of GiB")
     return float(value)

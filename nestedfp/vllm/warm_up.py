@@ -1,15 +1,40 @@
-"""Products run once before an engine is ready, so that no kernel is compiled in service."""
+"""Kernels compiled while weights load, and products run once before an engine is ready, so that nothing is
+compiled in service."""
 
 from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestedfp.kernels import KOrder, preferred_order
 from nestedfp.kernels.dispatch import Backend, table
+from nestedfp.weight import DTYPES
 
 
-def token_counts(largest: int, captured: Iterable[int], tabled: Iterable[int]) -> list[int]:
+def begin_compiling(weight: Tensor) -> None:
+    """Compiles in the background what products of a weight like this need, if its device has such kernels."""
+    if weight.device.type == "cuda" and weight.dtype in DTYPES:
+        N, K = weight.shape
+        if preferred_order(weight.device, N, K) is KOrder.HOPPER:
+            _precompiler().add(N, K, weight.dtype)
+
+
+def finish_compiling() -> None:
+    """Waits for what was begun. What failed is raised by the first product that needs it."""
+    if _precompiler.cache_info().currsize:
+        _precompiler().wait()
+
+
+@cache
+def _precompiler() -> Any:
+    precompile = import_module("nestedfp.kernels.precompile")
+    return precompile.Precompiler(precompile.threads_beside_other_work())
+
+
+def token_counts(largest: int, tabled: Iterable[int]) -> list[int]:
     """Token counts, ascending and at most `largest`, that meet every configuration of the kernels.
 
     A table's configuration holds from one tabled count to the next, so the tabled counts and `largest` meet
@@ -17,7 +42,7 @@ def token_counts(largest: int, captured: Iterable[int], tabled: Iterable[int]) -
     """
     powers = [1 << exponent for exponent in range(largest.bit_length())]
     between = [3 * power // 2 for power in powers if power > 1]
-    return sorted(count for count in {*captured, *tabled, *powers, *between, largest} if 0 < count <= largest)
+    return sorted(count for count in {*tabled, *powers, *between, largest} if 0 < count <= largest)
 
 
 def tabled_counts(device: torch.device) -> set[int]:

@@ -4,9 +4,10 @@ import copy
 import logging
 import time
 from typing import Any
+from zlib import crc32
 
 from nestedfp.vllm import compat
-from nestedfp.vllm.active import ACTIVE
+from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.plan import Plan
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
@@ -26,7 +27,9 @@ class PrecisionMixin:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.precision_settings = settings_of(vllm_config)
         refuse_unsupported(vllm_config)
+        ACTIVE.clear()
         self._report: StepReport | None = None
+        self._checked_steps = self._mixed_steps = self._checksum = 0
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -69,16 +72,29 @@ class PrecisionMixin:
         layers, reasons = ACTIVE.layer_counts()
         return {"layers": layers, "plain_reasons": reasons, "inexact_rows": sum(ACTIVE.inexact_rows.values())}
 
+    def checked_steps(self) -> dict[str, int]:
+        """Of this rank, where steps are checked: their number, those with layers that ran something else than
+        the plan, and a checksum over what every layer ran in each. Ranks that ran alike answer alike."""
+        return {"steps": self._checked_steps, "mixed": self._mixed_steps, "checksum": self._checksum}
+
+    def _check(self, record: LayerRecord) -> int:
+        """Layers of the step that has just run that did not run what its plan says."""
+        marks = record.take()
+        mismatches = record.mismatches(marks, ACTIVE.plan)
+        if mismatches:
+            logger.error("nestedfp: %d layers did not run plan %s", mismatches, ACTIVE.plan.name)
+        self._checked_steps += 1
+        self._mixed_steps += mismatches > 0
+        self._checksum = crc32(marks, self._checksum)
+        return mismatches
+
     def _with_report(self, output: Any) -> Any:
         """`output` with the step's report; None, which means that sampling is still to come, stays."""
         if output is None or self._report is None:
             return output
         report, self._report = self._report, None
         if ACTIVE.record is not None:
-            mismatches = ACTIVE.record.take_mismatches(ACTIVE.plan)
-            if mismatches:
-                logger.error("nestedfp: %d layers did not run plan %s", mismatches, report.plan)
-            report = StepReport(report.plan, report.flip_seconds, mismatches)
+            report = StepReport(report.plan, report.flip_seconds, self._check(ACTIVE.record))
         if isinstance(output, _AsyncModelRunnerOutput):
             return ReportedOutput(output, report)
         return attach(output, report)

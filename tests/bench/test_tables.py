@@ -110,3 +110,62 @@ def test_an_engine_that_was_not_there_is_named_instead_of_a_column(module: Modul
     assert "nestedfp-16bit / vllm-16bit" not in table
     assert "| step with a flip before it, over the mean of both modes | 1.100 | ≤ 1.02 |" in table
     assert "| memory of weights over plain vLLM's | 1.0010 | ≤ 1.005 |" in table
+
+
+def test_each_dtype_and_a_start_alone_have_their_own_figures(module: ModuleType) -> None:
+    data = engine_data("vllm-16bit", "nestedfp-16bit", "nestedfp-fp8")
+    for row in data["rows"]:
+        row["output_len"] = 128
+    slower = [{**row, "dtype": "bfloat16", "tokens_per_s": row["tokens_per_s"] / 2} for row in data["rows"]]
+    data["rows"] += [row for row in slower if row["batch"] == 8]
+    alone = {"dtype": "bfloat16", "start_s": 60.0, "memory": {"weights_bytes": 1000, "kv_blocks": 980}}
+    data["solo"] = [
+        {**alone, "engine": "nestedfp"},
+        {**alone, "engine": "vllm-16bit", "start_s": 50.0, "memory": {**alone["memory"], "kv_blocks": 1000}},
+    ]
+    table = module.engine(data)
+    assert "| bfloat16, 128/128, batch 8 | 400 | 392 | 640 |" in table
+    assert "| float16: worst of 128/128, batch 1 to 32 |  |  |  | 0.980 | 1.600; bar ≥ 1.45 |" in table
+    assert "float16: flips, memory and starts" not in table.replace("bfloat16", "")
+    assert "| KV-cache blocks at the same setting, over plain vLLM's | 0.980 | ≥ 0.97 |" in table
+    assert "| start alone, 60 s, over plain vLLM's | 1.20 | ≤ 1.5 |" in table
+
+
+def test_the_engines_tests_have_a_row_a_run(module: ModuleType) -> None:
+    run = {"name": "a", "model": "m", "dtype": "float16", "runner": 2, "complete": True, "failures": {}}
+    figures = {"flips": 9999.0, "failed_requests": 0.0, "mixed_steps": 0.0, "flip_us_p99": 41.2}
+    figures |= {"sizes": 6.0, "sizes_with_equal_logits": 6.0}
+    runs = [
+        {**run, "outcomes": {"passed": 9}, "figures": figures},
+        {**run, "outcomes": {"passed": 4, "failed": 1}, "figures": {"ranks_alike": 1.0, "logits_equal": 0.0}},
+        {**run, "complete": False},
+    ]
+    header = {"device": "D", "devices": 2, "vllm": "0", "torch": "1", "date": "2026-01-01T00:00:00"}
+    table = module.engine_tests({"header": header, "runs": runs})
+    assert "(2 x D, vllm 0" in table
+    assert "runner 2 | 9 passed | 9,999 | 0 | 0 | 41 | 6 of 6 batch sizes |  |" in table
+    assert "| 1 failed, 4 passed |  |  |  |  | no | yes |" in table
+    assert "| not finished |" in table
+
+
+def test_a_pytest_report_is_read(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("engine_tests", ROOT / "bench" / "engine_tests.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        '<testcase name="a"><properties><property name="flips" value="7"/></properties></testcase>'
+        '<testcase name="b"><failure message="assert 1 == 2">…</failure></testcase>'
+        '<testcase name="c"><skipped/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    assert module.read(report) == {
+        "complete": True,
+        "outcomes": {"passed": 1, "failed": 1, "skipped": 1},
+        "failures": {"b": "assert 1 == 2"},
+        "figures": {"flips": 7.0},
+    }
+    assert list(module.runs("m", 2)) == ["tp2"]

@@ -33,6 +33,31 @@ def test_a_taken_request_is_not_opened_again_by_a_late_step() -> None:
     assert tokens.take("cmpl-1") is None
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.dictionaries(st.sampled_from("abcdx"), st.integers(1, 40)),
+            st.sampled_from(["fp16", "fp8", "mlp"]),
+        ),
+        max_size=30,
+    )
+)
+def test_every_token_of_an_open_request_is_counted_once(steps: list[tuple[dict[str, int], str]]) -> None:
+    """`x` was taken before: its late steps count for nothing."""
+    tokens = RequestTokens()
+    expected: dict[str, dict[str, int]] = {name: {"fp16": 0, "fp8": 0} for name in "abcd"}
+    for name in "abcdx":
+        tokens.open(name)
+    tokens.take("x")
+    for scheduled, plan in steps:
+        tokens.add(scheduled, plan)
+        for name, count in scheduled.items():
+            if name in expected:
+                expected[name][plan] = expected[name].get(plan, 0) + count
+    assert {name: tokens.take(name) for name in "abcd"} == expected
+    assert tokens.take("x") is None
+
+
 @given(st.lists(st.tuples(st.sampled_from("ot"), st.integers(0, 30)), max_size=300))
 def test_the_store_is_bounded_and_forgets_whole_requests(moves: list[tuple[str, int]]) -> None:
     tokens, open_ids = RequestTokens(capacity=8), []

@@ -1,13 +1,17 @@
 """The benchmark's order and bookkeeping, without an engine."""
 
 import argparse
+import fcntl
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nestedfp.vllm import bench
+from nestedfp.vllm.bench import grid, remote, report, session
 
 SPEEDS = {
     ("vllm-16bit", None): [100.0, 110.0, 90.0],
@@ -23,7 +27,7 @@ class FakeRemote:
     log: list[tuple[Any, ...]]
     failing: frozenset[str] = frozenset()
 
-    def __init__(self, task: dict[str, Any], turn: Any) -> None:
+    def __init__(self, task: dict[str, Any], turn: Any, log: Path) -> None:
         self.name = task["engine"]
         self.task = task
         self.counted: dict[Any, int] = {}
@@ -31,7 +35,7 @@ class FakeRemote:
 
     def wait_until_ready(self, seconds: float) -> None:
         if self.name in self.failing:
-            raise bench.EngineFailedError(f"{self.name}: its process ended")
+            raise remote.EngineFailedError(f"{self.name}: its process ended\nout of memory")
         self.facts = {
             "engine": self.name,
             "device": "NVIDIA H100 80GB HBM3",
@@ -49,7 +53,7 @@ class FakeRemote:
         if output_len < 64:
             return {}
         count = self.counted[mode] = self.counted.get(mode, -1) + 1
-        return {"tokens_per_s": SPEEDS[self.name, mode][count], "ttft_ms": 10.0, "tpot_ms": 5.0}
+        return {"tokens_per_s": SPEEDS[self.name, mode][count % 3], "ttft_ms": 10.0, "tpot_ms": 5.0}
 
     def stop(self) -> None:
         self.log.append((self.name, "stop"))
@@ -58,7 +62,7 @@ class FakeRemote:
 @pytest.fixture
 def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
     FakeRemote.log = []
-    monkeypatch.setattr(bench, "Remote", FakeRemote)
+    monkeypatch.setattr(session, "Remote", FakeRemote)
     monkeypatch.setattr(FakeRemote, "failing", frozenset())
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
@@ -76,7 +80,7 @@ def test_the_file_holds_medians_and_spread_of_all_passes(
     code, data = run(parser, tmp_path / "engine.json")
     assert code == 0
     rows = {row["contender"]: row for row in data["rows"]}
-    assert set(rows) == set(bench.CONTENDERS)
+    assert set(rows) == set(grid.CONTENDERS)
     assert rows["vllm-16bit"]["tokens_per_s"] == 100.0
     assert (rows["vllm-16bit"]["tokens_per_s_min"], rows["vllm-16bit"]["tokens_per_s_max"]) == (90.0, 110.0)
     assert rows["nestedfp-fp8"]["passes"] == 3
@@ -86,7 +90,7 @@ def test_the_file_holds_medians_and_spread_of_all_passes(
 def test_contenders_take_turns_there_and_back(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
     run(parser, tmp_path / "engine.json")
     passes = [(name, mode) for name, what, *rest in FakeRemote.log if what == "pass" for mode in rest[:1]]
-    forth = list(bench.CONTENDERS.values())
+    forth = list(grid.CONTENDERS.values())
     assert passes == [*reversed(forth), *forth, *reversed(forth), *forth]
 
 
@@ -118,7 +122,7 @@ def test_the_table_states_ratios_by_cell() -> None:
         for batch, ours, theirs in ((1, 90.0, 100.0), (8, 160.0, 100.0))
         for name, speed in (("nestedfp-16bit", ours), ("vllm-16bit", theirs))
     ]
-    assert "nestedfp-16bit / vllm-16bit: geometric mean 1.200, worst 0.900" in bench.table(rows)
+    assert "nestedfp-16bit / vllm-16bit: geometric mean 1.200, worst 0.900" in report.table(rows)
 
 
 def test_a_failed_engine_leaves_the_others(
@@ -128,7 +132,10 @@ def test_a_failed_engine_leaves_the_others(
     code, data = run(parser, tmp_path / "engine.json")
     assert code == 0
     assert {row["contender"] for row in data["rows"]} == {"vllm-16bit", "vllm-fp8"}
-    monkeypatch.setattr(FakeRemote, "failing", frozenset(bench.ENGINES))
+    assert [(entry["engine"], entry["error"][-13:]) for entry in data["failures"]] == [
+        ("nestedfp", "out of memory")
+    ]
+    monkeypatch.setattr(FakeRemote, "failing", frozenset(grid.ENGINES))
     assert run(parser, tmp_path / "none.json") == (1, {})
 
 
@@ -136,9 +143,76 @@ def test_nothing_is_measured_after_the_time_limit(parser: argparse.ArgumentParse
     assert run(parser, tmp_path / "engine.json", "--time-limit", "0") == (1, {})
 
 
+def test_a_later_run_keeps_whole_cells_of_an_earlier_one(
+    parser: argparse.ArgumentParser, tmp_path: Path
+) -> None:
+    out = tmp_path / "engine.json"
+    run(parser, out, "--cells", "128/64/8,128/64/1", "--solo", "nestedfp")
+    _, data = run(parser, out, "--keep", "--cells", "128/64/8", "--engines", "vllm-16bit")
+    found = {(row["batch"], row["contender"]) for row in data["rows"]}
+    assert found == {(8, "vllm-16bit"), *((1, name) for name in grid.CONTENDERS)}
+    assert [entry["engine"] for entry in data["solo"]] == ["nestedfp"]
+    _, data = run(parser, out, "--keep", "--cells", "128/64/1", "--dtype", "bfloat16")
+    assert {row["dtype"] for row in data["rows"]} == {"float16", "bfloat16"}
+    code, data = run(parser, out, "--keep", "--engines", "", "--solo", "vllm-16bit")
+    assert code == 0
+    assert data["settings"]["passes"] == 3
+    assert len(data["rows"]) == 9
+    assert [entry["engine"] for entry in data["solo"]] == ["nestedfp", "vllm-16bit"]
+    _, data = run(parser, out, "--cells", "128/64/1")
+    assert {(row["dtype"], row["batch"]) for row in data["rows"]} == {("float16", 1)}
+
+
+def test_figures_of_another_device_are_not_kept() -> None:
+    lists: dict[str, Any] = {"rows": [], "engines": [], "solo": [], "profiles": [], "settings": {}}
+    kept = {**lists, "device": "A", "versions": {}, "solo": [{"engine": "nestedfp"}]}
+    assert report.merged(kept, {**lists, "device": "B", "versions": {}})["solo"] == []
+
+
+def test_a_turn_ends_with_its_holder(tmp_path: Path) -> None:
+    """A process that is killed while it holds the lock must not stop the others."""
+    program = (
+        "import sys, pathlib; from nestedfp.vllm.bench.remote import Turn\n"
+        "with Turn(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    lock = tmp_path / "turn"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    with lock.open("w") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.kill()
+    process.communicate()
+    with remote.Turn(lock), lock.open("w") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_what_a_failed_process_printed_is_part_of_the_error(tmp_path: Path) -> None:
+    """A real process, which fails for want of the model's folder."""
+    task = {"engine": "vllm-16bit", "model": str(tmp_path / "none"), "dtype": "float16", "device": "cpu"}
+    started = remote.Remote({**task, "blocks": 64}, None, tmp_path / "engine.log")
+    with pytest.raises(remote.EngineFailedError, match=r"(?s)ended with code 1\n.*none"):
+        started.wait_until_ready(120)
+    started.stop()
+
+
+def test_a_warm_up_is_short() -> None:
+    assert grid.warm_up_cell((1024, 64, 512)) == (1024, 4, 32)
+    assert grid.warm_up_cell((32, 2, 1)) == (32, 2, 1)
+    assert len(set(grid.GRID)) == 18
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--cells", "128x128"], ["--capture-sizes", "few"], ["--engines", "sglang"], ["--model", "none"]],
+    [
+        ["--share-kv", "--tensor-parallel", "2"],
+        ["--cells", "128x128"],
+        ["--capture-sizes", "few"],
+        ["--engines", "sglang"],
+        ["--model", "none"],
+    ],
 )
 def test_bad_arguments_are_refused(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """The graph bank, against vLLM's real holder classes with fake graphs in them."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE
 from nestedfp.vllm.gpu_worker import PrecisionGPUWorker
-from nestedfp.vllm.graphs import GraphBank, GraphFamilyError, Holder
+from nestedfp.vllm.graphs import GraphBank, GraphFamilyError, Holder, estimated_bytes
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Settings
 
@@ -150,6 +151,33 @@ def test_no_graph_can_be_captured_in_service(runner: Runner) -> None:
     worker_for(runner)._capture_model()
     with pytest.raises(RuntimeError, match="capturing detected"):
         validate_cudagraph_capturing_enabled()
+
+
+@pytest.mark.parametrize(("sizes", "seen_gib"), [(9, 0.55), (10, 0.81), (51, 1.28)])
+def test_what_is_kept_free_for_graphs_holds_what_was_seen(sizes: int, seen_gib: float) -> None:
+    estimate = estimated_bytes(plans=2, sizes=sizes, layers=32) / 2**30
+    assert seen_gib - 0.01 <= estimate <= seen_gib + 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "estimate", "eager", "expected"),
+    [
+        ({}, 0, False, estimated_bytes(2, 3, 32)),
+        ({"graph_reserve_gib": 0.5}, 0, False, 1 << 30),
+        ({}, 7 << 20, False, 7 << 20),
+        ({"plans": {"mlp": ["down_proj"]}}, 7 << 20, False, 14 << 20),
+        ({}, 0, True, 0),
+    ],
+)
+def test_families_that_vllm_does_not_know_are_kept_out_of_the_kv_cache(
+    runner: Runner, settings: dict[str, Any], estimate: int, eager: bool, expected: int
+) -> None:
+    worker = worker_for(runner, **settings)
+    worker.model_config = SimpleNamespace(enforce_eager=eager, get_num_layers=lambda _: 32)
+    worker.parallel_config = None
+    worker.compilation_config = SimpleNamespace(cudagraph_capture_sizes=list(SHAPES))
+    worker.cudagraph_memory_estimate = estimate
+    assert worker._unestimated_graph_bytes() == expected
 
 
 def test_profiling_captures_once_and_keeps_nothing(runner: Runner) -> None:

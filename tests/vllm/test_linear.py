@@ -12,7 +12,7 @@ from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.linear import NestedLinearMethod
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Inexact
-from nestedfp.weight import NonFiniteWeightError
+from nestedfp.weight import NonFiniteWeightError, nest
 
 N, K = 48, 96
 
@@ -30,7 +30,7 @@ def loaded(
     weight: torch.Tensor, name: str = "model.layers.0.mlp.down_proj", inexact: Inexact = Inexact.AUTO
 ) -> tuple[nn.Module, Any]:
     layer = nn.Module()
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     method = NestedLinearMethod(name, inexact)
     method.process_weights_after_loading(layer)
     return layer, method
@@ -77,6 +77,21 @@ def test_reloading_keeps_the_layout_whatever_the_new_weights_are() -> None:
     method.process_weights_after_loading(layer)
     assert layer.weight_upper.shape == upper.shape
     assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_the_bytes_take_the_place_of_the_weight(contiguous: bool) -> None:
+    """So that loading needs no memory beside it but for one layer's temporaries, and leaves no holes."""
+    w = weights() if contiguous else weights().T.contiguous().T
+    expected, address = nest(w.clone()), w.data_ptr()
+    layer: Any = nn.Module()
+    layer.weight = nn.Parameter(w, requires_grad=False)
+    NestedLinearMethod("model.layers.0.mlp.down_proj", Inexact.AUTO).process_weights_after_loading(layer)
+    assert torch.equal(layer.weight_upper, expected.upper)
+    assert torch.equal(layer.weight_lower, expected.lower)
+    assert layer.weight_upper.is_contiguous()
+    if contiguous:
+        assert (layer.weight_upper.data_ptr(), layer.weight_lower.data_ptr()) == (address, address + N * K)
 
 
 def test_a_layer_that_would_lose_bits_stays_plain_and_is_counted() -> None:
@@ -133,15 +148,15 @@ def test_the_record_tells_what_ran_and_a_wrong_layer_is_found(monkeypatch: pytes
             method.apply(layer, x)
 
     run()
-    assert record.take_mismatches(FP16) == 0
-    assert record.take_mismatches(FP16) == 3, "a layer that did not run at all is a mismatch"
+    assert record.mismatches(record.take(), FP16) == 0
+    assert record.mismatches(record.take(), FP16) == 3, "a layer that did not run at all is a mismatch"
     ACTIVE.plan = FP8
     run()
-    assert record.take_mismatches(FP8) == 0
+    assert record.mismatches(record.take(), FP8) == 0
     run()
     ACTIVE.plan = FP16
     layers[1][1].apply(layers[1][0], x)
-    assert record.take_mismatches(FP8) == 1
+    assert record.mismatches(record.take(), FP8) == 1
 
 
 def test_the_operator_stays_one_call_in_a_compiled_graph() -> None:

@@ -67,7 +67,9 @@ def first(llm: Any) -> list[Greedy]:
     return greedy(llm)
 
 
-def test_tokens_in_16_bits_equal_plain_vllm_but_for_near_ties(first: list[Greedy], plain: Any) -> None:
+def test_tokens_in_16_bits_equal_plain_vllm_but_for_near_ties(
+    first: list[Greedy], plain: Any, record_property: Any
+) -> None:
     near_ties = 0
     for prompt, ours, theirs in zip(PROMPTS, first, plain(), strict=True):
         for position, (mine, other) in enumerate(zip(ours.token_ids, theirs.token_ids, strict=True)):
@@ -76,15 +78,17 @@ def test_tokens_in_16_bits_equal_plain_vllm_but_for_near_ties(first: list[Greedy
                 assert lead <= NEAR_TIE, f"{prompt!r} differs at {position}, where the best led by {lead}"
                 near_ties += 1
                 break
+    record_property("completions", len(PROMPTS))
+    record_property("near_ties", near_ties)
     print(f"{len(PROMPTS) - near_ties} of {len(PROMPTS)} completions equal, {near_ties} part at a near tie")
     assert near_ties <= len(PROMPTS) // 4
 
 
 def test_tokens_are_the_same_after_flips(llm: Any, first: list[Greedy]) -> None:
     for mode in ("fp8", "fp16", "fp8"):
-        control(llm, "set_target", mode=mode)
+        control(llm, "set_target", mode=mode, epoch=0)
         greedy(llm)
-    control(llm, "set_target", mode="fp16")
+    control(llm, "set_target", mode="fp16", epoch=0)
     assert greedy(llm) == first
     status = control(llm, "status")["result"]
     assert status["flips"] >= 4

@@ -17,6 +17,13 @@ def test_a_named_plan_gives_its_kinds_fp8_and_all_others_fp16() -> None:
     assert plan.precision("qkv_proj") is Precision.FP16
 
 
+def test_the_example_of_a_plan_is_asked_for_by_name() -> None:
+    plan = Settings.from_dict({"plans": ["mlp"], "target": "mlp"}).plans["mlp"]
+    kinds = ("gate_up_proj", "down_proj", "fc1", "qkv_proj", "o_proj")
+    in_fp8 = {kind for kind in kinds if plan.precision(kind) is Precision.FP8}
+    assert in_fp8 == {"gate_up_proj", "down_proj", "fc1"}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -27,6 +34,7 @@ def test_a_named_plan_gives_its_kinds_fp8_and_all_others_fp16() -> None:
         ({"target": "mlp"}, "mode is 'mlp', expected one of"),
         ({"plans": {"fp8": ["down_proj"]}}, "'fp8' is already a mode"),
         ({"plans": {"mlp": "down_proj"}}, "expected a list of layer kinds"),
+        ({"plans": ["attention"]}, r"\['attention'\] ship with no layer kinds, expected some of \['mlp'\]"),
         ({"plans": {"mlp": []}}, "expected a list of layer kinds"),
     ],
 )

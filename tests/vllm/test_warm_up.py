@@ -1,12 +1,23 @@
 """Which products run before an engine is ready."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from torch import nn
 
 from nestedfp.kernels.dispatch import Backend, Mode, Problem, configuration, table
+from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
 from nestedfp.kernels.layout import KOrder
-from nestedfp.vllm.warm_up import distinct_layers, run_products, token_counts
+from nestedfp.kernels.precompile import Precompiler, Recipe, recipes
+from nestedfp.vllm.warm_up import (
+    _precompiler,
+    begin_compiling,
+    distinct_layers,
+    finish_compiling,
+    run_products,
+    token_counts,
+)
 
 H100 = (9, 0)
 
@@ -15,7 +26,7 @@ H100 = (9, 0)
 @pytest.mark.parametrize("mode", list(Mode))
 def test_every_tabled_configuration_is_met(mode: Mode, largest: int) -> None:
     tabled = {row.M for row in table(Backend.HOPPER, H100)}
-    counts = token_counts(largest, [1, 2, 4, 8], tabled)
+    counts = token_counts(largest, tabled)
     assert max(counts) == largest
 
     def configurations(tokens: list[int]) -> set[str]:
@@ -25,10 +36,47 @@ def test_every_tabled_configuration_is_met(mode: Mode, largest: int) -> None:
     assert configurations(counts) == configurations([*range(1, largest + 1, 7), largest])
 
 
-def test_captured_sizes_are_met_and_none_is_too_large() -> None:
-    counts = token_counts(100, [24, 40, 512], [])
-    assert {24, 40, 1, 64, 96, 100} <= set(counts)
-    assert max(counts) == 100
+def test_counts_for_devices_without_a_table_double_and_none_is_too_large() -> None:
+    assert token_counts(100, []) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+
+
+@pytest.mark.parametrize(("N", "K"), [(28672, 4096), (3072, 4096), (4096, 7168)])
+def test_what_compiles_while_weights_load_is_all_that_their_products_need(N: int, K: int) -> None:
+    macros = [recipe.macros for recipe in recipes(N, K, torch.float16)]
+    assert len(set(macros)) == len(macros)
+    for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
+        for M in token_counts(8192, tabled_counts_of_h100()):
+            config = configuration(Backend.HOPPER, Problem(mode, M, N, K, "float16", KOrder.HOPPER), H100)
+            if config is not None and set(config) == {field.name for field in fields(kind)}:
+                wanted = kind(**config).defines(torch.float16)
+                assert (mode, torch.float16, *sorted(wanted.items())) in macros
+
+
+def tabled_counts_of_h100() -> set[int]:
+    return {row.M for row in table(Backend.HOPPER, H100)}
+
+
+def test_each_piece_is_compiled_once_and_complaints_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[object, ...]] = []
+
+    def compile_one(recipe: Recipe) -> None:
+        compiled.append(recipe.macros)
+        if recipe.mode is Mode.FP8:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(Recipe, "compile", compile_one)
+    precompiler = Precompiler(threads=2)
+    for _ in range(3):
+        precompiler.add(4096, 4096, torch.float16)
+    complaints = precompiler.wait()
+    assert len(compiled) == len(set(compiled)) == len(precompiler)
+    assert complaints == ["no compiler"] * sum(macros[0] is Mode.FP8 for macros in compiled)
+
+
+def test_a_weight_on_a_cpu_compiles_nothing() -> None:
+    begin_compiling(torch.zeros(64, 64, dtype=torch.float16))
+    finish_compiling()
+    assert _precompiler.cache_info().currsize == 0
 
 
 class Method:

@@ -3,12 +3,13 @@
 import copy
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
 
 from nestedfp.vllm import worker as worker_module
-from nestedfp.vllm.active import ACTIVE, LayerRecord
+from nestedfp.vllm.active import ACTIVE, NESTED, LayerRecord
 from nestedfp.vllm.config import NestedFPConfig
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Settings
@@ -123,6 +124,37 @@ def test_a_layer_that_ran_something_else_is_reported(worker: Worker, monkeypatch
     assert getattr(worker.execute_model(step("fp8")), REPORT).mismatches == 1
     record.write(exponents, FP8.precision("down_proj"))
     assert getattr(worker.execute_model(step("fp8")), REPORT).mismatches == 0
+    assert worker.checked_steps() == {"steps": 2, "mixed": 1, "checksum": crc32(b"\x01\x02")}
+
+
+def test_a_new_worker_knows_nothing_of_an_engine_before_it(worker: Worker) -> None:
+    exponents = torch.zeros(4, dtype=torch.int8)
+    ACTIVE.note_layer("model.layers.0.mlp.down_proj", NESTED, exponents)
+    ACTIVE.plan = FP8
+    Worker()
+    assert ACTIVE.plan is FP16
+    assert ACTIVE.layer_counts() == ({"nested": 0, "plain": 0}, {})
+    ACTIVE.note_layer("model.layers.0.mlp.down_proj", NESTED, torch.ones(4, dtype=torch.int8))
+    ACTIVE.start_recording(torch.device("cpu"))
+    assert ACTIVE.record is not None
+    assert len(ACTIVE.record.take()) == 1
+    ACTIVE.clear()
+
+
+def test_ranks_that_ran_unlike_answer_unlike(monkeypatch: pytest.MonkeyPatch) -> None:
+    exponents = torch.zeros(4, dtype=torch.int8)
+    answers = []
+    for plans in (("fp8", "fp16"), ("fp8", "fp16"), ("fp16", "fp8"), ("fp8",)):
+        rank = Worker()
+        record = LayerRecord({exponents.data_ptr(): "down_proj"}, torch.device("cpu"))
+        monkeypatch.setattr(ACTIVE, "record", record)
+        for plan in plans:
+            record.write(exponents, {"fp8": FP8, "fp16": FP16}[plan].precision("down_proj"))
+            rank.execute_model(step(plan))
+        answers.append(rank.checked_steps())
+    same, also, swapped, shorter = answers
+    assert same == also
+    assert len({str(answer) for answer in (same, swapped, shorter)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hashlib import sha256
 from importlib import resources
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from threading import Lock
 from typing import Any
 
 ARCHITECTURE = "sm_90a"
@@ -28,14 +29,15 @@ def cubin(source: str, headers: Mapping[str, str], defines: Mapping[str, int]) -
     version = nvrtc.nvrtcVersion()[1:]
     recipe = repr((source, _text(source), sorted(files.items()), sorted(defines.items()), version))
     kept = cache_folder() / f"{Path(source).stem}-{sha256(recipe.encode()).hexdigest()[:32]}.cubin"
-    if kept.is_file():
-        return kept.read_bytes()
-    made = _compile(source, files, defines)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    # Processes may write the same one at once; a rename leaves either of them whole.
-    with NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-        file.write(made)
-    os.replace(file.name, kept)
+    with _lock(kept):
+        if kept.is_file():
+            return kept.read_bytes()
+        made = _compile(source, files, defines)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Processes may write the same one at once; a rename leaves either of them whole.
+        with NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            file.write(made)
+        os.replace(file.name, kept)
     return made
 
 
@@ -70,6 +72,12 @@ def _compile(source: str, files: Mapping[str, str], defines: Mapping[str, int]) 
     check("reading", nvrtc.nvrtcGetCUBIN(program, code))
     check("freeing", nvrtc.nvrtcDestroyProgram(program))
     return code
+
+
+@cache
+def _lock(kept: Path) -> Lock:
+    """Of a cubin in this process: a thread that needs one under way waits for it."""
+    return Lock()
 
 
 @cache

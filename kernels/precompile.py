@@ -1,0 +1,121 @@
+"""`nestedfp compile kernels`: machine code of the CUDA C++ kernels before it is needed, without a GPU.
+
+What a weight needs is every configuration that the tables hold for it. Threads compile side by side, since
+NVRTC does not hold Python's lock, and leave their work in the cache that products look into; a product that
+meets one under way waits for it. Without a table nothing is known ahead: kernels compile when first launched.
+"""
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_near
+from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
+from nestedfp.kernels.hopper.cuda.compile import cache_folder
+from nestedfp.kernels.shapes import SHAPES, parse_shapes
+
+log = logging.getLogger("vllm.nestedfp")
+
+HOPPER: Capability = (9, 0)
+_MOST_THREADS = 16
+
+
+class Recipe(NamedTuple):
+    """One piece of machine code. `macros` tells pieces apart: configurations that differ in how a launch is
+    cut share one."""
+
+    mode: Mode
+    dtype: torch.dtype
+    config: gemm_16bit.Config | gemm_fp8.Config
+
+    @property
+    def macros(self) -> tuple[object, ...]:
+        return self.mode, self.dtype, *sorted(self.config.defines(self.dtype).items())
+
+    def compile(self) -> None:
+        """Leaves the machine code in the cache."""
+        if isinstance(self.config, gemm_fp8.Config):
+            gemm_fp8.code(self.config, self.dtype)
+        else:
+            gemm_16bit.code(self.config, self.dtype)
+
+
+def recipes(N: int, K: int, dtype: torch.dtype) -> list[Recipe]:
+    """What products of a weight [N, K] can need on Hopper, each once."""
+    found: dict[tuple[object, ...], Recipe] = {}
+    name = str(dtype).removeprefix("torch.")
+    for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
+        for row in rows_near(Backend.HOPPER, HOPPER, mode, name, N, K):
+            try:
+                recipe = Recipe(mode, dtype, kind(**row.config))
+            except TypeError:
+                continue  # A configuration of another kernel.
+            found.setdefault(recipe.macros, recipe)
+    return list(found.values())
+
+
+class Precompiler:
+    """Compiles in the background what weights need, each piece once."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nestedfp-compile")
+        self._known: dict[tuple[object, ...], Future[None]] = {}
+
+    def add(self, N: int, K: int, dtype: torch.dtype) -> None:
+        for recipe in recipes(N, K, dtype):
+            if recipe.macros not in self._known:
+                self._known[recipe.macros] = self._pool.submit(recipe.compile)
+
+    def wait(self) -> list[str]:
+        """Waits for everything added so far; returns the complaints of what failed, which the product that
+        needs it will raise."""
+        errors = [future.exception() for future in self._known.values()]
+        return [str(error) for error in errors if error is not None]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def threads_beside_other_work() -> int:
+    return max(1, min(_MOST_THREADS, (os.cpu_count() or 2) // 2))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes", type=parse_shapes, default=list(SHAPES), help="models, layers, MODEL/LAYER or NxK, ..."
+    )
+    parser.add_argument("--dtype", default="float16,bfloat16", help="some of float16,bfloat16")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="also for weights cut in so many parts"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+
+
+def run(args: argparse.Namespace) -> int:
+    start = time.monotonic()
+    precompiler = Precompiler(args.threads)
+    for dtype in args.dtype.split(","):
+        if dtype not in ("float16", "bfloat16"):
+            raise SystemExit(f"--dtype: {dtype!r}, expected some of float16,bfloat16")
+        sizes = {(shape.N, shape.K) for shape in args.shapes}
+        for N, K in sizes | set(_parts(sizes, args.tensor_parallel)):
+            precompiler.add(N, K, getattr(torch, dtype))
+    complaints = precompiler.wait()
+    for complaint in complaints:
+        print(complaint)
+    made = len(precompiler) - len(complaints)
+    print(f"{made} kernels in {cache_folder()}, {time.monotonic() - start:.0f} s")
+    return 1 if complaints else 0
+
+
+def _parts(sizes: Iterable[tuple[int, int]], ways: int) -> Iterable[tuple[int, int]]:
+    """A layer is cut along N or along K."""
+    for N, K in sizes:
+        yield N // ways, K
+        yield N, K // ways
