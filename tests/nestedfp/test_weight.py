@@ -127,18 +127,20 @@ def test_fp8_reading_is_the_nearest_e4m3_of_the_scaled_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_stored_order_changes_neither_reading(dtype: torch.dtype) -> None:
-    w = gaussian(5, 192, dtype)
+    w = gaussian(5, 256, dtype)
     natural = nest(w, require_exact=False)
     hopper = nest(w, order=KOrder.HOPPER, require_exact=False)
     assert not torch.equal(natural.upper, hopper.upper)
     assert same_bits(natural.merge(), hopper.merge())
     assert torch.equal(natural.fp8()[0].view(torch.uint8), hopper.fp8()[0].view(torch.uint8))
-    # Position 2 of a group (t=0, j=0, h=1, b=0) holds k = 8.
-    assert torch.equal(hopper.upper[:, 64 + 2], natural.upper[:, 64 + 8])
+    # Panels of five rows: position 2 of a row (t=0, s=0, j=0, h=1, b=0) holds column 8, position 16 column 64.
+    panels = hopper.upper.view(2, 5, 128)
+    assert torch.equal(panels[1, :, 2], natural.upper[:, 128 + 8])
+    assert torch.equal(panels[0, :, 16], natural.upper[:, 64])
 
 
 def test_hopper_order_needs_whole_groups() -> None:
-    with pytest.raises(ValueError, match="multiple of 64"):
+    with pytest.raises(ValueError, match="multiple of 128"):
         nest(gaussian(4, 100, torch.float16), order=KOrder.HOPPER)
 
 

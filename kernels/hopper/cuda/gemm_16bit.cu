@@ -1,8 +1,9 @@
 // y [M, N] = x [M, K] w^T * 2^row_exponent (+ bias), w [N, K] rebuilt exactly in registers, on Hopper.
 //
 // Operands. x: 16-bit floats, rows on 16-byte boundaries; upper, lower: bytes in the stored order of `KOrder.HOPPER`,
-// panels of N rows by 128 of K one after another, so K is a multiple of 128. M and N are free: the copy engine fills
-// what lies outside x with zeros; weight rows past N belong to the next panel, and nothing of them is stored.
+// panels of N rows by 128 of K one after another, so K is a multiple of 128. M and N are free. Fewer tokens than a
+// tile's are copied alone, `x_bytes` a stage, and what stays in the buffer behind them is multiplied in vain; weight
+// rows past N belong to the next panel. Nothing of either is stored.
 // partials, counters: scratch for tiles whose K is cut; counters are zero before and after. Products that share
 // scratch run one after another.
 //
@@ -106,7 +107,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     gemm_16bit(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap upper_map,
                const __grid_constant__ TensorMap lower_map, u16* y,
                const signed char* row_exponent, const u16* bias, float* partials, u32* counters, int M, int N, int K,
-               int group, int cut, int parts, int wide) {
+               int group, int cut, int parts, int x_bytes, int wide) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
   const u32 x_full = base + BARRIER_OFFSET, x_empty = x_full + X_STAGES * 8;
@@ -186,7 +187,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         for (int step = segment.first * 2; step < segment.last * 2; ++step) {
           const u32 barrier = x_full + ring.stage * 8, to = base + ring.stage * X_BYTES + rank_row * PART * STEP * 2;
           ptx::barrier_wait(x_empty + ring.stage * 8, ring.parity ^ 1);
-          ptx::barrier_expect(barrier, X_BYTES);
+          ptx::barrier_expect(barrier, x_bytes);
           if constexpr (CLUSTER_ROWS > 1)
             ptx::load_2d_multicast(to, &x_map, step * STEP, token, barrier, ctas, ptx::EVICT_NORMAL);
           else

@@ -78,7 +78,7 @@ class Config:
 
     @property
     def stages(self) -> tuple[int, int]:
-        """Of x, 64 of K each, and of weights, 128 each: equally far ahead, and what is left goes to either."""
+        """Of x, 64 of K each, and of weights, 128 each: equally far ahead, what is left to either."""
         room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 32 * _MOST_STAGES
         weights = min(room // (self._weight_bytes + 2 * self._x_bytes), _MOST_STAGES // 2)
         room -= weights * (self._weight_bytes + 2 * self._x_bytes)
@@ -180,12 +180,14 @@ def product(
         tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT)
         for plane in (upper, lower)
     ]
+    # The copy engine is slow where a box reaches past the last token.
+    box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
     arguments = [
-        tensor_map(x, config.tokens // config.cluster_rows, _STEP),
+        tensor_map(x, box, _STEP),
         *planes,
         *map(pointer, (y, row_exponent, bias, partials, counters)),
     ]
-    numbers = (M, N, K, config.group, cut.cut, cut.parts, N % 8 == 0)
+    numbers = (M, N, K, config.group, cut.cut, cut.parts, 2 * _STEP * box * config.cluster_rows, N % 8 == 0)
     kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])
 
 

@@ -3,9 +3,10 @@
 // Operands. x: [M, K] 16-bit floats, rows `x_pitch` bytes apart; upper: E4M3 [N, K], row-major, or with `panels` in the
 // stored order of `KOrder.HOPPER`, panels of N rows by 128 of K, K a multiple of 128. Rows of both begin on 16-byte
 // boundaries and K is a multiple of 16. M, N and K are otherwise free: the copy engine fills what lies outside with
-// zeros, weight rows past N of a panel belong to the next, and nothing outside y is stored. Scratch: codes [M, K], in
-// the weights' order of K, and x_scale [M], which this launch fills; partials and flags for split K; flags are zero
-// before and after.
+// zeros, and nothing outside y is stored. Scratch: codes, in the weights' order of K, and x_scale [M], which this
+// launch fills; partials and flags for split K; flags are zero before and after. Boxes that reach past the last token
+// are slow to copy: codes have rows for all tiles, and fewer tokens than a tile's are copied alone, `token_bytes` a
+// chunk. What is multiplied beside M tokens, or N weight rows, is undefined.
 //
 // Quantising. Consumers first quantise the `front` tokens, those that the first tiles need; three idle warps of the
 // producer's warpgroup quantise the others meanwhile. Each token is counted for its tile, and the producer asks for a
@@ -86,7 +87,7 @@ struct Arguments {
   const u16* bias;
   float* partials;
   u32* flags;
-  int M, N, K, x_pitch;
+  int M, N, K, x_pitch, token_bytes;
   bool panels;
   int front, team_warps;
 };
@@ -183,7 +184,7 @@ class Producer {
     Unit unit = schedule_.unit(schedule_.worker());
     const int early = min(unit.steps, STAGES);
     for (int i = 0; i < early; ++i) {
-      ptx::barrier_expect(full(i), STAGE_BYTES);
+      ptx::barrier_expect(full(i), CHUNKS * (arguments_.token_bytes + WEIGHT_BYTES));
       load_weights(i, unit, i);
     }
     ptx::wait_for_previous_kernel();
@@ -199,7 +200,7 @@ class Producer {
       }
       for (; step < unit.steps; ++step, ring.advance()) {
         ptx::barrier_wait(empty(ring.stage), ring.parity ^ 1);
-        ptx::barrier_expect(full(ring.stage), STAGE_BYTES);
+        ptx::barrier_expect(full(ring.stage), CHUNKS * (arguments_.token_bytes + WEIGHT_BYTES));
         load_weights(ring.stage, unit, step);
         load_tokens(ring.stage, unit, step);
       }
@@ -628,12 +629,12 @@ class Consumer {
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     gemm_fp8(const __grid_constant__ TensorMap codes_map, const __grid_constant__ TensorMap upper_map, u16* y,
              const u8* x, u8* codes, float* x_scale, const signed char* row_exponent, const u16* bias, float* partials,
-             u32* flags, int M, int N, int K, int x_pitch, int panels, int front, int team_warps,
+             u32* flags, int M, int N, int K, int x_pitch, int token_bytes, int panels, int front, int team_warps,
              const Schedule schedule) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
   const Arguments arguments = {&codes_map, &upper_map, y, x, codes,   x_scale,      row_exponent, bias, partials,
-                               flags,      M,          N, K, x_pitch, panels != 0, front,        team_warps};
+                               flags,      M,          N, K, x_pitch, token_bytes, panels != 0, front,        team_warps};
   const u32 warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
   const u32 thread = threadIdx.x % 128;
 

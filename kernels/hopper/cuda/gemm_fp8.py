@@ -238,15 +238,17 @@ def _product(
     (M, K), N = x.shape, upper.shape[0]
     kernel = _kernel(config, x.dtype, x.device.index or 0)
     scratch = _scratch(x.device)
-    codes = scratch.codes(M, K)
+    height = -(-M // (config.tokens * config.cluster_tokens)) * config.tokens * config.cluster_tokens
+    codes = scratch.codes(height, K)
+    box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
     panels = order is KOrder.HOPPER
     cut = plan(config, M, N, K, kernel.resident_clusters)
     arguments = [
-        tensor_map(codes, config.tokens // config.cluster_rows, _CHUNK),
+        tensor_map(codes, box, _CHUNK),
         tensor_map(upper.view(-1, _CHUNK) if panels else upper, config.rows // config.cluster_tokens, _CHUNK),
         *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
     ]
     pitch = (x.stride(0) if M > 1 else K) * x.element_size()
-    numbers = (M, N, K, pitch, panels, cut.front, cut.team_warps)
+    numbers = (M, N, K, pitch, box * config.cluster_rows * _CHUNK, panels, cut.front, cut.team_warps)
     schedule = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
     kernel(cut.clusters, [*arguments, *map(ctypes.c_int, numbers), (ctypes.c_int * 7)(*schedule)])

@@ -103,7 +103,7 @@ def test_nothing_is_written_outside_the_output(
     [(1, 4096, 4096), (64, 5120, 14336), (256, 5120, 14336), (1024, 5120, 4096), (600, 6144, 4096)],
 )
 def test_products_on_each_others_heels_are_right(M: int, N: int, K: int, mode: Mode, backend: str) -> None:
-    """Launches overlap in a graph, and share scratch: twenty in a row, ten times, give the bits of one alone."""
+    """Launches overlap in a graph and share scratch: twenty in a row, ten times, give the bits of one."""
     _, nested = weight(N, K, torch.float16)
     x = torch.randn(M, K, device="cuda", dtype=torch.float16)
     linear = products(backend, mode)
