@@ -5,7 +5,8 @@
 Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed),
 `steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json),
 `classes` (requests that insist on 16 bits; shedding).
-A part that is not named keeps the figures it has.
+A part that is not named keeps the figures it has. With `--policies predictive` the loads keep their capacities
+and the figures of the other policies too, which no change of the predictive policy touches.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from nestedfp.policies.simulation.cluster import Outcome, simulate
 from nestedfp.policies.simulation.oracle import LEVELS, schedule_of, search, share_bound
 from nestedfp.policies.simulation.state import EngineSettings, poisson
 from nestedfp.policies.simulation.summary import summarize, ttft_s
+from nestedfp.policies.simulation.unseen import hold
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
 POLICIES = ("static-fp16", "static-fp8", "threshold", "predictive")
@@ -48,11 +50,17 @@ def run(load: Load, name: str, replicas: int, seed: int) -> tuple[dict[str, Any]
     return summarize(outcome, Slo(), settings.label), outcome
 
 
-def compare(load: Load, replicas: int, seed: int, tries: int) -> dict[str, Any]:
-    """Every policy's figures on one load, what follows from them, and the oracle's (with `tries` > 0)."""
+def compare(
+    load: Load, replicas: int, seed: int, tries: int, kept: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Every policy's figures on one load, what follows from them, and the oracle's (with `tries` > 0).
+
+    The figures in `kept` are taken as they are.
+    """
     print(f"{load.name} at {load.share:g} of {load.capacity_rps:.2f} requests/s, seed {seed}", flush=True)
-    runs = {name: run(load, name, replicas, seed) for name in POLICIES}
-    results = {name: summary for name, (summary, _) in runs.items()}
+    kept = kept or {}
+    runs = {name: run(load, name, replicas, seed) for name in POLICIES if name not in kept}
+    results = {name: kept[name] if name in kept else runs[name][0] for name in POLICIES}
     best, fixed = results["static-fp8"]["attainment"], results["static-fp16"]["attainment"]
     for name in POLICIES[2:]:
         reached = results[name]["attainment"]
@@ -101,6 +109,7 @@ def oracle(
         starts=(schedule_of(outcome),),
         tries=tries,
     )
+    held = hold(load.workload, found.schedule, target, seed=seed, settings=settings, slo=slo)
     searched = found.share if found.attainment >= target - 1e-12 else None
     reached = [row["fp16_token_share"] for row in results.values() if row["attainment"] >= target]
     share = max([*reached, *([] if searched is None else [searched])])
@@ -115,6 +124,10 @@ def oracle(
         "tried": found.tried,
         "levels": np.bincount(found.schedule.ravel(), minlength=len(LEVELS)).tolist(),
         "predictive_over_oracle": ours / share if share > 0 else None,
+        "unseen_noise": {
+            **held._asdict(),
+            "predictive_over_held": ours / max(ours, held.share) if held.share and ours else None,
+        },
     }
 
 
@@ -261,9 +274,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=int, default=20_000, help="first requests of each trace to use")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
     parser.add_argument("--tries", type=int, default=TRIES, help="simulations of the oracle's search")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
+    named = arguments.policies.split(",")
+    fewer = set(named) != set(POLICIES)
     folder = Path(os.environ["NESTEDFP_TRACES"])
     replicas, seed = arguments.replicas, arguments.seed
     report: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
@@ -278,6 +294,7 @@ def main() -> None:
         "seed": seed,
         "held_out_seed": HELD_OUT_SEED,
         "limit": arguments.limit,
+        "tries": arguments.tries,
         "slo": {"ttft_s": Slo().ttft_s, "tpot_s": Slo().tpot_s},
         "capacity": "highest Poisson rate at which static FP16 meets the SLO for 90 % of 60 s of requests",
         "bursts": list(BURSTS),
@@ -285,9 +302,14 @@ def main() -> None:
     for part, its_seed in (("loads", seed), ("held-out", HELD_OUT_SEED)):
         if part in parts:
             rows = []
-            for load in loads(folder, arguments.limit, replicas, its_seed):
-                rows.append(compare(load, replicas, its_seed, arguments.tries))
-            report[part.replace("-", "_")] = rows
+            name = part.replace("-", "_")
+            before = {(row["load"], row["share"]): row for row in report.get(name, [])} if fewer else {}
+            capacities = {load: row["capacity_rps"] for (load, _), row in before.items()}
+            for load in loads(folder, arguments.limit, replicas, its_seed, capacities):
+                kept = before[load.name, load.share]["policies"] if before else {}
+                kept = {policy: summary for policy, summary in kept.items() if policy not in named}
+                rows.append(compare(load, replicas, its_seed, arguments.tries, kept))
+            report[name] = rows
             save()
     if "decide" in parts:
         report["decide_ms"] = decide_ms()

@@ -26,22 +26,27 @@ from numpy.typing import NDArray
 
 from nestedfp.policies.config import Slo
 from nestedfp.policies.protocol import AUTO, FP8, FP16
+from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.cluster import DRAIN_S, Cluster, Outcome
 from nestedfp.policies.simulation.state import AUTO_LIMITS, EngineSettings, Floats, Requests, Workload
 from nestedfp.policies.simulation.summary import attained
 
 QUEUE_TOKENS: Final = 4000.0
 WAIT_S: Final = 0.2
-FREE: Final = (math.inf, math.inf, math.inf, math.inf)
-NEVER: Final = (0.0, -1e9, 0.0, 0.0)
+TIGHT_S: Final = 0.2 * 0.033
+FREE: Final = (math.inf, math.inf, math.inf, math.inf, math.inf)
+NEVER: Final = (0.0, 0.0, -1e9, 0.0, 0.0)
 LEVELS: Final = (
     FREE,
-    *((0.033, debt, QUEUE_TOKENS, WAIT_S) for debt in (0.25, 0.12, 0.06, 0.03, 0.015, 0.0)),
-    *((0.033 * pace, 0.0, QUEUE_TOKENS, WAIT_S) for pace in (0.8, 0.6, 0.45)),
-    (0.033 * 0.3, 0.0, 1.0, 0.5 * WAIT_S),
+    *((0.033, 0.033, debt, QUEUE_TOKENS, WAIT_S) for debt in (0.25, 0.12, 0.06, 0.03, 0.015, 0.0)),
+    *(
+        (0.033 * pace, TIGHT_S, debt, QUEUE_TOKENS, WAIT_S)
+        for pace, debt in ((0.8, 0.0), (0.6, 0.12), (0.6, 0.0), (0.45, 0.12), (0.45, 0.0))
+    ),
+    (0.033 * 0.3, TIGHT_S, 0.0, 1.0, 0.5 * WAIT_S),
     NEVER,
 )
-"""Limits of ``auto`` (pace, debt, queue, wait) from 16 bits always to FP8 always."""
+"""Limits of ``auto`` (pace, that of memory-bound steps, debt, queue, wait) from 16 bits always to FP8 always."""
 _PENALTY: Final = 50.0
 Schedule = NDArray[np.int8]
 """[seconds, replicas] places in LEVELS."""
@@ -58,10 +63,21 @@ class Found:
 
 
 def replay(
-    workload: Workload, schedule: Schedule, *, seed: int, settings: EngineSettings, slo: Slo
+    workload: Workload,
+    schedule: Schedule,
+    *,
+    seed: int,
+    settings: EngineSettings,
+    slo: Slo,
+    noise_seed: int | None = None,
 ) -> Requests:
-    """The requests after ``workload`` was served under ``schedule``; its last second holds to the end."""
+    """The requests after ``workload`` was served under ``schedule``; its last second holds to the end.
+
+    ``seed`` draws the router's candidates and, unless ``noise_seed`` is given, the noise of step times.
+    """
     cluster = Cluster(workload, schedule.shape[1], settings, seed, slo)
+    if noise_seed is not None:
+        engine.seed(noise_seed)
     for replica_id in cluster.ids:
         cluster.order(replica_id, AUTO, None)
     limits = np.array(LEVELS)
@@ -86,7 +102,7 @@ def schedule_of(outcome: Outcome) -> Schedule:
     """A policy's run as a schedule: the level nearest to what was ordered in each second."""
     modes = np.array(outcome.timeline.modes)
     paces, debts = np.array(outcome.timeline.pace_s), np.array(outcome.timeline.debt_s)
-    middle = np.array([level[:2] for level in LEVELS[1:-1]])
+    middle = np.array([(level[0], level[2]) for level in LEVELS[1:-1]])
     distance = np.abs(paces[..., None] - middle[:, 0]) + np.abs(debts[..., None] - middle[:, 1])
     levels = 1 + distance.argmin(axis=-1)
     levels = np.where(np.isinf(paces) | (modes == 0), 0, levels)
@@ -144,7 +160,7 @@ def search(
         padded = np.pad(start, ((0, max(0, seconds - len(start))), (0, 0)), mode="edge")[:seconds]
         run.value(padded.astype(np.int8))
     base = int(np.argmax(values))
-    load = _load_ahead(workload, seconds)
+    load = load_ahead(workload, seconds)
     for share in (0.03, 0.1, 0.2, 0.35, 0.5):
         peak = load >= np.quantile(load, 1.0 - share)
         for calm in {0, max(0, base - 2), max(0, base - 1)}:
@@ -188,7 +204,7 @@ def _blocks(seconds: int, replicas: int, random: np.random.Generator) -> Iterato
             yield slice(start, start + 5), slice(replica, replica + 1)
 
 
-def _load_ahead(workload: Workload, seconds: int) -> Floats:
+def load_ahead(workload: Workload, seconds: int) -> Floats:
     """Tokens that arrive from one second before each second to three seconds after its start."""
     tokens = np.asarray(workload.prompt_tokens, dtype=np.float64) + workload.output_tokens
     by_second, _ = np.histogram(workload.arrival_s, bins=np.arange(seconds + 1), weights=tokens)
