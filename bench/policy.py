@@ -5,8 +5,8 @@
 Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed),
 `steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json),
 `classes` (requests that insist on 16 bits; shedding).
-A part that is not named keeps the figures it has. With `--policies predictive` the loads keep their capacities
-and the figures of the other policies too, which no change of the predictive policy touches.
+A part that is not named keeps the figures it has. With `--policies predictive` the loads keep their
+capacities and the figures of the other policies too, which no change of the predictive policy touches.
 """
 
 import argparse

@@ -46,7 +46,7 @@ class Limits:
     pace_s: float = 0.0
     """Mean time per output token that every running request is kept to; 0: the marks above decide."""
     memory_pace_s: float = float("inf")
-    """The same for steps bound by reading the weights, if that is less: they gain most by FP8 for each token."""
+    """The same for steps bound by reading the weights, if that is less: FP8 gains most for a token there."""
     debt_s: float = 0.0
     """What a request may be behind its pace."""
     queue_tokens: float = float("inf")

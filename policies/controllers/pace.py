@@ -32,11 +32,11 @@ from nestedfp.policies.protocol import FP8, FP16
 
 PACE_FALLS: Final = 1.0
 """16-bit load from which the pace falls."""
-PACE_LEAST: Final = (1.8, 1.15)
+PACE_LEAST: Final = (1.8, 1.2)
 """16-bit load at which the pace is at its least: where the load passes, and where it lasts."""
-SUSTAINED: Final = (0.75, 0.85)
+SUSTAINED: Final = (0.8, 0.9)
 """Load over a while from which on it counts as lasting, and at which it does in full."""
-SUSTAINED_S: Final = 5.0
+SUSTAINED_S: Final = 8.0
 LEAST_PACE: Final = 0.5
 """Share of the TPOT limit; what is left of it is the reserve with which an overload is met."""
 MEMORY_FALLS: Final = (0.9, 1.1)
@@ -72,7 +72,7 @@ MISS_WINDOW_S: Final = 10.0
 
 
 class Confidence(NamedTuple):
-    """How far the SLO is met: 1 where no request is missed, 0 at the tolerance, -1 at twice that, and so on."""
+    """How far the SLO is met: 1 where no request is missed, 0 at the tolerance, -1 at twice that, and on."""
 
     at_s: float = -math.inf
     missed: float = 0.0
@@ -120,8 +120,8 @@ def room(
 ) -> Room:
     """Pace and debt of every replica, from the load of the present moment.
 
-    ``sustained`` is the 16-bit load averaged over ``SUSTAINED_S``. Where it shows that the load lasts, a reserve
-    is kept, since one more rise would find batches too large for FP8.
+    ``sustained`` is the 16-bit load averaged over ``SUSTAINED_S``. Where it shows that the load lasts, a
+    reserve is kept, since one more rise would find batches too large for FP8.
     """
     prompt_tokens = np.maximum(facts.prompt_tokens, 1.0)
     # The router spreads a burst evenly, so that all replicas together tell of it sooner than each alone.
@@ -184,8 +184,8 @@ def auto_limits(
     """The limits sent to one replica; steps of a tenth, so that they change seldom.
 
     ``pace_s``, ``memory_pace_s`` and ``debt_s`` as in the module's text, ``queue_tokens`` and ``wait_s`` (of
-    the oldest prompt) from which on steps are in FP8, and the terms of a 16-bit step, by which the engine looks
-    ahead. These are as configured: corrections would change every limit with every step.
+    the oldest prompt) from which on steps are in FP8, and the terms of a 16-bit step, by which the engine
+    looks ahead. These are as configured: corrections would change every limit with every step.
     """
     costs = model.costs[FP16]
     start, end = QUEUE_DOUBT

@@ -46,7 +46,7 @@ LEVELS: Final = (
     (0.033 * 0.3, TIGHT_S, 0.0, 1.0, 0.5 * WAIT_S),
     NEVER,
 )
-"""Limits of ``auto`` (pace, that of memory-bound steps, debt, queue, wait) from 16 bits always to FP8 always."""
+"""Limits of ``auto`` (pace, memory-bound pace, debt, queue, wait), from 16 bits always to FP8 always."""
 _PENALTY: Final = 50.0
 Schedule = NDArray[np.int8]
 """[seconds, replicas] places in LEVELS."""

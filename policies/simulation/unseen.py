@@ -1,9 +1,9 @@
 """How much of an oracle's schedule is knowledge of the arrivals, and how much is luck with the noise.
 
-The search of :mod:`nestedfp.policies.simulation.oracle` keeps whatever worked on one draw of the noise of step
-times. Some of that is chance: on other draws, with the same arrivals and the same router, the same schedule
-attains less. Nobody who knows the arrivals knows the noise, so :func:`hold` asks what share of tokens in 16
-bits schedules reach at an attainment that they keep on draws which no search has seen.
+The search of :mod:`nestedfp.policies.simulation.oracle` keeps whatever worked on one draw of the noise of
+step times. Some of that is chance: on other draws, with the same arrivals and the same router, the same
+schedule attains less. Who knows the arrivals does not know the noise, so :func:`hold` asks what share of
+tokens in 16 bits schedules reach at an attainment that they keep on draws which no search has seen.
 """
 
 from __future__ import annotations

@@ -196,6 +196,31 @@ def test_debt_and_pace_fall_with_the_load(view: MakeView) -> None:
     )
     assert calm["debt_s"] > busy["debt_s"] > heavy["debt_s"] >= 0.0
     assert calm["pace_s"] >= busy["pace_s"] > heavy["pace_s"] > 0.0
+    assert calm["memory_pace_s"] == calm["pace_s"]
+    assert busy["memory_pace_s"] < busy["pace_s"]
+
+
+def test_the_pace_falls_sooner_where_the_load_lasts(view: MakeView) -> None:
+    load = {**LOADED, "arrivals_per_s": 30.0, "arriving_prompt_tokens_per_s": 30_000.0}
+    run = Run("auto")
+    paces = []
+    for second in range(30):
+        limits = run.at(float(second), view(**load))["a"].limits
+        assert limits is not None
+        paces.append(limits["pace_s"])
+    assert paces[-1] < paces[0] < 0.033
+
+
+def test_confidence_returns_within_seconds_of_the_last_of_many_misses(view: MakeView) -> None:
+    run = Run("auto")
+    for second in range(120):
+        bad = run.at(float(second), view(**LOADED, slo_miss_share=1.0))["a"].limits
+    for second in range(120, 150):
+        good = run.at(float(second), view(**LOADED, slo_miss_share=0.0))["a"].limits
+    assert bad is not None
+    assert good is not None
+    assert bad["pace_s"] < 0.3 * good["pace_s"]
+    assert good["pace_s"] == pytest.approx(0.033)
 
 
 def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
