@@ -119,6 +119,7 @@ def _loads(rows: Iterable[Mapping[str, Any]]) -> str:
         "16-bit tokens",
         "oracle (bound)",
         "of the oracle",
+        "the oracle on unseen noise: attainment; share at the same; of it",
         "most flips a replica and minute",
     )
     lines = []
@@ -139,10 +140,20 @@ def _loads(rows: Iterable[Mapping[str, Any]]) -> str:
                 f"{oracle['predictive_over_oracle']:.2f}"
                 if oracle and oracle["predictive_over_oracle"]
                 else "–",
+                _unseen(oracle.get("unseen_noise") if oracle else None),
                 str(ours["max_flips_in_a_minute"]),
             )
         )
     return _markdown(head, lines)
+
+
+def _unseen(held: Mapping[str, Any] | None) -> str:
+    """What the oracle's schedule is worth on noise that its search has not seen."""
+    if held is None:
+        return "–"
+    share, ratio = held["share"], held["predictive_over_held"]
+    shown = "none keeps it" if share is None else f"{share:.3f}"
+    return f"{100 * held['found_attainment']:.2f}; {shown}; " + ("–" if ratio is None else f"{ratio:.2f}")
 
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -175,6 +186,7 @@ def _steady(row: Mapping[str, Any]) -> str:
         "attainment, %",
         "16-bit tokens",
         "flips a replica and hour",
+        "after the first minute",
     )
     lines = [
         (
@@ -182,6 +194,9 @@ def _steady(row: Mapping[str, Any]) -> str:
             f"{100 * policy['attainment']:.2f}",
             f"{policy['fp16_token_share']:.3f}",
             f"{policy['flips_per_replica_hour']:.2f}",
+            f"{policy['settled_flips_per_replica_hour']:.2f}"
+            if "settled_flips_per_replica_hour" in policy
+            else "–",
         )
         for name, policy in row["policies"].items()
     ]
