@@ -212,10 +212,10 @@ def test_the_pace_falls_sooner_where_the_load_lasts() -> None:
         waiting=0.0 * column,
         oldest_s=0.0 * column,
         context=36_000.0 * column,
-        arrivals=32.0 * column,
-        prompt_per_s=32_000.0 * column,
-        inflow=32_000.0 * column,
-        decode_per_s=3_200.0 * column,
+        arrivals=40.0 * column,
+        prompt_per_s=40_000.0 * column,
+        inflow=40_000.0 * column,
+        decode_per_s=4_000.0 * column,
     )
     passing, lasting = (room(facts, latency_model(), 100.0, 1.0, 0.25, load) for load in (0.5, 1.1))
     assert 1.0 < passing.load[0] < 1.8
