@@ -30,7 +30,7 @@ from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.simulation.calibration import calibrate, cells_of, errors_of
 from nestedfp.policies.simulation.cluster import Outcome, simulate
-from nestedfp.policies.simulation.oracle import LEVELS, schedule_of, search, share_bound
+from nestedfp.policies.simulation.oracle import LEVELS, TIGHT_LEVELS, schedule_of, search, share_bound
 from nestedfp.policies.simulation.state import EngineSettings, poisson
 from nestedfp.policies.simulation.summary import summarize, ttft_s
 from nestedfp.policies.simulation.unseen import hold
@@ -100,17 +100,23 @@ def oracle(
     """
     settings, slo = EngineSettings(), Slo()
     target = results["predictive"]["attainment"]
-    found = search(
-        load.workload,
-        target,
-        replicas=replicas,
-        seed=seed,
-        settings=settings,
-        slo=slo,
-        starts=(schedule_of(outcome),),
-        tries=tries,
-    )
-    held = hold(load.workload, found.schedule, target, seed=seed, settings=settings, slo=slo)
+    both = [
+        search(
+            load.workload,
+            target,
+            replicas=replicas,
+            seed=seed,
+            settings=settings,
+            slo=slo,
+            starts=(schedule_of(outcome, levels),),
+            tries=tries // 2,
+            levels=levels,
+        )
+        for levels in (LEVELS, TIGHT_LEVELS)
+    ]
+    found = max(both, key=lambda each: (min(each.attainment, target), each.share))
+    schedule, levels = found.schedule, found.levels
+    held = hold(load.workload, schedule, target, seed=seed, settings=settings, slo=slo, levels=levels)
     searched = found.share if found.attainment >= target - 1e-12 else None
     reached = [row["fp16_token_share"] for row in results.values() if row["attainment"] >= target]
     share = max([*reached, *([] if searched is None else [searched])])
@@ -122,8 +128,9 @@ def oracle(
         "fp16_token_share": share,
         "bound": bound,
         "gap": bound - share,
-        "tried": found.tried,
-        "levels": np.bincount(found.schedule.ravel(), minlength=len(LEVELS)).tolist(),
+        "searched_shares": [each.share for each in both],
+        "tried": sum(each.tried for each in both),
+        "levels": np.bincount(schedule.ravel(), minlength=len(levels)).tolist(),
         "predictive_over_oracle": ours / share if share > 0 else None,
         "unseen_noise": {
             **held._asdict(),
