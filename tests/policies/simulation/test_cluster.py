@@ -57,8 +57,8 @@ def test_a_burst_is_served_in_fp8_and_calm_in_16_bits(
 ) -> None:
     """``share`` bounds the requests missed, of those that 16 bits alone miss.
 
-    ``least_fp8`` bounds the burst's tokens in FP8 from below. Within ``auto`` fewer do: memory-bound steps come
-    first, which save the most time for a token.
+    ``least_fp8`` bounds the burst's tokens in FP8 from below. Within ``auto`` fewer do: memory-bound steps
+    come first, which save the most time for a token.
     """
     load = calm_burst_calm()
     outcome = simulate(load, Policy(settings(controller, between)), replicas=2, seed=1)
