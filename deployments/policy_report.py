@@ -163,7 +163,8 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
         name: row["policies"]["predictive"]["points_below_static_fp8"]
         for name, row in zip(names, rows, strict=True)
     }
-    behind = {name: points for name, points in below.items() if points > WITHIN_POINTS}
+    # Exactly a point is within it, whatever the difference of two shares is as a float.
+    behind = {name: points for name, points in below.items() if points > WITHIN_POINTS + 1e-9}
     text = f"Within {WITHIN_POINTS:g} point of static FP8: {len(rows) - len(behind)} of {len(rows)} loads"
     text += "".join(f"; {name} is {points:.2f} below" for name, points in behind.items()) + "."
     ratios = {
