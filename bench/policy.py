@@ -5,7 +5,8 @@
 Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed),
 `steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json),
 `classes` (requests that insist on 16 bits; shedding).
-A part that is not named keeps the figures it has.
+A part that is not named keeps the figures it has. With `--policies predictive` the loads keep their
+capacities and the figures of the other policies too, which no change of the predictive policy touches.
 """
 
 import argparse
@@ -29,14 +30,16 @@ from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.simulation.calibration import calibrate, cells_of, errors_of
 from nestedfp.policies.simulation.cluster import Outcome, simulate
-from nestedfp.policies.simulation.oracle import LEVELS, schedule_of, search, share_bound
+from nestedfp.policies.simulation.oracle import LEVELS, TIGHT_LEVELS, schedule_of, search, share_bound
 from nestedfp.policies.simulation.state import EngineSettings, poisson
 from nestedfp.policies.simulation.summary import summarize, ttft_s
+from nestedfp.policies.simulation.unseen import hold
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
 POLICIES = ("static-fp16", "static-fp8", "threshold", "predictive")
 HELD_OUT_SEED = 7
 TRIES = 600
+SETTLED_S = 60.0
 TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
 PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million", "calibration", "classes")
@@ -48,11 +51,17 @@ def run(load: Load, name: str, replicas: int, seed: int) -> tuple[dict[str, Any]
     return summarize(outcome, Slo(), settings.label), outcome
 
 
-def compare(load: Load, replicas: int, seed: int, tries: int) -> dict[str, Any]:
-    """Every policy's figures on one load, what follows from them, and the oracle's (with `tries` > 0)."""
+def compare(
+    load: Load, replicas: int, seed: int, tries: int, kept: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Every policy's figures on one load, what follows from them, and the oracle's (with `tries` > 0).
+
+    The figures in `kept` are taken as they are.
+    """
     print(f"{load.name} at {load.share:g} of {load.capacity_rps:.2f} requests/s, seed {seed}", flush=True)
-    runs = {name: run(load, name, replicas, seed) for name in POLICIES}
-    results = {name: summary for name, (summary, _) in runs.items()}
+    kept = kept or {}
+    runs = {name: run(load, name, replicas, seed) for name in POLICIES if name not in kept}
+    results = {name: kept[name] if name in kept else runs[name][0] for name in POLICIES}
     best, fixed = results["static-fp8"]["attainment"], results["static-fp16"]["attainment"]
     for name in POLICIES[2:]:
         reached = results[name]["attainment"]
@@ -91,16 +100,23 @@ def oracle(
     """
     settings, slo = EngineSettings(), Slo()
     target = results["predictive"]["attainment"]
-    found = search(
-        load.workload,
-        target,
-        replicas=replicas,
-        seed=seed,
-        settings=settings,
-        slo=slo,
-        starts=(schedule_of(outcome),),
-        tries=tries,
-    )
+    both = [
+        search(
+            load.workload,
+            target,
+            replicas=replicas,
+            seed=seed,
+            settings=settings,
+            slo=slo,
+            starts=(schedule_of(outcome, levels),),
+            tries=tries // 2,
+            levels=levels,
+        )
+        for levels in (LEVELS, TIGHT_LEVELS)
+    ]
+    found = max(both, key=lambda each: (min(each.attainment, target), each.share))
+    schedule, levels = found.schedule, found.levels
+    held = hold(load.workload, schedule, target, seed=seed, settings=settings, slo=slo, levels=levels)
     searched = found.share if found.attainment >= target - 1e-12 else None
     reached = [row["fp16_token_share"] for row in results.values() if row["attainment"] >= target]
     share = max([*reached, *([] if searched is None else [searched])])
@@ -112,9 +128,14 @@ def oracle(
         "fp16_token_share": share,
         "bound": bound,
         "gap": bound - share,
-        "tried": found.tried,
-        "levels": np.bincount(found.schedule.ravel(), minlength=len(LEVELS)).tolist(),
+        "searched_shares": [each.share for each in both],
+        "tried": sum(each.tried for each in both),
+        "levels": np.bincount(schedule.ravel(), minlength=len(levels)).tolist(),
         "predictive_over_oracle": ours / share if share > 0 else None,
+        "unseen_noise": {
+            **held._asdict(),
+            "predictive_over_held": ours / max(ours, held.share) if held.share and ours else None,
+        },
     }
 
 
@@ -141,15 +162,34 @@ def timeline(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def steady(folder: Path, capacity: float, replicas: int, seed: int) -> dict[str, Any]:
-    """An hour of Poisson arrivals at 60 % of the conversation trace's capacity."""
+def steady(folder: Path, capacity: float, replicas: int, seed: int, kept: dict[str, Any]) -> dict[str, Any]:
+    """An hour of Poisson arrivals at 60 % of the conversation trace's capacity.
+
+    Every replica starts in 16 bits and takes its first order within seconds, so flips are also counted
+    without the first minute, when the load is steady.
+    """
     lengths = read_trace(folder / TRACES["azure-conv-2023"])
     arrivals = poisson(lengths, 0.6 * capacity, 3600.0, seed)
-    row = compare(Load("poisson, azure-conv-2023 lengths", 0.6, capacity, arrivals), replicas, seed, 0)
-    for summary in row["policies"].values():
-        hours = summary["duration_s"] / 3600.0
-        summary["flips_per_replica_hour"] = summary["flips"] / replicas / hours
-    return row
+    load = Load("poisson, azure-conv-2023 lengths", 0.6, capacity, arrivals)
+    summaries: dict[str, Any] = {}
+    for name in POLICIES:
+        if name in kept:
+            summaries[name] = kept[name]
+            continue
+        summary, outcome = run(load, name, replicas, seed)
+        seconds = summary["duration_s"]
+        later = sum(flip["at"] >= SETTLED_S for flip in outcome.flips)
+        summary["flips_per_replica_hour"] = 3600.0 * summary["flips"] / replicas / seconds
+        summary["settled_flips_per_replica_hour"] = 3600.0 * later / replicas / (seconds - SETTLED_S)
+        summaries[name] = summary
+        print(f"steady, {name}: {summary['flips']} flips, {later} after {SETTLED_S:g} s", flush=True)
+    return {
+        "load": load.name,
+        "share": load.share,
+        "capacity_rps": capacity,
+        "requests": len(load.workload.arrival_s),
+        "policies": summaries,
+    }
 
 
 def decide_ms(replicas: int = 1000, rounds: int = 60) -> dict[str, float]:
@@ -261,9 +301,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=int, default=20_000, help="first requests of each trace to use")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
     parser.add_argument("--tries", type=int, default=TRIES, help="simulations of the oracle's search")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
+    named = arguments.policies.split(",")
+    fewer = set(named) != set(POLICIES)
     folder = Path(os.environ["NESTEDFP_TRACES"])
     replicas, seed = arguments.replicas, arguments.seed
     report: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
@@ -278,6 +321,7 @@ def main() -> None:
         "seed": seed,
         "held_out_seed": HELD_OUT_SEED,
         "limit": arguments.limit,
+        "tries": arguments.tries,
         "slo": {"ttft_s": Slo().ttft_s, "tpot_s": Slo().tpot_s},
         "capacity": "highest Poisson rate at which static FP16 meets the SLO for 90 % of 60 s of requests",
         "bursts": list(BURSTS),
@@ -285,9 +329,14 @@ def main() -> None:
     for part, its_seed in (("loads", seed), ("held-out", HELD_OUT_SEED)):
         if part in parts:
             rows = []
-            for load in loads(folder, arguments.limit, replicas, its_seed):
-                rows.append(compare(load, replicas, its_seed, arguments.tries))
-            report[part.replace("-", "_")] = rows
+            name = part.replace("-", "_")
+            before = {(row["load"], row["share"]): row for row in report.get(name, [])} if fewer else {}
+            capacities = {load: row["capacity_rps"] for (load, _), row in before.items()}
+            for load in loads(folder, arguments.limit, replicas, its_seed, capacities):
+                kept = before[load.name, load.share]["policies"] if before else {}
+                kept = {policy: summary for policy, summary in kept.items() if policy not in named}
+                rows.append(compare(load, replicas, its_seed, arguments.tries, kept))
+            report[name] = rows
             save()
     if "decide" in parts:
         report["decide_ms"] = decide_ms()
@@ -301,7 +350,9 @@ def main() -> None:
     if "steady" in parts:
         rows = report["loads"]
         capacity = next(row["capacity_rps"] for row in rows if row["load"] == "azure-conv-2023")
-        report["steady"] = steady(folder, capacity, replicas, seed)
+        before = report.get("steady", {}).get("policies", {}) if fewer else {}
+        kept = {policy: summary for policy, summary in before.items() if policy not in named}
+        report["steady"] = steady(folder, capacity, replicas, seed, kept)
         save()
     if "classes" in parts:
         report["classes"] = classes(folder, seed)

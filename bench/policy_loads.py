@@ -4,7 +4,7 @@ Capacity is the highest Poisson rate of the load's own lengths at which static F
 90 % of the requests of 60 s within both limits (TTFT and mean TPOT), found by bisection to 2 %.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,15 +37,21 @@ def policy(name: str) -> Policy:
     return Policy(PolicyConfig(controller=name))
 
 
-def loads(folder: Path, limit: int, replicas: int, seed: int) -> Iterator[Load]:
-    """Every load; `limit` requests of each trace, synthetic ones drawn with `seed`."""
+def loads(
+    folder: Path, limit: int, replicas: int, seed: int, capacities: Mapping[str, float] | None = None
+) -> Iterator[Load]:
+    """Every load; `limit` requests of each trace, synthetic ones drawn with `seed`.
+
+    `capacities` holds those that are known already, by load.
+    """
+    known = capacities or {}
     for name, file in TRACES.items():
         trace = read_trace(folder / file, limit=limit)
-        capacity = capacity_rps(trace, policy("static-fp16"), replicas=replicas, seed=seed)
+        capacity = known.get(name) or capacity_rps(trace, policy("static-fp16"), replicas=replicas, seed=seed)
         for share in SHARES:
             yield Load(name, share, capacity, rescaled(trace, share * capacity))
     even = gamma(PROMPT, OUTPUT, rate_rps=10.0, duration_s=400.0, seed=seed)
-    capacity = capacity_rps(even, policy("static-fp16"), replicas=replicas, seed=seed)
+    capacity = known.get(BURSTS[0]) or capacity_rps(even, policy("static-fp16"), replicas=replicas, seed=seed)
     for share in (0.8, 1.0):
         burst, calm = 1.5 * share * capacity, 0.5 * share * capacity
         wave = square_wave(

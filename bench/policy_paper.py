@@ -19,7 +19,7 @@ from nestedfp.policies.simulation.state import EngineSettings, thinned
 from nestedfp.policies.simulation.summary import tpot_s
 
 SECONDS, WANTED = 60, 19
-CAUTIOUS = Prediction(pace=0.5, debt_s=0.0, tolerance=0.03)
+CAUTIOUS = Prediction(pace=0.8, debt_s=0.0)
 
 
 def violating(outcome: Outcome, limit_s: float) -> int:
@@ -64,9 +64,7 @@ def experiment(folder: Path, replicas: int, seed: int) -> dict[str, Any]:
         "policies": {},
     }
     runs = [(name, name, None) for name in ("static-fp16", "static-fp8", "threshold", "predictive")]
-    shown_cautious = (
-        f"predictive, pace {CAUTIOUS.pace:g}, debt {CAUTIOUS.debt_s:g}, tolerance {CAUTIOUS.tolerance:g}"
-    )
+    shown_cautious = f"predictive, pace {CAUTIOUS.pace:g}, debt {CAUTIOUS.debt_s:g}"
     for shown, name, prediction in [*runs, (shown_cautious, "predictive", CAUTIOUS)]:
         outcome = run(share, name, prediction)
         none, most = in_16_bits(outcome)

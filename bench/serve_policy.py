@@ -59,7 +59,7 @@ POLICIES: Final = (
     "static-fp16",
     "static-fp8",
     "predictive",
-    "predictive:prediction.pace=0.5,prediction.debt_s=0,prediction.tolerance=0.03",
+    "predictive:prediction.pace=0.8,prediction.debt_s=0",
 )
 _ORDER_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 300.0

@@ -119,6 +119,7 @@ def _loads(rows: Iterable[Mapping[str, Any]]) -> str:
         "16-bit tokens",
         "oracle (bound)",
         "of the oracle",
+        "the oracle on unseen noise: attainment; share at the same; of it",
         "most flips a replica and minute",
     )
     lines = []
@@ -139,10 +140,20 @@ def _loads(rows: Iterable[Mapping[str, Any]]) -> str:
                 f"{oracle['predictive_over_oracle']:.2f}"
                 if oracle and oracle["predictive_over_oracle"]
                 else "–",
+                _unseen(oracle.get("unseen_noise") if oracle else None),
                 str(ours["max_flips_in_a_minute"]),
             )
         )
     return _markdown(head, lines)
+
+
+def _unseen(held: Mapping[str, Any] | None) -> str:
+    """What the oracle's schedule is worth on noise that its search has not seen."""
+    if held is None:
+        return "–"
+    share, ratio = held["share"], held["predictive_over_held"]
+    shown = "none keeps it" if share is None else f"{share:.3f}"
+    return f"{100 * held['found_attainment']:.2f}; {shown}; " + ("–" if ratio is None else f"{ratio:.2f}")
 
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -152,7 +163,8 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
         name: row["policies"]["predictive"]["points_below_static_fp8"]
         for name, row in zip(names, rows, strict=True)
     }
-    behind = {name: points for name, points in below.items() if points > WITHIN_POINTS}
+    # Exactly a point is within it, whatever the difference of two shares is as a float.
+    behind = {name: points for name, points in below.items() if points > WITHIN_POINTS + 1e-9}
     text = f"Within {WITHIN_POINTS:g} point of static FP8: {len(rows) - len(behind)} of {len(rows)} loads"
     text += "".join(f"; {name} is {points:.2f} below" for name, points in behind.items()) + "."
     ratios = {
@@ -175,6 +187,7 @@ def _steady(row: Mapping[str, Any]) -> str:
         "attainment, %",
         "16-bit tokens",
         "flips a replica and hour",
+        "after the first minute",
     )
     lines = [
         (
@@ -182,6 +195,9 @@ def _steady(row: Mapping[str, Any]) -> str:
             f"{100 * policy['attainment']:.2f}",
             f"{policy['fp16_token_share']:.3f}",
             f"{policy['flips_per_replica_hour']:.2f}",
+            f"{policy['settled_flips_per_replica_hour']:.2f}"
+            if "settled_flips_per_replica_hour" in policy
+            else "–",
         )
         for name, policy in row["policies"].items()
     ]

@@ -104,8 +104,17 @@ class NestedWeight:
         return codes, torch.exp2(self.row_exponent.float() - FP8_EXPONENT_OFFSET)
 
 
-def nest(w: Tensor, *, order: KOrder = KOrder.NATURAL, require_exact: bool = True) -> NestedWeight:
+def nest(
+    w: Tensor,
+    *,
+    order: KOrder = KOrder.NATURAL,
+    require_exact: bool = True,
+    planes: tuple[Tensor, Tensor] | None = None,
+) -> NestedWeight:
     """Nests `w` [N, K], float16 or bfloat16, any strides, on any device.
+
+    `planes`: contiguous uint8 [N, K] on that device, beside w's memory, that take the upper and lower bytes;
+    by default they are made.
 
     Raises TypeError for another dtype, ValueError for another rank or an `order` that K does not allow,
     NonFiniteWeightError for NaN or infinity, and InexactRowsError where a row would not rebuild bit for
@@ -117,8 +126,10 @@ def nest(w: Tensor, *, order: KOrder = KOrder.NATURAL, require_exact: bool = Tru
         raise ValueError(f"nest: w has shape {tuple(w.shape)}, expected a non-empty [N, K]")
     N, K = w.shape
     check_order(order, K)
-    upper = torch.empty((N, K), dtype=torch.uint8, device=w.device)
-    lower = torch.empty_like(upper)
+    if planes is None:
+        upper = torch.empty((N, K), dtype=torch.uint8, device=w.device)
+        planes = upper, torch.empty_like(upper)
+    upper, lower = planes
     largest = torch.empty(N, dtype=torch.float32, device=w.device)
     errors = torch.empty(N, dtype=torch.float32, device=w.device)
     inexact = torch.empty(N, dtype=torch.bool, device=w.device)

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 PACE_LIMITS = (
     "pace_s",
+    "memory_pace_s",
     "debt_s",
     "queue_tokens",
     "wait_s",
@@ -44,6 +45,8 @@ class Limits:
     """Steps that a choice is kept at least before the engine returns to FP16."""
     pace_s: float = 0.0
     """Mean time per output token that every running request is kept to; 0: the marks above decide."""
+    memory_pace_s: float = float("inf")
+    """The same for steps bound by reading the weights, if that is less: FP8 gains most for a token there."""
     debt_s: float = 0.0
     """What a request may be behind its pace."""
     queue_tokens: float = float("inf")
@@ -140,7 +143,9 @@ def _behind(facts: StepFacts, limits: Limits) -> str | None:
         return f"auto: oldest_wait_s {facts.oldest_wait_s:.3f} >= {limits.wait_s:.6g}"
     step_s = limits.overhead_s + max(limits.weights_s, facts.tokens * limits.token_s)
     step_s += len(facts.running) * limits.sequence_s
+    memory_bound = facts.tokens * limits.token_s < limits.weights_s
+    pace_s = min(limits.pace_s, limits.memory_pace_s) if memory_bound else limits.pace_s
     for made, since_s in facts.running:
-        if since_s + step_s > (made + 1) * limits.pace_s + limits.debt_s:
-            return f"auto: {made} tokens in {since_s:.3f} s, behind a pace of {limits.pace_s:.4g} s"
+        if since_s + step_s > (made + 1) * pace_s + limits.debt_s:
+            return f"auto: {made} tokens in {since_s:.3f} s, behind a pace of {pace_s:.4g} s"
     return None

@@ -120,12 +120,6 @@ def current_config() -> Any:
     return get_current_vllm_config()
 
 
-def weights_in_pool() -> bool:
-    """Whether weights load into sleep mode's memory pool, which must not be emptied meanwhile."""
-    model = current_config().model_config
-    return model is not None and bool(model.enable_sleep_mode)
-
-
 def graph_holders(runner: Any) -> list[tuple[Any, str]]:
     """All (object, attribute) pairs under which vLLM keeps CUDA graphs of the model that `runner` runs.
 

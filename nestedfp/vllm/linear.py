@@ -17,11 +17,37 @@ from nestedfp.weight import DTYPES, InexactRowsError, NestedWeight, NonFiniteWei
 # Under vLLM's own logger, which is the only one that its processes configure.
 logger = logging.getLogger("vllm.nestedfp")
 
-_MOST_CACHED_BYTES = 1 << 30
-
 _LinearMethodBase: Any
 _UnquantizedLinearMethod: Any
 _, _LinearMethodBase, _UnquantizedLinearMethod = compat.linear_classes()
+
+
+class Staging:
+    """Memory that every layer is nested into, before its bytes take the place of its weight.
+
+    Planes made for each layer would leave holes that the temporaries of nesting cut up, so that the next
+    layer's fit none of them: loading 15 GiB that way was seen to hold 63, and in sleep mode's pool 76.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def planes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Two uint8 tensors of the shape of `weight`, on its device, which last until the next call."""
+        count = weight.numel()
+        if self._bytes.device != weight.device or self._bytes.numel() < 2 * count:
+            self.release()
+            self._bytes = torch.empty(2 * count, dtype=torch.uint8, device=weight.device)
+        upper, lower = self._bytes[:count], self._bytes[count : 2 * count]
+        return upper.view(weight.shape), lower.view(weight.shape)
+
+    def release(self) -> None:
+        """After the last layer."""
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+
+STAGING = Staging()
+"""Of this process: its layers are nested one after another."""
 
 
 class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
@@ -39,11 +65,9 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         self._plain = _UnquantizedLinearMethod()
         self._is_plain: bool | None = None
         self._order = ""
-        self._in_pool = False
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self._plain.create_weights(layer, *args, **kwargs)
-        self._in_pool = compat.weights_in_pool()
         begin_compiling(layer.weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -58,9 +82,6 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", nested.row_exponent)):
             layer.register_parameter(f"weight_{name}", nn.Parameter(tensor, requires_grad=False))
         ACTIVE.note_layer(self._name, NESTED, layer.weight_row_exponent)
-        del nested
-        if not self._in_pool:
-            _return_freed_memory(upper.device)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._is_plain:
@@ -87,6 +108,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
                 weight,
                 order=preferred_order(weight.device, *weight.shape),
                 require_exact=self._is_plain is None and self._must_be_exact(weight.dtype),
+                planes=STAGING.planes(weight),
             )
         except InexactRowsError as error:
             ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
@@ -102,25 +124,13 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         return self._inexact is Inexact.PLAIN or (self._inexact is Inexact.AUTO and dtype is torch.float16)
 
 
-def _return_freed_memory(device: torch.device) -> None:
-    """Gives a GPU back what torch keeps of temporaries, where it is much.
-
-    Those of one layer cut up the blocks that the last layer's have left: without this, loading 15 GiB was seen
-    to hold 63.
-    """
-    if device.type != "cuda":
-        return
-    if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > _MOST_CACHED_BYTES:
-        torch.cuda.empty_cache()
-
-
 def _in_place_of(weight: Tensor, nested: NestedWeight) -> tuple[Tensor, Tensor]:
     """The bytes of `nested` in the memory of the weight that they replace: exactly as many.
 
     In memory of their own they would leave a hole for each weight, which temporaries of nesting cut up.
     """
     if not weight.is_contiguous():
-        return nested.upper, nested.lower
+        return nested.upper.clone(), nested.lower.clone()
     planes = weight.view(torch.uint8).view(2, *nested.shape)
     planes[0].copy_(nested.upper)
     planes[1].copy_(nested.lower)

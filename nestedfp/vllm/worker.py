@@ -9,6 +9,7 @@ from zlib import crc32
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.config import settings_of
+from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import Plan
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 
@@ -34,6 +35,7 @@ class PrecisionMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        STAGING.release()
         # vLLM's compile cache knows the configuration, not which layers were nested: tell it, or code
         # compiled for another mix of nested and plain layers would be taken.
         states = sorted(ACTIVE.layers.items())
@@ -46,6 +48,10 @@ class PrecisionMixin:
             logger.info("nestedfp: %d layers plain: %s", count, reason)
         if ACTIVE.inexact_rows:
             logger.info("nestedfp: %d layers nested to nearest", len(ACTIVE.inexact_rows))
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+        STAGING.release()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         tag: StepTag | None = getattr(scheduler_output, TAG, None)

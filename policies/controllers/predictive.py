@@ -41,7 +41,17 @@ from nestedfp.policies.controllers.facts import (
     mean_output,
     see,
 )
-from nestedfp.policies.controllers.pace import QUEUE_MEMORY_S, Confidence, Room, auto_limits, room, watch
+from nestedfp.policies.controllers.pace import (
+    FP8_OVERLOAD,
+    QUEUE_MEMORY_S,
+    RETURN_LOAD,
+    Confidence,
+    Room,
+    auto_limits,
+    room,
+    sustained_load,
+    watch,
+)
 from nestedfp.policies.latency import LatencyModel, StepCosts, TokenLoad
 from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.roofline import latency_model
@@ -52,8 +62,6 @@ LIGHT: Final = (0.4, 0.3)
 """16-bit pressure from which ``auto`` takes over, and up to which it gives way."""
 OVERLOAD_S: Final = 5.0
 """How long no pace must have left a reserve before FP8 is ordered outright: bursts pass within ``auto``."""
-RETURN_PACE: Final = 0.5
-"""Pace, as a share of the TPOT limit, at which ``auto`` may take over from FP8."""
 _MAX_REASON_PRESSURE: Final = 99.0
 
 
@@ -70,6 +78,8 @@ class _Memory:
     model: LatencyModel
     confidence: Confidence
     output_tokens: float
+    sustained: float
+    """16-bit load of the cluster, averaged over some seconds."""
     turn: int
     """Counts decisions; chooses whose step corrects the model."""
 
@@ -104,7 +114,7 @@ class PredictiveController(Controller):
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
-        return _Memory(None, {}, {}, {}, frozenset(), self._model, Confidence(), FIRST_OUTPUT_TOKENS, 0)
+        return _Memory(None, {}, {}, {}, frozenset(), self._model, Confidence(), FIRST_OUTPUT_TOKENS, 0.0, 0)
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
@@ -129,7 +139,7 @@ class PredictiveController(Controller):
             turn=before.turn + 1,
             queued_at=_queued_at(before.queued_at, ids, facts.waiting >= model.chunk_tokens, now),
         )
-        return self._climb(views, ids, ordered, facts, state, now)
+        return self._climb(views, ids, ordered, facts, state, now, elapsed_s)
 
     def _climb(
         self,
@@ -139,12 +149,15 @@ class PredictiveController(Controller):
         facts: Facts,
         memory: _Memory,
         now: float,
+        elapsed_s: float,
     ) -> tuple[dict[str, Wish], Memory]:
         """Every replica's place on the ladder."""
         slow = self._forecast(memory.model.of(FP16), facts)
         fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
         debt_s, confidence = self._settings.debt_s, memory.confidence.value
-        freedom = room(facts, memory.model, memory.output_tokens, confidence, debt_s)
+        output, sustained = memory.output_tokens, memory.sustained
+        freedom = room(facts, memory.model, output, confidence, debt_s, sustained)
+        memory = replace(memory, sustained=sustained_load(sustained, freedom.offered, elapsed_s))
         rungs = self._rungs(slow, freedom, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
         kept = kept_for_strict(views, modes)
@@ -194,7 +207,8 @@ class PredictiveController(Controller):
         last = _Rung(FP8, np.full_like(slow_pressure, -math.inf), 0.0, 0.0, 0.0)
         if settings.between == AUTO:
             # 1 without any reserve, 0 where auto may return.
-            auto = np.where(freedom.overloaded, 1.0, np.where(freedom.pace < RETURN_PACE, 0.5, 0.0))
+            overloaded, loaded = freedom.fast_load >= FP8_OVERLOAD, freedom.load > RETURN_LOAD
+            auto = np.where(overloaded, 1.0, np.where(loaded, 0.5, 0.0))
             return [
                 _Rung(FP16, slow_pressure, LIGHT[0], LIGHT[1], settings.rest_s),
                 _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, OVERLOAD_S),
@@ -244,13 +258,12 @@ class PredictiveController(Controller):
         rung = rungs[place]
         pressure = float(rung.pressure[row])
         if rung.mode == AUTO:
-            pace_s = float(freedom.pace[row]) * self._slo.tpot_s
             return Wish(
                 mode=rungs[needed].mode,
-                reason="no pace leaves FP8 steps a reserve",
-                signal="pace_s",
-                value=pace_s,
-                threshold=RETURN_PACE * self._slo.tpot_s,
+                reason="FP8 has nothing to spare",
+                signal="fp8_load",
+                value=float(freedom.fast_load[row]),
+                threshold=FP8_OVERLOAD,
                 urgent=True,
             )
         signal, value, limit = self._crossing(slow, row)
@@ -300,13 +313,14 @@ class _InAuto:
         self._slo = slo
         self._memory = memory
         self._pace = np.minimum(freedom.pace, largest_pace).tolist()
+        self._memory_pace = np.minimum(freedom.memory_pace, largest_pace).tolist()
         self._debt_s = freedom.debt_s.tolist()
         self._now = now
-        self._made: dict[tuple[float, float, bool], Wish] = {}
+        self._made: dict[tuple[float, float, float, bool], Wish] = {}
 
     def __call__(self, row: int, replica_id: str) -> Wish:
         queued = self._now - self._memory.queued_at.get(replica_id, -math.inf) < QUEUE_MEMORY_S
-        key = (self._pace[row], self._debt_s[row], queued)
+        key = (self._pace[row], self._memory_pace[row], self._debt_s[row], queued)
         wish = self._made.get(key)
         if wish is None:
             memory = self._memory
@@ -321,7 +335,7 @@ def _shown(pressure: float) -> str:
 
 def _factor(confidence: float) -> float:
     """The factor on all levels: 1.2 where nothing is missed, 0.2 where misses are frequent."""
-    return 0.8 + (0.4 if confidence > 0.0 else 0.6) * confidence
+    return 0.8 + (0.4 if confidence > 0.0 else 0.6) * max(-1.0, confidence)
 
 
 def _first_rung(passes: list[NDArray[np.bool_]]) -> list[int]:

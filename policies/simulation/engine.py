@@ -227,8 +227,9 @@ def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs:
     if replica.strict_running > 0:
         mode = 0
     elif mode == AUTO_NUMBER:
+        memory_bound = tokens * costs.token_s[0] < costs.weights_s[0]
         crowded = replica.kv >= KV_HIGH * costs.kv_tokens
-        mode = 1 if crowded or _too_slow(i, now, slow_s, requests, cluster) else 0
+        mode = 1 if crowded or _too_slow(i, now, slow_s, memory_bound, requests, cluster) else 0
     duration = slow_s if mode == 0 else _step_s(mode, tokens, replica.running, context, pairs, costs)
     if costs.noise > 0:
         duration *= math.exp(costs.noise * np.random.standard_normal())
@@ -257,17 +258,21 @@ def _step_s(mode: int, tokens: int, sequences: int, context: int, pairs: float, 
 
 
 @njit
-def _too_slow(i: int, now: float, duration: float, requests: Requests, cluster: Engines) -> bool:
+def _too_slow(
+    i: int, now: float, duration: float, memory_bound: bool, requests: Requests, cluster: Engines
+) -> bool:
     """The choice within ``auto``: whether a step of ``duration`` in 16 bits would break one of its limits.
 
     That is: the queue beyond the step holds ``queue_tokens``, a prompt has waited ``wait_s`` for its first
-    token, or a running request would end the step more than ``debt_s`` behind its pace.
+    token, or a running request would end the step more than ``debt_s`` behind its pace; where the step is
+    bound by reading the weights, behind ``memory_pace_s`` if that is less.
     """
     replica = cluster.replicas[i]
     if replica.waiting_tokens >= replica.queue_tokens:
         return True
     if replica.head >= 0 and now - requests[replica.head].arrival_s >= replica.wait_s:
         return True
+    pace_s = min(replica.pace_s, replica.memory_pace_s) if memory_bound else replica.pace_s
     end_s = now + duration
     for k in range(replica.running):
         r = cluster.slots[i, k]
@@ -275,7 +280,7 @@ def _too_slow(i: int, now: float, duration: float, requests: Requests, cluster: 
         if made == 0:
             if now - requests[r].arrival_s >= replica.wait_s:
                 return True
-        elif end_s - requests[r].first_s > made * replica.pace_s + replica.debt_s:
+        elif end_s - requests[r].first_s > made * pace_s + replica.debt_s:
             return True
     return False
 

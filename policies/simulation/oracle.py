@@ -1,7 +1,7 @@
 """What the future would be worth: the best schedule found by a search that sees all arrivals, and a bound.
 
-A schedule gives every replica, for every second, one of ``LEVELS``: how freely its engine may use 16 bits,
-from always to never. All of them are settings of ``auto``, so a schedule changes no mode and keeps any dwell
+A schedule gives every replica, for every second, one of a table of levels: how freely its engine may use 16
+bits, from always to never. All are settings of ``auto``, so a schedule changes no mode and keeps any dwell
 time and any bound on flips; a schedule of modes is a special case. :func:`search` maximises the share of
 tokens in 16 bits subject to an attainment, on the very engines, requests and draws that the policies met:
 
@@ -26,25 +26,42 @@ from numpy.typing import NDArray
 
 from nestedfp.policies.config import Slo
 from nestedfp.policies.protocol import AUTO, FP8, FP16
+from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.cluster import DRAIN_S, Cluster, Outcome
 from nestedfp.policies.simulation.state import AUTO_LIMITS, EngineSettings, Floats, Requests, Workload
 from nestedfp.policies.simulation.summary import attained
 
 QUEUE_TOKENS: Final = 4000.0
 WAIT_S: Final = 0.2
-FREE: Final = (math.inf, math.inf, math.inf, math.inf)
-NEVER: Final = (0.0, -1e9, 0.0, 0.0)
-LEVELS: Final = (
+TIGHT_S: Final = 0.2 * 0.033
+FREE: Final = (math.inf, math.inf, math.inf, math.inf, math.inf)
+NEVER: Final = (0.0, 0.0, -1e9, 0.0, 0.0)
+Levels = tuple[tuple[float, ...], ...]
+"""Limits of ``auto`` (pace, memory-bound pace, debt, queue, wait), from 16 bits always to FP8 always."""
+_INDEBTED: Final[Levels] = tuple(
+    (0.033, 0.033, debt, QUEUE_TOKENS, WAIT_S) for debt in (0.25, 0.12, 0.06, 0.03, 0.015, 0.0)
+)
+LEVELS: Final[Levels] = (
     FREE,
-    *((0.033, debt, QUEUE_TOKENS, WAIT_S) for debt in (0.25, 0.12, 0.06, 0.03, 0.015, 0.0)),
-    *((0.033 * pace, 0.0, QUEUE_TOKENS, WAIT_S) for pace in (0.8, 0.6, 0.45)),
-    (0.033 * 0.3, 0.0, 1.0, 0.5 * WAIT_S),
+    *_INDEBTED,
+    *((0.033 * pace, 0.033 * pace, 0.0, QUEUE_TOKENS, WAIT_S) for pace in (0.8, 0.6, 0.45)),
+    (0.033 * 0.3, 0.033 * 0.3, 0.0, 1.0, 0.5 * WAIT_S),
     NEVER,
 )
-"""Limits of ``auto`` (pace, debt, queue, wait) from 16 bits always to FP8 always."""
+TIGHT_LEVELS: Final[Levels] = (
+    FREE,
+    *_INDEBTED,
+    *(
+        (0.033 * pace, TIGHT_S, debt, QUEUE_TOKENS, WAIT_S)
+        for pace, debt in ((0.8, 0.0), (0.6, 0.12), (0.6, 0.0), (0.45, 0.12), (0.45, 0.0))
+    ),
+    (0.033 * 0.3, TIGHT_S, 0.0, 1.0, 0.5 * WAIT_S),
+    NEVER,
+)
+"""The same with a tighter pace for memory-bound steps. Neither table is the better one on every load."""
 _PENALTY: Final = 50.0
 Schedule = NDArray[np.int8]
-"""[seconds, replicas] places in LEVELS."""
+"""[seconds, replicas] places in a table of levels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +69,38 @@ class Found:
     """The best schedule: what it reaches, and how many were tried."""
 
     schedule: Schedule
+    levels: Levels
     share: float
     attainment: float
     tried: int
 
 
 def replay(
-    workload: Workload, schedule: Schedule, *, seed: int, settings: EngineSettings, slo: Slo
+    workload: Workload,
+    schedule: Schedule,
+    *,
+    seed: int,
+    settings: EngineSettings,
+    slo: Slo,
+    noise_seed: int | None = None,
+    levels: Levels = LEVELS,
 ) -> Requests:
-    """The requests after ``workload`` was served under ``schedule``; its last second holds to the end."""
+    """The requests after ``workload`` was served under ``schedule``; its last second holds to the end.
+
+    ``seed`` draws the router's candidates and, unless ``noise_seed`` is given, the noise of step times.
+    """
     cluster = Cluster(workload, schedule.shape[1], settings, seed, slo)
+    if noise_seed is not None:
+        engine.seed(noise_seed)
     for replica_id in cluster.ids:
         cluster.order(replica_id, AUTO, None)
-    limits = np.array(LEVELS)
+    limits = np.array(levels)
     end_s = float(cluster.requests["arrival_s"][-1]) + DRAIN_S
     second = 0
     while cluster.busy and cluster.now < end_s:
-        levels = schedule[min(second, len(schedule) - 1)]
+        places = schedule[min(second, len(schedule) - 1)]
         for column, name in enumerate(AUTO_LIMITS):
-            cluster.engines.replicas[name] = limits[levels, column]
+            cluster.engines.replicas[name] = limits[places, column]
         second += 1
         cluster.tick(float(second))
     return cluster.requests
@@ -82,22 +112,23 @@ def figures(requests: Requests, slo: Slo) -> tuple[float, float]:
     return fp16 / max(fp16 + fp8, 1), float(attained(requests, slo).mean())
 
 
-def schedule_of(outcome: Outcome) -> Schedule:
+def schedule_of(outcome: Outcome, levels: Levels = LEVELS) -> Schedule:
     """A policy's run as a schedule: the level nearest to what was ordered in each second."""
     modes = np.array(outcome.timeline.modes)
     paces, debts = np.array(outcome.timeline.pace_s), np.array(outcome.timeline.debt_s)
-    middle = np.array([level[:2] for level in LEVELS[1:-1]])
+    middle = np.array([(level[0], level[2]) for level in levels[1:-1]])
     distance = np.abs(paces[..., None] - middle[:, 0]) + np.abs(debts[..., None] - middle[:, 1])
-    levels = 1 + distance.argmin(axis=-1)
-    levels = np.where(np.isinf(paces) | (modes == 0), 0, levels)
-    result: Schedule = np.where(modes == 1, len(LEVELS) - 1, levels).astype(np.int8)
+    places = 1 + distance.argmin(axis=-1)
+    places = np.where(np.isinf(paces) | (modes == 0), 0, places)
+    result: Schedule = np.where(modes == 1, len(levels) - 1, places).astype(np.int8)
     return result
 
 
 class _Search:
     def __init__(
-        self, workload: Workload, target: float, seed: int, settings: EngineSettings, slo: Slo
+        self, workload: Workload, target: float, seed: int, settings: EngineSettings, slo: Slo, levels: Levels
     ) -> None:
+        self.levels = levels
         self._workload = workload
         self._target = target
         self._seed = seed
@@ -109,7 +140,14 @@ class _Search:
 
     def value(self, schedule: Schedule) -> float:
         """Try a schedule; remembers the best one, and the best that keeps the attainment."""
-        requests = replay(self._workload, schedule, seed=self._seed, settings=self._settings, slo=self._slo)
+        requests = replay(
+            self._workload,
+            schedule,
+            seed=self._seed,
+            settings=self._settings,
+            slo=self._slo,
+            levels=self.levels,
+        )
         share, attainment = figures(requests, self._slo)
         self.tried += 1
         objective = share - _PENALTY * max(0.0, self._target - attainment)
@@ -130,6 +168,7 @@ def search(
     slo: Slo,
     starts: tuple[Schedule, ...] = (),
     tries: int = 400,
+    levels: Levels = LEVELS,
 ) -> Found:
     """The schedule with the highest share of tokens in 16 bits found at ``attainment`` or more.
 
@@ -137,18 +176,18 @@ def search(
     no schedule tried reaches the attainment, the one that comes nearest is returned.
     """
     seconds = max(1, math.ceil(float(workload.arrival_s[-1])) + 2)
-    run = _Search(workload, attainment, seed, settings, slo)
+    run = _Search(workload, attainment, seed, settings, slo, levels)
     shape = (seconds, replicas)
-    values = [run.value(np.full(shape, level, dtype=np.int8)) for level in range(len(LEVELS))]
+    values = [run.value(np.full(shape, level, dtype=np.int8)) for level in range(len(levels))]
     for start in starts:
         padded = np.pad(start, ((0, max(0, seconds - len(start))), (0, 0)), mode="edge")[:seconds]
         run.value(padded.astype(np.int8))
-    base = int(np.argmax(values))
-    load = _load_ahead(workload, seconds)
+    base, last = int(np.argmax(values)), len(levels) - 1
+    load = load_ahead(workload, seconds)
     for share in (0.03, 0.1, 0.2, 0.35, 0.5):
         peak = load >= np.quantile(load, 1.0 - share)
         for calm in {0, max(0, base - 2), max(0, base - 1)}:
-            for tight in {min(base + 1, len(LEVELS) - 1), min(base + 3, len(LEVELS) - 1), len(LEVELS) - 1}:
+            for tight in {min(base + 1, last), min(base + 3, last), last}:
                 schedule = np.where(peak[:, None], tight, calm) * np.ones(shape)
                 run.value(schedule.astype(np.int8))
     random = np.random.default_rng(seed)
@@ -158,8 +197,8 @@ def search(
         _move(run, block, one_replica, tries)
     assert run.best is not None
     if run.met is not None:
-        return Found(run.met[2], run.met[0], run.met[1], run.tried)
-    return Found(run.best[3], run.best[1], run.best[2], run.tried)
+        return Found(run.met[2], levels, run.met[0], run.met[1], run.tried)
+    return Found(run.best[3], levels, run.best[1], run.best[2], run.tried)
 
 
 def _move(run: _Search, block: slice, replica: slice, tries: int) -> None:
@@ -169,7 +208,7 @@ def _move(run: _Search, block: slice, replica: slice, tries: int) -> None:
             assert run.best is not None
             before, schedule = run.best[0], run.best[3].copy()
             part = schedule[block, replica]
-            moved = np.clip(part + step, 0, len(LEVELS) - 1)
+            moved = np.clip(part + step, 0, len(run.levels) - 1)
             if (moved == part).all():
                 break
             schedule[block, replica] = moved
@@ -188,7 +227,7 @@ def _blocks(seconds: int, replicas: int, random: np.random.Generator) -> Iterato
             yield slice(start, start + 5), slice(replica, replica + 1)
 
 
-def _load_ahead(workload: Workload, seconds: int) -> Floats:
+def load_ahead(workload: Workload, seconds: int) -> Floats:
     """Tokens that arrive from one second before each second to three seconds after its start."""
     tokens = np.asarray(workload.prompt_tokens, dtype=np.float64) + workload.output_tokens
     by_second, _ = np.histogram(workload.arrival_s, bins=np.arange(seconds + 1), weights=tokens)

@@ -86,7 +86,7 @@ def test_tables_and_pictures_are_written_and_then_fresh(folder: Path) -> None:
     assert page.endswith("End.\n")
     assert "simulated: a test" in page
     assert "| wave | 90 % of 12.5/s | 50.00 | 99.00 | 97.00 | 98.50 | +0.50 | 97.0 % | 0.600 |" in page
-    assert "0.650 (0.800) | 0.92 | 2 |" in page
+    assert "0.650 (0.800) | 0.92 | – | 2 |" in page
     assert "takes 4.2 ms of CPU" in page
     for name in ("policy-front.svg", "policy-burst.svg"):
         root = ElementTree.fromstring((folder / name).read_text())
@@ -106,6 +106,34 @@ def test_the_bars_say_which_loads_miss_them(folder: Path, data: dict[str, Any]) 
     page = (folder / "policy.md").read_text()
     assert "Within 1 point of static FP8: 1 of 2 loads; gamma at 120 % is 1.25 below." in page
     assert "At least 0.90 of the oracle's share: 1 of 2; gamma at 120 % 0.8000." in page
+
+
+@pytest.mark.parametrize(
+    ("share", "ratio", "shown"), [(0.5, 0.875, "97.50; 0.500; 0.88"), (None, None, "97.50; none keeps it; –")]
+)
+def test_the_oracle_on_unseen_noise_is_shown(
+    folder: Path, data: dict[str, Any], share: float | None, ratio: float | None, shown: str
+) -> None:
+    held = {"found_share": 0.6, "found_attainment": 0.975, "share": share, "predictive_over_held": ratio}
+    data["loads"][0]["oracle"]["unseen_noise"] = held
+    (folder / "data.json").write_text(json.dumps(data))
+    assert call(folder) == 0
+    assert f"| 0.92 | {shown} | 2 |" in (folder / "policy.md").read_text()
+
+
+def test_steady_flips_are_shown_with_and_without_the_first_minute(folder: Path, data: dict[str, Any]) -> None:
+    policies = data["loads"][0]["policies"]
+    flips = {"flips_per_replica_hour": 1.0, "settled_flips_per_replica_hour": 0.0}
+    both = {
+        "static-fp16": {**policies["static-fp16"], "flips_per_replica_hour": 0.0},
+        "predictive": {**policies["predictive"], **flips},
+    }
+    data["steady"] = {"policies": both}
+    (folder / "data.json").write_text(json.dumps(data))
+    assert call(folder) == 0
+    page = (folder / "policy.md").read_text()
+    assert "| static-fp16 | 50.00 | 1.000 | 0.00 | – |" in page
+    assert "| predictive | 98.50 | 0.600 | 1.00 | 0.00 |" in page
 
 
 def test_the_live_minute_is_shown_where_it_was_run(folder: Path, live: dict[str, Any]) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.facts import Facts
+from nestedfp.policies.controllers.pace import LEAST_CONFIDENCE, room, sustained_load
 from nestedfp.policies.policy import Assignment, Policy
+from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
 MakeView = Callable[..., ReplicaView]
@@ -112,7 +116,8 @@ def test_misses_in_16_bits_lower_the_levels_until_fp8_takes_over(view: MakeView)
 def test_confidence_follows_the_misses(view: MakeView) -> None:
     assert misses(Run(), view, "fp16", 60, 0.0) == pytest.approx(1.0, abs=0.01)
     assert misses(Run(), view, "fp8", 60, 0.0125) == pytest.approx(0.0, abs=0.01)
-    assert misses(Run(), view, "fp8", 60, 0.5) == -1.0
+    # The scale goes on below -1, where a queue is still trusted, to tell frequent misses from the rule.
+    assert misses(Run(), view, "fp8", 60, 0.5) == pytest.approx(LEAST_CONFIDENCE, abs=0.02)
 
 
 def test_unknown_misses_teach_nothing(view: MakeView) -> None:
@@ -196,6 +201,45 @@ def test_debt_and_pace_fall_with_the_load(view: MakeView) -> None:
     )
     assert calm["debt_s"] > busy["debt_s"] > heavy["debt_s"] >= 0.0
     assert calm["pace_s"] >= busy["pace_s"] > heavy["pace_s"] > 0.0
+    assert calm["memory_pace_s"] == calm["pace_s"]
+    assert busy["memory_pace_s"] < busy["pace_s"]
+
+
+def test_the_pace_falls_sooner_where_the_load_lasts() -> None:
+    column = np.ones(1)
+    facts = Facts(
+        running=30.0 * column,
+        waiting=0.0 * column,
+        oldest_s=0.0 * column,
+        context=36_000.0 * column,
+        arrivals=40.0 * column,
+        prompt_per_s=40_000.0 * column,
+        inflow=40_000.0 * column,
+        decode_per_s=4_000.0 * column,
+    )
+    passing, lasting = (room(facts, latency_model(), 100.0, 1.0, 0.25, load) for load in (0.5, 1.1))
+    assert 1.0 < passing.load[0] < 1.8
+    assert lasting.pace[0] < passing.pace[0] < 1.0
+    assert lasting.memory_pace[0] <= lasting.pace[0]
+    assert lasting.debt_s[0] == passing.debt_s[0]
+
+
+def test_the_load_is_averaged_over_seconds() -> None:
+    assert sustained_load(0.4, 0.4, 3.0) == pytest.approx(0.4)
+    assert sustained_load(0.4, 1.4, 0.0) == 0.4
+    assert 0.4 < sustained_load(0.4, 1.4, 1.0) < sustained_load(0.4, 1.4, 5.0) < 1.4
+
+
+def test_confidence_returns_within_seconds_of_the_last_of_many_misses(view: MakeView) -> None:
+    run = Run("auto")
+    for second in range(120):
+        bad = run.at(float(second), view(**LOADED, slo_miss_share=1.0))["a"].limits
+    for second in range(120, 150):
+        good = run.at(float(second), view(**LOADED, slo_miss_share=0.0))["a"].limits
+    assert bad is not None
+    assert good is not None
+    assert bad["pace_s"] < 0.3 * good["pace_s"]
+    assert good["pace_s"] == pytest.approx(0.033)
 
 
 def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from nestedfp.precision import Precision
 from nestedfp.vllm import op
 from nestedfp.vllm.active import ACTIVE, LayerRecord
-from nestedfp.vllm.linear import NestedLinearMethod
+from nestedfp.vllm.linear import NestedLinearMethod, Staging
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Inexact
 from nestedfp.weight import NonFiniteWeightError, nest
@@ -185,3 +185,31 @@ def test_the_shape_rule_matches_the_operator() -> None:
         y, fake = op.planned_linear(x, *arguments), op._linear_shape(x, *arguments)
         assert (y.shape, y.dtype) == (fake.shape, fake.dtype)
     assert Precision.FP16 is FP16.precision("down_proj")
+
+
+def test_layers_are_nested_through_one_memory_and_keep_their_own() -> None:
+    first, second = weights(), -2 * weights()
+    layers = [loaded(w, f"model.layers.{i}.mlp.down_proj")[0] for i, w in enumerate((first, second))]
+    pointers = {layer.weight_upper.untyped_storage().data_ptr() for layer in layers}
+    assert len(pointers) == 2
+    for layer, w in zip(layers, (first, second), strict=True):
+        assert (
+            layer.weight_lower.untyped_storage().data_ptr() == layer.weight_upper.untyped_storage().data_ptr()
+        )
+        assert layer.weight_upper.untyped_storage().nbytes() == w.nbytes, "no second copy is kept"
+        expected = nest(w)
+        assert torch.equal(layer.weight_upper, expected.upper)
+        assert torch.equal(layer.weight_lower, expected.lower)
+
+
+def test_staging_grows_and_lets_go() -> None:
+    staging = Staging()
+    small, large = torch.zeros(4, 8).half(), torch.zeros(16, 8).half()
+    upper, lower = staging.planes(small)
+    upper.fill_(1)
+    lower.fill_(2)
+    assert (upper == 1).all(), "planes do not overlap"
+    assert [plane.shape for plane in staging.planes(large)] == [(16, 8), (16, 8)]
+    assert staging.planes(small)[0].data_ptr() == staging.planes(large)[0].data_ptr()
+    staging.release()
+    assert staging.planes(small)[0].untyped_storage().nbytes() == 2 * small.numel()

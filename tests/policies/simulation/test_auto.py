@@ -14,6 +14,7 @@ from nestedfp.policies.simulation.state import Columns, EngineSettings
 from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
 
 LIMITS: dict[str, float] = {"pace_s": 0.02, "debt_s": 0.01, "queue_tokens": 3000.0, "wait_s": 0.1}
+TIGHT_S = 0.01
 
 
 def cluster(rate: float, mode: str, limits: dict[str, float] | None = None) -> Cluster:
@@ -32,9 +33,10 @@ def cluster(rate: float, mode: str, limits: dict[str, float] | None = None) -> C
 
 @pytest.mark.parametrize("rate", [4.0, 12.0, 20.0])
 def test_the_simulator_chooses_as_the_engine_does(rate: float) -> None:
-    """At many moments of a run both are asked about a step of the same length."""
-    made = cluster(rate, "auto", LIMITS)
-    limits = Limits.from_dict(LIMITS)
+    """At many moments of a run both are asked about a step of the same length, bound by memory or not."""
+    given = {**LIMITS, "memory_pace_s": TIGHT_S}
+    made = cluster(rate, "auto", given)
+    limits = Limits.from_dict(given)
     answers = []
     for tick in range(1, 400):
         made.tick(0.05 * tick)
@@ -57,8 +59,10 @@ def test_the_simulator_chooses_as_the_engine_does(rate: float) -> None:
             waiting_prompt_tokens=int(replica["waiting_tokens"]),
             oldest_wait_s=max((made.now - float(requests["arrival_s"][r]) for r in prompts), default=0.0),
         )
-        timed = Limits.from_dict({**LIMITS, "overhead_s": step_s})
-        ours = engine._too_slow(0, made.now, step_s, requests, made.engines)
+        memory_bound = tick % 2 == 0
+        fixed = {"overhead_s": 0.0, "weights_s": step_s} if memory_bound else {"overhead_s": step_s}
+        timed = Limits.from_dict({**given, **fixed})
+        ours = engine._too_slow(0, made.now, step_s, memory_bound, requests, made.engines)
         assert ours == choose(facts, Choice(), timed).fp8
         answers.append(ours)
     assert limits.pace_s == LIMITS["pace_s"]
@@ -81,6 +85,14 @@ def test_without_limits_auto_is_16_bits_and_tighter_ones_mean_more_fp8() -> None
     assert 0.0 < shares[0] < shares[1] < shares[2] < 1.0
     always = {"pace_s": 0.0, "debt_s": 0.0, "queue_tokens": 0.0, "wait_s": 0.0}
     assert tokens(cluster(12.0, "auto", always))[0] == 0
+
+
+def test_a_tighter_pace_of_memory_bound_steps_spends_fewer_tokens_than_one_of_all_steps() -> None:
+    """Both take FP8 for what is behind; only the first leaves long prompts in 16 bits."""
+    loose = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": 0.033}))
+    memory = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": 0.033, "memory_pace_s": TIGHT_S}))
+    every = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": TIGHT_S}))
+    assert loose[1] < memory[1] < every[1]
 
 
 def test_a_strict_request_has_no_token_in_fp8_within_auto() -> None:
