@@ -78,7 +78,7 @@ def test_the_lower_bytes_must_match_the_upper(lower: Tensor, message: str) -> No
 def test_a_stored_order_that_k_does_not_allow() -> None:
     narrow = {"x": torch.randn(4, 70).half(), "upper": torch.zeros(N, 70, dtype=torch.uint8)}
     values = operands() | narrow | {"lower": narrow["upper"], "order": KOrder.HOPPER}
-    with pytest.raises(ValueError, match=r"K is 70, expected a multiple of 64"):
+    with pytest.raises(ValueError, match=r"K is 70, expected a multiple of 128"):
         call_16bit(values)
 
 

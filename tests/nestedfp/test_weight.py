@@ -133,7 +133,7 @@ def test_stored_order_changes_neither_reading(dtype: torch.dtype) -> None:
     assert not torch.equal(natural.upper, hopper.upper)
     assert same_bits(natural.merge(), hopper.merge())
     assert torch.equal(natural.fp8()[0].view(torch.uint8), hopper.fp8()[0].view(torch.uint8))
-    # Panels of five rows: position 2 (t=0, s=0, j=0, h=1, b=0) of a row holds column 8, position 16 column 64.
+    # Panels of five rows: position 2 of a row (t, s, j, b = 0, h = 1) holds column 8, position 16 column 64.
     panels = hopper.upper.view(2, 5, 128)
     assert torch.equal(panels[1, :, 2], natural.upper[:, 128 + 8])
     assert torch.equal(panels[0, :, 16], natural.upper[:, 64])
