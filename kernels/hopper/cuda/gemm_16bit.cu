@@ -25,6 +25,7 @@
 // every warpgroup's wgmma with all tokens.
 #include "ptx.cuh"
 #include "elements.cuh"
+#include "ring.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
@@ -80,19 +81,6 @@ struct Bytes {
   }
 };
 
-// Where a pipeline of COUNT buffers stands: its next buffer, and the parity of its use of the buffers so far.
-template <int COUNT>
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == COUNT) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Where a warp stages half (16 bytes) of the 16 rows of `token`: eight tokens in turn lie in different banks.
 __device__ __forceinline__ u32 staged(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2 & 1)) << 4); }
 
@@ -132,11 +120,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     }
     ptx::barrier_init_fence();
   }
-  if constexpr (CLUSTER > 1)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
-  ptx::let_next_kernel_start();
+  ptx::meet_and_let_next_start<CLUSTER>();
 
   // The copy engine is slow where a box reaches past the last token, so the last tile begins where it ends there.
   auto corner = [&](int tile) -> Corner {

@@ -38,6 +38,7 @@
 #include "ptx.cuh"
 #include "elements.cuh"
 #include "quantise.cuh"
+#include "ring.cuh"
 #include "wgmma.cuh"
 
 namespace {
@@ -137,19 +138,6 @@ struct Schedule {
   }
 };
 
-// A place in the ring of stages.
-struct Ring {
-  int stage = 0;
-  u32 parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // Arrives at the barrier at the same offset in CTA `rank` of the cluster.
 __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
   if constexpr (CLUSTER == 1)
@@ -189,7 +177,7 @@ class Producer {
     }
     ptx::wait_for_previous_kernel();
     await_codes(unit.m);
-    Ring ring;
+    Ring<STAGES> ring;
     for (int i = 0; i < early; ++i, ring.advance()) load_tokens(i, unit, i);
 
     int step = early;
@@ -620,7 +608,7 @@ class Consumer {
   const Arguments& arguments_;
   const Schedule& schedule_;
   const u32 base_, warpgroup_;
-  Ring ring_;
+  Ring<STAGES> ring_;
   int previous_ = 0;
 };
 
@@ -646,11 +634,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     }
     ptx::barrier_init_fence();
   }
-  if constexpr (CLUSTER > 1)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
-  ptx::let_next_kernel_start();
+  ptx::meet_and_let_next_start<CLUSTER>();
 
   if (warpgroup == CONSUMERS) {
 #if PRODUCER_REGISTERS

@@ -80,27 +80,12 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
 // --- bulk copies; a policy is an L2 eviction priority ---
 
 constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
-constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
-
-__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 __device__ __forceinline__ void load_2d(u32 to, const TensorMap* map, int c0, int c1, u32 barrier, u64 policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(barrier), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_3d(u32 to, const TensorMap* map, int c0, int c1, int c2, u32 barrier,
-                                        u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -112,33 +97,6 @@ __device__ __forceinline__ void load_2d_multicast(u32 to, const TensorMap* map, 
       ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
       "l"(map), "r"(c0), "r"(c1), "r"(barrier), "h"(ctas), "l"(policy)
       : "memory");
-}
-
-__device__ __forceinline__ void load_3d_multicast(u32 to, const TensorMap* map, int c0, int c1, int c2,
-                                                  u32 barrier, u16 ctas, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(to),
-      "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(barrier), "h"(ctas), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void store_2d(const TensorMap* map, int c0, int c1, u32 from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
-               "r"(c0), "r"(c1), "r"(from)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until all but the last `COUNT` stores of this thread have read their shared memory.
-template <int COUNT>
-__device__ __forceinline__ void store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(COUNT) : "memory");
-}
-
-// Ordinary stores to shared memory, before the copy engine or the tensor cores read them.
-__device__ __forceinline__ void fence_async_shared() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // --- matrices in shared memory ---
@@ -162,10 +120,6 @@ __device__ __forceinline__ void store_matrices_transposed(u32 to, u32 a, u32 b, 
                : "memory");
 }
 
-__device__ __forceinline__ void store_matrices_transposed(u32 to, u32 a, u32 b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a), "r"(b) : "memory");
-}
-
 // wgmma's descriptor of an operand with K along 128-byte rows in the 128-byte swizzle, from `address`, whose
 // panel starts at a multiple of 1024: groups of eight rows lie 1024 bytes apart. K advances by adding bytes / 16.
 __device__ __forceinline__ u64 panel_descriptor(u32 address) {
@@ -187,12 +141,6 @@ template <int COUNT>
 __device__ __forceinline__ void hold(float (&values)[COUNT]) {
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
-}
-
-template <int COUNT>
-__device__ __forceinline__ void hold(u32 (&values)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(values[i])::"memory");
 }
 
 // The value, known only here: what follows from it is computed here and not kept from before.
@@ -250,11 +198,18 @@ __device__ __forceinline__ void registers_less() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// The kernel launched before this one has ended, and its writes are visible.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_kernel_start() {
+// After one thread has made the barriers: the CTA, or the cluster, meets, and the next kernel may start.
+template <int CLUSTER>
+__device__ __forceinline__ void meet_and_let_next_start() {
+  if constexpr (CLUSTER > 1)
+    cluster_sync();
+  else
+    __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
+
+// The kernel launched before this one has ended, and its writes are visible.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // --- counters in global memory ---
 
