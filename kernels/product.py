@@ -6,7 +6,8 @@ Accumulation is in float32. Nothing is synchronised with the host.
 """
 
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 
@@ -40,9 +41,9 @@ def linear_16bit(
     _check_bytes("linear_16bit", "lower", lower, upper)
     if x.numel() == 0:
         return _empty(x, upper)
-    backend, tokens, extra = _dispatch(Mode.BITS16, x, (upper, lower), order)
-    y = backend.linear_16bit(tokens, upper, lower, row_exponent, bias, order=order, **extra)
-    return _unflatten(y, x)
+    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    product = _chosen(Mode.BITS16, tokens, (upper, lower), order)
+    return _unflatten(product(tokens, upper, lower, row_exponent, bias), x)
 
 
 def linear_fp8(
@@ -60,22 +61,26 @@ def linear_fp8(
     _check("linear_fp8", x, upper, row_exponent, bias, order)
     if x.numel() == 0:
         return _empty(x, upper)
-    backend, tokens, extra = _dispatch(Mode.FP8, x, (upper,), order)
-    y = backend.linear_fp8(tokens, upper, row_exponent, bias, order=order, **extra)
-    return _unflatten(y, x)
-
-
-def _dispatch(
-    mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder
-) -> tuple[ModuleType, Tensor, dict[str, object]]:
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    product = _chosen(Mode.FP8, tokens, (upper,), order)
+    return _unflatten(product(tokens, upper, row_exponent, bias), x)
+
+
+def _chosen(mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder) -> Callable[..., Tensor]:
     N, K = weight[0].shape
-    capability = _capability(x.device)
-    problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(tokens, weight))
+    problem = Problem(mode, x.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(x, weight))
+    return _product(problem, _capability(x.device))
+
+
+@lru_cache(maxsize=4096)
+def _product(problem: Problem, capability: Capability | None) -> Callable[..., Tensor]:
+    """The kernel for a problem: every layer meets the same few, and on a GPU the host's time counts."""
     backend, config = choose(problem, capability)
     if backend is Backend.PORTABLE:
-        _log_portable(mode, K, order, problem.tma, capability)
-    return _module(backend), tokens, {} if config is None else {"config": config}
+        _log_portable(problem.mode, problem.K, problem.order, problem.tma, capability)
+    module = _module(backend)
+    linear = module.linear_fp8 if problem.mode is Mode.FP8 else module.linear_16bit
+    return partial(linear, order=problem.order, **({} if config is None else {"config": config}))
 
 
 def _unflatten(y: Tensor, x: Tensor) -> Tensor:

@@ -39,9 +39,14 @@ def linear_fp8(
     """
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    chosen = rule(M, N, K) if config is None else Config(**config)
+    chosen = rule(M, N, K) if config is None else _parsed(*config.items())
     product(x, upper, row_exponent, bias, y, order, chosen)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _parsed(*settings: tuple[str, int]) -> Config:
+    return Config(**dict(settings))
 
 
 @lru_cache(maxsize=1024)

@@ -17,10 +17,10 @@ _MOST_TOKENS = {1: 256, 2: 256, 3: 192, 4: 96}
 _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
 # An H100's cycles, measured: of a rebuild of 64 x 64 weights beside wgmma; bytes a cycle into a
-# multiprocessor, out of the L2 and out of memory; of a launch, with clusters, of a tile beside its steps, of
+# multiprocessor, in and out of its shared memory, out of the L2 and out of memory; of a launch, with clusters, of a tile beside its steps, of
 # a float32 of a part written and read, of waiting for the parts.
 _REBUILD = 130
-_INTO, _L2, _MEMORY = 70, 5300, 1480
+_INTO, _SHARED, _L2, _MEMORY = 70, 128, 5300, 1480
 _LAUNCH, _CLUSTER_LAUNCH, _TILE, _PART_FLOAT, _GATHER = 3000, 1000, 2200, 0.2, 2500
 
 
@@ -43,9 +43,14 @@ def linear_16bit(
         raise ValueError(f"order is {order}, expected {KOrder.HOPPER}; the portable kernel reads any order")
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    chosen = rule(M, N, K) if config is None else Config(**config)
+    chosen = rule(M, N, K) if config is None else _parsed(*config.items())
     product(x, upper, lower, row_exponent, bias, y, chosen)
     return y
+
+
+@lru_cache(maxsize=1024)
+def _parsed(*settings: tuple[str, int]) -> Config:
+    return Config(**dict(settings))
 
 
 @lru_cache(maxsize=1024)
@@ -61,7 +66,7 @@ def candidates(M: int, N: int, K: int, most: int = 24) -> list[Settings]:
     seen: dict[tuple[int, ...], int] = {}
     for config in ranked:
         # A few ways to cluster and to split each tile: what they save differs more than the model knows.
-        kind = (config.tokens, config.warpgroups, config.ctas)
+        kind = (config.tokens, config.warpgroups, config.sliced_k, config.ctas)
         if seen.get(kind, 0) < 4:
             seen[kind] = seen.get(kind, 0) + 1
             chosen.append(config)
@@ -80,6 +85,8 @@ def _space(M: int, N: int, K: int) -> Iterator[Config]:
                 if tokens % (8 * cluster_rows) or tokens * (cluster_tokens - 1) >= M:
                     continue
                 yield from _splits(tile, M, N, K)
+                if warpgroups == 2 and tokens % 32 == 0:
+                    yield from _splits(replace(tile, sliced_k=2), M, N, K)
                 if warpgroups == 1 and tokens <= 64 and tile.cluster == 1:
                     yield from _splits(replace(tile, ctas=2), M, N, K)
 
@@ -106,14 +113,18 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     tiles = cluster_tiles(config, M, N)
     work = plan(config, M, N, K, _resident(config))
     active = work.clusters * config.cluster
-    panel_bytes = (config.tokens + config.rows) * 128
-    l2_bytes = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128
     multiply = config.tokens * 2
+    row_groups = config.warpgroups // config.sliced_k
+    panel_bytes = (config.tokens + config.rows) * 128
+    # What comes in, the weights read once, the tokens once by every group of 64 rows.
+    shared_bytes = panel_bytes + (config.rows + config.tokens * row_groups) * 128
+    l2_bytes = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128
     step = max(
-        multiply * config.warpgroups * config.ctas,
-        _REBUILD * config.warpgroups * config.ctas,
-        multiply + _REBUILD,
+        multiply * row_groups * config.ctas,
+        _REBUILD * row_groups * config.ctas,
+        (multiply + _REBUILD) / config.sliced_k,
         panel_bytes * config.ctas / _INTO,
+        shared_bytes * config.ctas / _SHARED,
         l2_bytes * active / _L2,
         config.rows * 128 * active / ceil_div(M, config.tokens) / _MEMORY,
     )

@@ -23,11 +23,8 @@ _, _LinearMethodBase, _UnquantizedLinearMethod = compat.linear_classes()
 
 
 class Staging:
-    """Memory that every layer is nested into, before its bytes take the place of its weight.
-
-    Planes made for each layer would leave holes that the temporaries of nesting cut up, so that the next
-    layer's fit none of them: loading 15 GiB that way was seen to hold 63, and in sleep mode's pool 76.
-    """
+    """Memory that every layer is nested into, before its bytes take the place of its weight: loading needs room
+    for one layer beside the weights, however the memory was cut up before."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -127,7 +124,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
 def _in_place_of(weight: Tensor, nested: NestedWeight) -> tuple[Tensor, Tensor]:
     """The bytes of `nested` in the memory of the weight that they replace: exactly as many.
 
-    In memory of their own they would leave a hole for each weight, which temporaries of nesting cut up.
+    Memory of their own would leave a hole for each weight.
     """
     if not weight.is_contiguous():
         return nested.upper.clone(), nested.lower.clone()

@@ -1,10 +1,12 @@
 """The graph bank, against vLLM's real holder classes with fake graphs in them."""
 
+import inspect
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE
@@ -115,6 +117,17 @@ def worker_for(runner: Runner, **settings: Any) -> PrecisionGPUWorker:
     worker._graphs = GraphBank(lambda: [Holder(*found) for found in compat.graph_holders(runner)])
     worker._capture_one = runner.capture_model
     return worker
+
+
+def test_loading_leaves_torchs_allocator_as_it_is(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_scoped_allocator_max_split"
+    ours, theirs = getattr(PrecisionGPUWorker, name), getattr(compat.gpu_worker(), name)
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+    changed: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", changed.append)
+    with worker_for(runner)._scoped_allocator_max_split(max_split_size_mb=20):
+        pass
+    assert changed == []
 
 
 def test_each_plan_replays_the_graphs_that_were_captured_under_it(runner: Runner) -> None:

@@ -7,12 +7,15 @@
 // partials, counters: scratch for tiles whose K is cut; counters are zero before and after. Products that share
 // scratch run one after another.
 //
-// A tile is CONSUMERS * 64 weight rows by TOKENS tokens, computed transposed: the weights are wgmma's A operand, which
+// A tile is CONSUMERS / SLICED_K * 64 weight rows by TOKENS tokens, computed transposed: the weights are wgmma's A operand, which
 // may come from registers, and its N side takes any multiple of 8 tokens, so that tiles can fill whole waves.
 // * one thread streams both byte planes, 128 of K a stage, another x, 64 of K a stage: rows of 128 bytes either way,
 //   since the copy engine takes its time by rows. CTAs of a cluster that share a panel each fetch a part of it and
 //   multicast it: without that, small tiles wait for the L2;
 // * CONSUMERS warpgroups own 64 rows each. A thread's share of 128 of K of one row is 32 adjacent bytes of each plane.
+//   With SLICED_K = 2 two of them have the same rows and take turns in K, 64 each: one rebuilds while the other
+//   multiplies. At the end either gives the sums of half of the tokens to the other. Tiles are then half as tall for
+//   as many tokens, which fills more waves, and each weight is rebuilt for as many tokens as one warpgroup holds;
 //   With SETS = 2 sets of registers a warpgroup rebuilds one step while its step before multiplies; with one set,
 //   which leaves room for more warpgroups, it rebuilds while the others multiply. AHEAD it loads the bytes of the
 //   next 128 of K before it multiplies the last of these, which pays where one warpgroup multiplies few tokens;
@@ -32,20 +35,25 @@
 namespace {
 
 constexpr int CLUSTER = CLUSTER_TOKENS * CLUSTER_ROWS;
-constexpr int ROWS = 64 * CONSUMERS;
+constexpr int ROWS = 64 * CONSUMERS / SLICED_K;
 constexpr int STEP = 64;  // of K: what one stage of x holds, and a quarter of the products of a unit
 constexpr int UNIT = 128;  // of K: what one stage of weights holds
 constexpr int X_BYTES = TOKENS * STEP * 2;
 constexpr int PLANE_BYTES = ROWS * UNIT;
 constexpr int WEIGHT_OFFSET = X_STAGES * X_BYTES;
 constexpr int OUTPUT_OFFSET = WEIGHT_OFFSET + WEIGHT_STAGES * 2 * PLANE_BYTES;
-constexpr int BARRIER_OFFSET = OUTPUT_OFFSET + CONSUMERS * 4 * SLICE * 32;  // a warp stages SLICE tokens of 16 rows
-constexpr int SLICES = TOKENS / SLICE;
+constexpr int BARRIER_OFFSET = OUTPUT_OFFSET + CONSUMERS * 4 * WARP_BYTES;
 constexpr int SUMS = TOKENS / 2;
+// Of the tokens that a warpgroup stores.
+constexpr int OWN_TOKENS = TOKENS / SLICED_K;
+constexpr int OWN_SUMS = SUMS / SLICED_K;
+constexpr int SLICES = OWN_TOKENS / SLICE;
 
 static_assert(TOKENS % (8 * CLUSTER_ROWS) == 0 && TOKENS <= 256);
 static_assert(ROWS % (8 * CLUSTER_TOKENS) == 0);
-static_assert(TOKENS % SLICE == 0 && SLICE % 16 == 0);
+static_assert(OWN_TOKENS % SLICE == 0 && SLICE % 16 == 0);
+static_assert(SLICED_K == 1 || (CONSUMERS == 2 && SLICED_K == 2 && TOKENS % 32 == 0 && SETS == 1 && !AHEAD));
+static_assert(WARP_BYTES >= SLICE * 32);  // a warp stages SLICE tokens of 16 rows
 
 // Four weights of the two byte planes as two pairs of 16-bit floats: nestedfp/format.py says why this rebuilds them.
 // Five instructions are for the narrow integer pipe; the subtractions are written as multiply-adds, with a factor
@@ -84,6 +92,33 @@ struct Bytes {
 // Where a warp stages half (16 bytes) of the 16 rows of `token`: eight tokens in turn lie in different banks.
 __device__ __forceinline__ u32 staged(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2 & 1)) << 4); }
 
+// Of the sums of two warps that took turns in K, OWN_SUMS to either: the first half to the first, the other to the
+// second. They pass through the buffers of both, half a buffer at a time, so that one barrier a round is enough; after
+// the last neither reads the other's. The order of the two terms does not change their sum.
+__device__ __forceinline__ void exchange(float (&sums)[SUMS], u32 buffer, u32 other_buffer, bool second, u32 barrier) {
+#pragma unroll
+  for (int i = 0; i < OWN_SUMS; i += 8) {
+    const u32 half = i / 8 % 2 * (WARP_BYTES / 2);
+#pragma unroll
+    for (int j = i; j < i + 8; j += 4) {
+      float given[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) given[k] = second ? sums[j + k] : sums[OWN_SUMS + j + k];
+      ptx::store_shared(buffer + half + (j - i) * 128, given);
+    }
+    ptx::threads_sync<64>(barrier);
+#pragma unroll
+    for (int j = i; j < i + 8; j += 4) {
+      u32 taken[4];
+      ptx::load_shared(taken, other_buffer + half + (j - i) * 128);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        sums[j + k] = (second ? sums[OWN_SUMS + j + k] : sums[j + k]) + __uint_as_float(taken[k]);
+    }
+  }
+  ptx::threads_sync<64>(barrier);
+}
+
 // The tile of one CTA: its first row and token, and how many slices of it belong to the tile before.
 struct Corner {
   int row, token, skip;
@@ -112,7 +147,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
   if (threadIdx.x == 0) {
     for (int i = 0; i < X_STAGES; ++i) {
       ptx::barrier_init(x_full + i * 8, 1);
-      ptx::barrier_init(x_empty + i * 8, CONSUMERS * 4 * CLUSTER_ROWS);
+      ptx::barrier_init(x_empty + i * 8, CONSUMERS / SLICED_K * 4 * CLUSTER_ROWS);
     }
     for (int i = 0; i < WEIGHT_STAGES; ++i) {
       ptx::barrier_init(weight_full + i * 8, 1);
@@ -186,10 +221,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
 #endif
     const u32 lane = thread % 32, warp = thread / 32;
     const u32 one = gridDim.y;
-    const u32 output = base + OUTPUT_OFFSET + (warpgroup * 4 + warp) * SLICE * 32;
+    const u32 k_slice = warpgroup % SLICED_K, row_offset = warpgroup / SLICED_K * 64 + warp * 16;
+    const u32 output = base + OUTPUT_OFFSET + (warpgroup * 4 + warp) * WARP_BYTES;
     // Of the first of two 64-wide steps; the second one's is 16 bytes on, which the swizzle makes ^ 16.
-    const u32 share = base + WEIGHT_OFFSET + (warpgroup * 64 + warp * 16 + lane / 4) * UNIT +
-                      ((lane % 4 * 2 ^ lane / 4) << 4);
+    const u32 share = base + WEIGHT_OFFSET + (row_offset + lane / 4) * UNIT +
+                      ((lane % 4 * 2 ^ lane / 4 ^ k_slice) << 4);
     // To every CTA whose producer writes to this one's buffer.
     auto release_x = [&](int stage) {
       if (lane >= CLUSTER_ROWS) return;
@@ -208,7 +244,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     // Of this warpgroup: where its sums of part `part` of `tile` lie, one float4 a thread, and the tile's counter.
     auto scratch = [&](int part, int tile) {
       const size_t slot = (size_t(part * cut + tile) * CLUSTER + rank) * CONSUMERS + warpgroup;
-      return reinterpret_cast<float4*>(partials) + slot * (SUMS / 4 * 128) + thread;
+      return reinterpret_cast<float4*>(partials) + slot * (OWN_SUMS / 4 * 128) + thread;
     };
     auto counter = [&](int tile) { return counters + (tile * CLUSTER + rank) * CONSUMERS + warpgroup; };
 
@@ -217,7 +253,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     auto ask = [&](u32 (&row_words)[2], int tile_row) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = tile_row + warpgroup * 64 + warp * 16 + h * 8 + lane / 4;
+        const int row = tile_row + row_offset + h * 8 + lane / 4;
         const u32 exponent = row < N ? u32(int(__ldg(row_exponent + row)) + 127) : 0;
         row_words[h] = exponent << 16 | (row < N && bias ? __ldg(bias + row) : 0);
       }
@@ -225,7 +261,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     // SLICE tokens of `sums`, scaled and shifted, to y. Each warp transposes its 16 rows through shared memory of its
     // own, so that no warp waits for another, and stores the 32 bytes of a token by two threads.
     auto store = [&](const float* sums, const u32 (&row_words)[2], int tile_row, int token) {
-      const int row = tile_row + warpgroup * 64 + warp * 16;
+      const int row = tile_row + row_offset;
       float scale[2], shift[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -268,15 +304,20 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     auto gathers = [&](int slice, const Segment& segment, const Corner& at) {
       return (slice - at.skip) % parts == segment.part;
     };
+    // Of this warpgroup, which stores the tokens of its own slices alone.
+    auto own = [&](Corner at) -> Corner {
+      return {at.row, at.token + int(k_slice) * OWN_TOKENS, max(at.skip - int(k_slice) * SLICES, 0)};
+    };
     const bool kept = schedule.part_count == 1;
 
     ptx::wait_for_previous_kernel();
     float sums[SUMS];
     Ring<X_STAGES> x_ring;
     Ring<WEIGHT_STAGES> weight_ring;
+    if (k_slice == 1) x_ring.advance();
     for (int index = 0; index < schedule.count; ++index) {
       const Segment segment = schedule.segment(index);
-      const Corner at = corner(segment.tile);
+      const Corner at = own(corner(segment.tile));
       u32 row_words[2];
       ask(row_words, at.row);
 
@@ -295,7 +336,8 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
           if (!first) release_x(previous);
         }
         previous = x_ring.stage;
-        x_ring.advance();
+#pragma unroll
+        for (int i = 0; i < SLICED_K; ++i) x_ring.advance();
       };
       auto make_room = [&](bool first) {
         if constexpr (SETS == 2) return;
@@ -314,6 +356,15 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       }
       for (int unit = segment.first; unit < segment.last; ++unit) {
         const bool first = unit == segment.first;
+        if constexpr (SLICED_K == 2) {
+          bytes[0].load(await_weights(weight_ring.stage, weight_ring.parity));
+          make_room(first);
+          bytes[0].rebuild(weights[0], one);
+          multiply(weights[0], first);
+          release_weights(weight_ring.stage);
+          weight_ring.advance();
+          continue;
+        }
         const u32 from = AHEAD ? 0 : await_weights(weight_ring.stage, weight_ring.parity);
         make_room(first);
         if constexpr (!AHEAD) bytes[0].load(from);
@@ -339,6 +390,9 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       ptx::wgmma_wait<0>();
       ptx::hold(sums);
       release_x(previous);
+      if constexpr (SLICED_K == 2)
+        exchange(sums, output + lane * 16, base + OUTPUT_OFFSET + ((warpgroup ^ 1) * 4 + warp) * WARP_BYTES + lane * 16,
+                 k_slice == 1, CONSUMERS + 1 + warp);
 
       float4* to = segment.part < 0 ? nullptr : scratch(segment.part, segment.tile);
 #pragma unroll
@@ -366,7 +420,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     // Of each tile that this worker computed a part of, every `parts`-th slice: its own part, then the others in order.
     for (int index = schedule.whole_count; index < schedule.count; ++index) {
       const Segment segment = schedule.segment(index);
-      const Corner at = corner(segment.tile);
+      const Corner at = own(corner(segment.tile));
       u32 row_words[2];
       ask(row_words, at.row);
       auto mine = [&](int slice) {

@@ -7,8 +7,9 @@ an error: for trying out changes, since other work on the device may rightly mak
 import ctypes
 import os
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +37,11 @@ _MOST_TOKENS_AHEAD = 96
 class Config:
     """One way to cut the product.
 
-    A tile has warpgroups * 64 weight rows by `tokens`, a multiple of 16. cluster_tokens, cluster_rows: CTAs
-    of a cluster along each. ctas: programs a multiprocessor. split: parts into which K is cut in the tiles
-    that do not fill a wave, and in those of `waves` full waves beside them. group: token tiles that run side
-    by side.
+    A tile has 64 weight rows for each of its `warpgroups` by `tokens`, a multiple of 16; with sliced_k 2 two
+    warpgroups have 64 rows together, take turns in K, and `tokens` is a multiple of 32. cluster_tokens,
+    cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor. split: parts into which K is
+    cut in the tiles that do not fill a wave, and in those of `waves` full waves beside them. group: token
+    tiles that run side by side.
     """
 
     tokens: int
@@ -50,10 +52,11 @@ class Config:
     split: int = 1
     waves: int = 0
     group: int = 8
+    sliced_k: int = 1
 
     @property
     def rows(self) -> int:
-        return 64 * self.warpgroups
+        return 64 * self.warpgroups // self.sliced_k
 
     @property
     def cluster(self) -> int:
@@ -62,7 +65,7 @@ class Config:
     @property
     def slice(self) -> int:
         """Tokens of the output that are staged at once."""
-        return gcd(self.tokens, 32)
+        return gcd(self.tokens // self.sliced_k, 32)
 
     @property
     def _x_bytes(self) -> int:
@@ -73,8 +76,13 @@ class Config:
         return 2 * _UNIT * self.rows
 
     @property
+    def _warp_bytes(self) -> int:
+        """What a warp stages at once: 16 rows of a slice, and of sums that it exchanges 2 KiB."""
+        return 32 * self.slice if self.sliced_k == 1 else 2048
+
+    @property
     def _output_bytes(self) -> int:
-        return self.warpgroups * 64 * self.slice * 2
+        return 4 * self.warpgroups * self._warp_bytes
 
     @property
     def stages(self) -> tuple[int, int]:
@@ -98,9 +106,11 @@ class Config:
             "CONSUMERS": self.warpgroups,
             "TOKENS": self.tokens,
             "SLICE": self.slice,
+            "SLICED_K": self.sliced_k,
+            "WARP_BYTES": self._warp_bytes,
             "X_STAGES": x_stages,
             "WEIGHT_STAGES": weight_stages,
-            "SETS": 2 if self.tokens <= _TWO_SETS[self.warpgroups] else 1,
+            "SETS": 2 if self.sliced_k == 1 and self.tokens <= _TWO_SETS[self.warpgroups] else 1,
             "CLUSTER_TOKENS": self.cluster_tokens,
             "CLUSTER_ROWS": self.cluster_rows,
             "CTAS": self.ctas,
@@ -159,6 +169,28 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
     )
 
 
+class _Launch(NamedTuple):
+    """All of a launch but the operands. numbers: the kernel's parameters behind them; boxes in rows."""
+
+    kernel: Kernel
+    clusters: int
+    x_box: int
+    weight_box: int
+    numbers: tuple[ctypes.c_int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _launch(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: int) -> _Launch:
+    kernel = _kernel(config, dtype, device)
+    cut = plan(config, M, N, K, kernel.resident_clusters)
+    # The copy engine is slow where a box reaches past the last token.
+    box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
+    x_bytes = 2 * _STEP * box * config.cluster_rows
+    numbers = (M, N, K, config.group, cut.cut, cut.parts, x_bytes, int(N % 8 == 0))
+    weight_box = config.rows // config.cluster_tokens
+    return _Launch(kernel, cut.clusters, box, weight_box, tuple(map(ctypes.c_int, numbers)))
+
+
 def product(
     x: Tensor,
     upper: Tensor,
@@ -173,22 +205,20 @@ def product(
     x [M, K] has unit stride in K and rows on 16-byte boundaries; the planes are in `KOrder.HOPPER`.
     """
     (M, K), N = x.shape, upper.shape[0]
-    kernel = _kernel(config, x.dtype, x.device.index or 0)
-    partials, counters = workspace(x.device)
-    cut = plan(config, M, N, K, kernel.resident_clusters)
-    planes = [
-        tensor_map(plane.view(-1, _UNIT), config.rows // config.cluster_tokens, _UNIT)
-        for plane in (upper, lower)
-    ]
-    # The copy engine is slow where a box reaches past the last token.
-    box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
-    arguments = [
-        tensor_map(x, box, _STEP),
-        *planes,
-        *map(pointer, (y, row_exponent, bias, partials, counters)),
-    ]
-    numbers = (M, N, K, config.group, cut.cut, cut.parts, 2 * _STEP * box * config.cluster_rows, N % 8 == 0)
-    kernel(cut.clusters, arguments + [ctypes.c_int(int(number)) for number in numbers])
+    device = x.device
+    launch = _launch(config, M, N, K, x.dtype, device.index or 0)
+    partials, counters = workspace(device)
+    panels = (N * K // _UNIT, _UNIT, _UNIT, launch.weight_box, _UNIT)
+    launch.kernel(
+        launch.clusters,
+        (
+            tensor_map(x.dtype, x.data_ptr(), M, K, x.stride(0), launch.x_box, _STEP),
+            tensor_map(torch.uint8, upper.data_ptr(), *panels),
+            tensor_map(torch.uint8, lower.data_ptr(), *panels),
+            *map(pointer, (y, row_exponent, bias, partials, counters)),
+            *launch.numbers,
+        ),
+    )
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -7,7 +7,8 @@ it with an error: for trying out changes, since other work on the device may rig
 import ctypes
 import os
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -191,12 +192,13 @@ class _Scratch:
         self.flags = torch.zeros(_FLAGS, dtype=torch.int32, device=device)
         self._codes = [torch.empty(1 << 24, dtype=torch.uint8, device=device)]
 
-    def codes(self, M: int, K: int) -> Tensor:
-        """uint8 [M, K], contents undefined."""
-        if self._codes[-1].numel() < M * K:
-            size = 1 << (M * K - 1).bit_length()
-            self._codes.append(torch.empty(size, dtype=torch.uint8, device=self.device))
-        return self._codes[-1][: M * K].view(M, K)
+    def codes(self, size: int) -> Tensor:
+        """At least `size` bytes, contents undefined."""
+        if self._codes[-1].numel() < size:
+            self._codes.append(
+                torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=self.device)
+            )
+        return self._codes[-1]
 
 
 @cache
@@ -206,6 +208,37 @@ def _scratch(device: torch.device) -> _Scratch:
             "the first FP8 product on a device allocates its scratch and cannot be captured; run one before"
         )
     return _Scratch(device)
+
+
+class _Launch(NamedTuple):
+    """All of a launch but the operands. height: rows of the codes; numbers, schedule: the kernel's parameters
+    before and behind the pitch of x; boxes in rows."""
+
+    kernel: Kernel
+    clusters: int
+    height: int
+    x_box: int
+    weight_box: int
+    numbers: tuple[ctypes.c_int, ...]
+    schedule: tuple[Any, ...]
+
+
+@lru_cache(maxsize=4096)
+def _launch(config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.dtype, device: int) -> _Launch:
+    kernel = _kernel(config, dtype, device)
+    cut = plan(config, M, N, K, kernel.resident_clusters)
+    box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
+    rest = (box * config.cluster_rows * _CHUNK, int(panels), cut.front, cut.team_warps)
+    tiles = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
+    return _Launch(
+        kernel,
+        cut.clusters,
+        cut.tiles_m * config.tokens * config.cluster_tokens,
+        box,
+        config.rows // config.cluster_tokens,
+        tuple(map(ctypes.c_int, (M, N, K))),
+        (*map(ctypes.c_int, rest), (ctypes.c_int * len(tiles))(*tiles)),
+    )
 
 
 def product(
@@ -221,6 +254,9 @@ def product(
 
     x [M, K] has unit stride in K and rows on 16-byte boundaries; K is a multiple of 16.
     """
+    if x.shape[0] <= MOST_TOKENS:
+        _product(x, upper, row_exponent, bias, y, order, config)
+        return
     for first in range(0, x.shape[0], MOST_TOKENS):
         piece = slice(first, first + MOST_TOKENS)
         _product(x[piece], upper, row_exponent, bias, y[piece], order, config)
@@ -236,19 +272,20 @@ def _product(
     config: Config,
 ) -> None:
     (M, K), N = x.shape, upper.shape[0]
-    kernel = _kernel(config, x.dtype, x.device.index or 0)
-    scratch = _scratch(x.device)
-    height = -(-M // (config.tokens * config.cluster_tokens)) * config.tokens * config.cluster_tokens
-    codes = scratch.codes(height, K)
-    box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
+    device = x.device
     panels = order is KOrder.HOPPER
-    cut = plan(config, M, N, K, kernel.resident_clusters)
-    arguments = [
-        tensor_map(codes, box, _CHUNK),
-        tensor_map(upper.view(-1, _CHUNK) if panels else upper, config.rows // config.cluster_tokens, _CHUNK),
-        *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
-    ]
-    pitch = (x.stride(0) if M > 1 else K) * x.element_size()
-    numbers = (M, N, K, pitch, box * config.cluster_rows * _CHUNK, panels, cut.front, cut.team_warps)
-    schedule = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
-    kernel(cut.clusters, [*arguments, *map(ctypes.c_int, numbers), (ctypes.c_int * 7)(*schedule)])
+    launch = _launch(config, M, N, K, panels, x.dtype, device.index or 0)
+    scratch = _scratch(device)
+    codes = scratch.codes(launch.height * K)
+    stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
+    launch.kernel(
+        launch.clusters,
+        (
+            tensor_map(torch.uint8, codes.data_ptr(), launch.height, K, K, launch.x_box, _CHUNK),
+            tensor_map(torch.uint8, upper.data_ptr(), *stored, launch.weight_box, _CHUNK),
+            *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
+            *launch.numbers,
+            ctypes.c_int((x.stride(0) if M > 1 else K) * x.element_size()),
+            *launch.schedule,
+        ),
+    )

@@ -1,10 +1,11 @@
 """Loading a cubin and launching it through the driver: clusters, tensor maps, early start.
 
-Everything goes through libcuda by ctypes, so that a launch costs a few microseconds of the host's time.
+Everything goes through libcuda by ctypes. What a launch needs is kept from launch to launch, since steps that are
+no CUDA graphs, prompts of many tokens, take as long as their launches where the device is faster than the host.
 """
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -52,23 +53,26 @@ def _check(what: str, status: int) -> None:
         raise RuntimeError(f"{what}: {(name.value or b'error').decode()} ({status})")
 
 
-def tensor_map(tensor: Tensor, rows: int, columns: int) -> TensorMap:
-    """Of a 2-D tensor with unit stride in columns, in boxes of `rows` by `columns`.
+@lru_cache(maxsize=1 << 13)
+def tensor_map(
+    dtype: torch.dtype, address: int, height: int, width: int, stride: int, rows: int, columns: int
+) -> TensorMap:
+    """Of elements of `dtype` at `address`, [height, width] with rows `stride` elements apart, in boxes of
+    `rows` by `columns`. It is shared between launches and says where and how, not what lies there.
 
-    The base and the row pitch are multiples of 16 bytes; a row of the box is 16, 32, 64 or 128 bytes and
-    swizzled as widely in shared memory.
+    The address and, with more than one row, the rows' distance are multiples of 16 bytes; a row of the box is
+    16, 32, 64 or 128 bytes and swizzled as widely in shared memory.
     """
-    size = tensor.element_size()
-    height, width = tensor.shape
-    pitch = tensor.stride(0) * size if height > 1 else -(-width * size // 16) * 16
+    size = dtype.itemsize
+    pitch = stride * size if height > 1 else -(-width * size // 16) * 16
     # The driver writes to a 64-byte boundary only.
     raw = ctypes.create_string_buffer(192)
-    address = (ctypes.addressof(raw) + 63) & ~63
+    aligned = (ctypes.addressof(raw) + 63) & ~63
     status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address),
-        _ELEMENTS[tensor.dtype],
+        ctypes.c_void_p(aligned),
+        _ELEMENTS[dtype],
         2,
-        ctypes.c_void_p(tensor.data_ptr()),
+        ctypes.c_void_p(address),
         (ctypes.c_uint64 * 2)(width, height),
         (ctypes.c_uint64 * 1)(pitch),
         (ctypes.c_uint32 * 2)(columns, rows),
@@ -78,8 +82,8 @@ def tensor_map(tensor: Tensor, rows: int, columns: int) -> TensorMap:
         _PROMOTE_L2_128,
         0,
     )
-    _check(f"describing {list(tensor.shape)} with pitch {pitch} in boxes of {rows} x {columns}", status)
-    return TensorMap.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(TensorMap)))
+    _check(f"describing [{height}, {width}] with pitch {pitch} in boxes of {rows} x {columns}", status)
+    return TensorMap.from_buffer_copy(ctypes.string_at(aligned, ctypes.sizeof(TensorMap)))
 
 
 class Kernel:
@@ -96,6 +100,7 @@ class Kernel:
         raised = driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared)
         _check(f"{name} with {shared} bytes of shared memory", raised)
         self.resident_clusters = self._resident_clusters(name)
+        self._launches: dict[tuple[int, int], _LaunchConfig] = {}
 
     def _resident_clusters(self, name: str) -> int:
         """How many clusters the idle device holds at once."""
@@ -125,13 +130,17 @@ class Kernel:
             2 if early else 1,
         )
 
-    def __call__(self, clusters: int, arguments: list[Any]) -> None:
+    def __call__(self, clusters: int, arguments: tuple[Any, ...]) -> None:
         """Launches on the current stream; the kernel may start before the one before it has ended.
 
         arguments: ctypes values in the order of the kernel's parameters.
         """
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-        launch = self._launch(clusters * self._cluster, torch.cuda.current_stream().cuda_stream, early=True)
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        stream = torch.cuda.current_stream().cuda_stream
+        launch = self._launches.get((clusters, stream))
+        if launch is None:
+            launch = self._launch(clusters * self._cluster, stream, early=True)
+            self._launches[clusters, stream] = launch
         status = _driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None)
         _check(f"launching {clusters} clusters of {self._cluster}", status)
 

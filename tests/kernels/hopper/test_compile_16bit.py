@@ -31,6 +31,8 @@ SOME = [
     Config(96, warpgroups=4, cluster_tokens=4),
     Config(64, warpgroups=1, ctas=2),
     Config(16, warpgroups=1),
+    Config(64, sliced_k=2),
+    Config(256, cluster_tokens=2, cluster_rows=2, sliced_k=2),
 ]
 SHAPES = [(4096, 4096), (65536, 5120), (5120, 32768), (77, 128), (16, 256)]
 TOKENS = [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384]
@@ -46,14 +48,14 @@ def tabled() -> list[Config]:
 def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     sass = disassemble(code(config, dtype))
     products = re.findall(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, (\w+)", sass)
-    # Two stages of x, four 16-wide steps each.
-    assert len(products) == 8
+    # The stages of x that a warpgroup multiplies in 128 of K, four 16-wide steps each.
+    assert len(products) == 8 // config.sliced_k
     assert all(int(tokens) == config.tokens for tokens, _ in products)
     assert all(operand.startswith("R") for _, operand in products), "weights must come from registers"
     assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
     assert sass.count("WARPGROUP.DEPBAR") <= 3, "ptxas runs products one at a time"
     # Rebuilding four weights subtracts twice: not on the pipe that its other instructions need.
-    assert re.findall(r"(\w+)[.\w]* R\d+, [^;]*-0x400040", sass) == ["IMAD"] * 32
+    assert re.findall(r"(\w+)[.\w]* R\d+, [^;]*-0x400040", sass) == ["IMAD"] * (32 // config.sliced_k)
     assert ("UTMALDG.2D.MULTICAST" in sass) == (config.cluster > 1)
     x, weights = config.stages
     assert x >= 3
@@ -105,6 +107,7 @@ def segments(
         (1024, 5120, 4096, Config(256, split=4)),
         (300, 28672, 4096, Config(128, 3, split=5, waves=1)),
         (64, 4096, 14336, Config(64, 1, split=3, ctas=2)),
+        (256, 4096, 4096, Config(128, cluster_tokens=2, split=2, sliced_k=2)),
     ],
 )
 def test_workers_cover_every_step_of_every_tile_once(M: int, N: int, K: int, config: Config) -> None:
