@@ -46,10 +46,10 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
         runner.capture_model = self._capture_model
 
     def _scoped_allocator_max_split(self, max_split_size_mb: int) -> AbstractContextManager[None]:
-        """Leaves torch's allocator as it is while weights load, where vLLM forbids it to cut blocks of 20 MiB.
+        """Leaves torch's allocator as it is while weights load; vLLM's own keeps it from cutting large blocks.
 
-        Blocks of 20 MiB are what the allocator takes for requests between 1 and 10 MiB. Uncut, each would
-        serve one temporary of nesting and none after it: loading 15 GiB of weights was seen to take 78.
+        Those of 20 MiB count as large, and are what it takes for a request of 1 to 10 MiB. Uncut, each serves
+        one temporary of nesting and none after it: loading 15 GiB of weights was seen to take 78.
         """
         return nullcontext()
 

@@ -23,8 +23,10 @@ _, _LinearMethodBase, _UnquantizedLinearMethod = compat.linear_classes()
 
 
 class Staging:
-    """Memory that every layer is nested into, before its bytes take the place of its weight: loading needs room
-    for one layer beside the weights, however the memory was cut up before."""
+    """Memory that every layer is nested into, before its bytes take the place of its weight.
+
+    Loading thus needs room for one layer beside the weights, however memory was cut up before.
+    """
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
