@@ -17,7 +17,7 @@ _MOST_TOKENS = {1: 256, 2: 256, 3: 192, 4: 96}
 _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
 # An H100's cycles, measured: of a rebuild of 64 x 64 weights beside wgmma; bytes a cycle into a
-# multiprocessor, in and out of its shared memory, out of the L2 and out of memory; of a launch, with clusters,
+# multiprocessor, in and out of shared memory, out of the L2 and out of memory; of a launch, with clusters,
 # of a tile beside its steps, of a float32 of a part written and read, of waiting for the parts.
 _REBUILD = 130
 _INTO, _SHARED, _L2, _MEMORY = 70, 128, 5300, 1480

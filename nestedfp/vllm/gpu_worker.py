@@ -46,7 +46,7 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
         runner.capture_model = self._capture_model
 
     def _scoped_allocator_max_split(self, max_split_size_mb: int) -> AbstractContextManager[None]:
-        """Leaves torch's allocator as it is while weights load; vLLM's own keeps it from cutting large blocks.
+        """Leaves torch's allocator as it is while weights load; vLLM keeps it from cutting large blocks.
 
         Those of 20 MiB count as large, and are what it takes for a request of 1 to 10 MiB. Uncut, each serves
         one temporary of nesting and none after it: loading 15 GiB of weights was seen to take 78.

@@ -1,7 +1,7 @@
 """Loading a cubin and launching it through the driver: clusters, tensor maps, early start.
 
-Everything goes through libcuda by ctypes. What a launch needs is kept for the next one: a step that is no CUDA
-graph, such as a prompt of a thousand tokens, can take as long as the host needs to launch it.
+Everything goes through libcuda by ctypes. What a launch needs is kept for the next one: a step that is no
+CUDA graph, such as a prompt of a thousand tokens, can take as long as the host needs to launch it.
 """
 
 import ctypes
