@@ -3,6 +3,10 @@
 y = x wᵀ + bias with w[n, k] = rebuilt[n, k] * 2^row_exponent[n] (16-bit mode), or
 w[n, k] = e4m3(upper[n, k]) * 2^(row_exponent[n] - 8) and x quantised to E4M3 per token (FP8 mode).
 Accumulation is in float32. Nothing is synchronised with the host.
+
+A product may be told of the bytes that the next one reads, `ahead`: at most two planes, equally long. It then
+asks for their beginning as it ends, so that memory is not idle while small kernels run between the two. No
+result depends on it, and only Hopper's kernels do it.
 """
 
 import logging
@@ -30,6 +34,7 @@ def linear_16bit(
     bias: Tensor | None = None,
     *,
     order: KOrder = KOrder.NATURAL,
+    ahead: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """y [..., N] in x's dtype, by the exact 16-bit weights.
 
@@ -39,10 +44,11 @@ def linear_16bit(
     """
     _check("linear_16bit", x, upper, row_exponent, bias, order)
     _check_bytes("linear_16bit", "lower", lower, upper)
+    _check_ahead("linear_16bit", ahead, upper)
     if x.numel() == 0:
         return _empty(x, upper)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    product = _chosen(Mode.BITS16, tokens, (upper, lower), order)
+    product = _chosen(Mode.BITS16, tokens, (upper, lower), order, ahead)
     return _unflatten(product(tokens, upper, lower, row_exponent, bias), x)
 
 
@@ -53,34 +59,39 @@ def linear_fp8(
     bias: Tensor | None = None,
     *,
     order: KOrder = KOrder.NATURAL,
+    ahead: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """y [..., N] in x's dtype, by the upper bytes alone; operands and errors as for `linear_16bit`.
 
     Each token of x is quantised to E4M3 with scale amax / 448.
     """
     _check("linear_fp8", x, upper, row_exponent, bias, order)
+    _check_ahead("linear_fp8", ahead, upper)
     if x.numel() == 0:
         return _empty(x, upper)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    product = _chosen(Mode.FP8, tokens, (upper,), order)
+    product = _chosen(Mode.FP8, tokens, (upper,), order, ahead)
     return _unflatten(product(tokens, upper, row_exponent, bias), x)
 
 
-def _chosen(mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder) -> Callable[..., Tensor]:
+def _chosen(
+    mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder, ahead: tuple[Tensor, ...]
+) -> Callable[..., Tensor]:
     N, K = weight[0].shape
     problem = Problem(mode, x.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(x, weight))
-    return _product(problem, _capability(x.device))
+    backend, product = _product(problem, _capability(x.device))
+    return partial(product, ahead=ahead) if ahead and backend is Backend.HOPPER else product
 
 
 @lru_cache(maxsize=4096)
-def _product(problem: Problem, capability: Capability | None) -> Callable[..., Tensor]:
+def _product(problem: Problem, capability: Capability | None) -> tuple[Backend, Callable[..., Tensor]]:
     """The kernel for a problem: every layer meets the same few, and on a GPU the host's time counts."""
     backend, config = choose(problem, capability)
     if backend is Backend.PORTABLE:
         _log_portable(problem.mode, problem.K, problem.order, problem.tma, capability)
     module = _module(backend)
     linear = module.linear_fp8 if problem.mode is Mode.FP8 else module.linear_16bit
-    return partial(linear, order=problem.order, **({} if config is None else {"config": config}))
+    return backend, partial(linear, order=problem.order, **({} if config is None else {"config": config}))
 
 
 def _unflatten(y: Tensor, x: Tensor) -> Tensor:
@@ -160,6 +171,22 @@ def _check_bytes(name: str, label: str, tensor: Tensor, upper: Tensor) -> None:
         )
     if tensor.device != upper.device:
         raise ValueError(f"{name}: upper is on {upper.device}, {label} on {tensor.device}")
+
+
+def _check_ahead(name: str, ahead: tuple[Tensor, ...], upper: Tensor) -> None:
+    for tensor in ahead:
+        if (
+            len(ahead) > 2
+            or tensor.dtype != torch.uint8
+            or not tensor.is_contiguous()
+            or tensor.device != upper.device
+            or tensor.numel() != ahead[0].numel()
+        ):
+            found = ", ".join(f"{_describe(entry)} on {entry.device}" for entry in ahead)
+            raise ValueError(
+                f"{name}: ahead is {found}; expected at most two contiguous torch.uint8 planes of one size "
+                f"on {upper.device}"
+            )
 
 
 def _check_vector(name: str, label: str, tensor: Tensor, dtype: torch.dtype, N: int) -> None:

@@ -32,6 +32,7 @@ def linear_fp8(
     *,
     order: KOrder = KOrder.NATURAL,
     config: Settings | None = None,
+    ahead: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """y [M, N] for x [M, K], as `nestedfp.kernels.linear_fp8`, which checks the operands.
 
@@ -40,7 +41,7 @@ def linear_fp8(
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     chosen = rule(M, N, K) if config is None else _parsed(*config.items())
-    product(x, upper, row_exponent, bias, y, order, chosen)
+    product(x, upper, row_exponent, bias, y, order, chosen, ahead)
     return y
 
 

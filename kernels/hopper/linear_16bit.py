@@ -33,6 +33,7 @@ def linear_16bit(
     *,
     order: KOrder = KOrder.HOPPER,
     config: Settings | None = None,
+    ahead: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """y [M, N] for x [M, K], as `nestedfp.kernels.linear_16bit`, which checks the operands.
 
@@ -44,7 +45,7 @@ def linear_16bit(
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     chosen = rule(M, N, K) if config is None else _parsed(*config.items())
-    product(x, upper, lower, row_exponent, bias, y, chosen)
+    product(x, upper, lower, row_exponent, bias, y, chosen, ahead)
     return y
 
 

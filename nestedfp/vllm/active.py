@@ -65,22 +65,43 @@ class ActivePlan:
         self.inexact_rows: dict[str, int] = {}
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self._kinds: dict[int, str] = {}
+        self._planes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._next: dict[int, int] = {}
 
     def clear(self) -> None:
         """Forgets the layers of an engine that lived in this process before."""
         self.plan, self.record = FP16, None
-        for known in (self.layers, self.inexact_rows, self._kinds):
+        for known in (self.layers, self.inexact_rows, self._kinds, self._planes, self._next):
             known.clear()
 
-    def note_layer(self, name: str, state: str, row_exponent: Tensor | None = None) -> None:
-        """Notes a layer's state at load; `row_exponent` identifies a nested one.
+    def note_layer(self, name: str, state: str) -> None:
+        """Notes a layer's state at load."""
+        self.layers[name] = state
 
-        A reload copies into the storage of the first load, whose address stays the layer's.
+    def note_nested(self, name: str, upper: Tensor, lower: Tensor, row_exponent: Tensor) -> None:
+        """Notes a nested layer, which the address of its row exponents identifies from here on.
+
+        Layers are loaded in the order in which a decoder runs them. A reload copies into the storage of the
+        first load.
         """
         known = name in self.layers
-        self.layers[name] = state
-        if row_exponent is not None and not known:
-            self._kinds[row_exponent.data_ptr()] = layer_kind(name)
+        self.note_layer(name, NESTED)
+        if known:
+            return
+        address = row_exponent.data_ptr()
+        if self._kinds:
+            self._next[next(reversed(self._kinds))] = address
+        self._kinds[address] = layer_kind(name)
+        self._planes[address] = upper, lower
+
+    def read_after(self, row_exponent: Tensor) -> tuple[Tensor, ...]:
+        """The bytes that the layer after this one reads under the plan in force; none after the last."""
+        following = self._next.get(row_exponent.data_ptr())
+        if following is None:
+            return ()
+        upper, lower = self._planes[following]
+        fp8 = self.plan.precision(self._kinds[following]) is Precision.FP8
+        return (upper,) if fp8 else (upper, lower)
 
     def start_recording(self, device: torch.device) -> None:
         """Records from now on; to be called after the load and before anything is captured."""

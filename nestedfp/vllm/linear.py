@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nestedfp.kernels import preferred_order
 from nestedfp.vllm import compat
-from nestedfp.vllm.active import ACTIVE, NESTED, layer_kind
+from nestedfp.vllm.active import ACTIVE, layer_kind
 from nestedfp.vllm.op import planned_linear
 from nestedfp.vllm.settings import Inexact
 from nestedfp.vllm.warm_up import begin_compiling
@@ -80,7 +80,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         del layer.weight
         for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", nested.row_exponent)):
             layer.register_parameter(f"weight_{name}", nn.Parameter(tensor, requires_grad=False))
-        ACTIVE.note_layer(self._name, NESTED, layer.weight_row_exponent)
+        ACTIVE.note_nested(self._name, layer.weight_upper, layer.weight_lower, layer.weight_row_exponent)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._is_plain:

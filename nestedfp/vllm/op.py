@@ -27,9 +27,10 @@ def _linear(
     precision = ACTIVE.plan.precision(kind)
     if ACTIVE.record is not None:
         ACTIVE.record.write(row_exponent, precision)
+    ahead = ACTIVE.read_after(row_exponent)
     if precision is Precision.FP8:
-        return linear_fp8(x, upper, row_exponent, bias, order=KOrder(order))
-    return linear_16bit(x, upper, lower, row_exponent, bias, order=KOrder(order))
+        return linear_fp8(x, upper, row_exponent, bias, order=KOrder(order), ahead=ahead)
+    return linear_16bit(x, upper, lower, row_exponent, bias, order=KOrder(order), ahead=ahead)
 
 
 def _linear_shape(

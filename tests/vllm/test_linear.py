@@ -23,7 +23,8 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ACTIVE, "record", None)
     monkeypatch.setattr(ACTIVE, "layers", {})
     monkeypatch.setattr(ACTIVE, "inexact_rows", {})
-    monkeypatch.setattr(ACTIVE, "_kinds", {})
+    for name in ("_kinds", "_planes", "_next"):
+        monkeypatch.setattr(ACTIVE, name, {})
 
 
 def loaded(

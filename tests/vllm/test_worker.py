@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nestedfp.vllm import worker as worker_module
-from nestedfp.vllm.active import ACTIVE, NESTED, LayerRecord
+from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.config import NestedFPConfig
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Settings
@@ -129,12 +129,13 @@ def test_a_layer_that_ran_something_else_is_reported(worker: Worker, monkeypatch
 
 def test_a_new_worker_knows_nothing_of_an_engine_before_it(worker: Worker) -> None:
     exponents = torch.zeros(4, dtype=torch.int8)
-    ACTIVE.note_layer("model.layers.0.mlp.down_proj", NESTED, exponents)
+    planes = torch.zeros((2, 4, 8), dtype=torch.uint8)
+    ACTIVE.note_nested("model.layers.0.mlp.down_proj", *planes, exponents)
     ACTIVE.plan = FP8
     Worker()
     assert ACTIVE.plan is FP16
     assert ACTIVE.layer_counts() == ({"nested": 0, "plain": 0}, {})
-    ACTIVE.note_layer("model.layers.0.mlp.down_proj", NESTED, torch.ones(4, dtype=torch.int8))
+    ACTIVE.note_nested("model.layers.0.mlp.down_proj", *planes, torch.ones(4, dtype=torch.int8))
     ACTIVE.start_recording(torch.device("cpu"))
     assert ACTIVE.record is not None
     assert len(ACTIVE.record.take()) == 1

@@ -26,8 +26,8 @@ class Producer {
     }
     ptx::wait_for_previous_kernel();
     await_codes(unit.m);
-    Ring<STAGES> ring;
-    for (int i = 0; i < early; ++i, ring.advance()) load_tokens(i, unit, i);
+    Ring<STAGES> ring, last;
+    for (int i = 0; i < early; ++i, ring.advance()) load_tokens(i, unit, i), last = ring;
 
     int step = early;
     for (int index = schedule_.worker(); index < schedule_.units; index += schedule_.workers(), step = 0) {
@@ -40,8 +40,10 @@ class Producer {
         ptx::barrier_expect(full(ring.stage), CHUNKS * (arguments_.token_bytes + WEIGHT_BYTES));
         load_weights(ring.stage, unit, step);
         load_tokens(ring.stage, unit, step);
+        last = ring;
       }
     }
+    ptx::barrier_wait(full(last.stage), last.parity);
     clear_counts();
   }
 

@@ -27,6 +27,7 @@
 // shared memory, whose 128 bytes a cycle take in (TOKENS + ROWS) * 128 a step, read as many for the weights and feed
 // every warpgroup's wgmma with all tokens.
 #include "ptx.cuh"
+#include "ahead.cuh"
 #include "elements.cuh"
 #include "ring.cuh"
 #include "schedule.cuh"
@@ -130,7 +131,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     gemm_16bit(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap upper_map,
                const __grid_constant__ TensorMap lower_map, u16* y,
                const signed char* row_exponent, const u16* bias, float* partials, u32* counters, int M, int N, int K,
-               int group, int cut, int parts, int x_bytes, int wide) {
+               int group, int cut, int parts, int x_bytes, int wide, const Ahead ahead) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
   const u32 x_full = base + BARRIER_OFFSET, x_empty = x_full + X_STAGES * 8;
@@ -176,6 +177,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       u16 ctas = 0;
       for (int i = 0; i < CLUSTER_TOKENS; ++i) ctas |= 1 << (i + rank_row * CLUSTER_TOKENS);
       Ring<WEIGHT_STAGES> ring;
+      u32 last_full = weight_full, last_parity = 0;
       for (int index = 0; index < schedule.count; ++index) {
         const Segment segment = schedule.segment(index);
         const int row = corner(segment.tile).row + rank_token * PART;
@@ -191,9 +193,12 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
             ptx::load_2d(to, &upper_map, 0, unit * N + row, barrier, ptx::EVICT_NORMAL);
             ptx::load_2d(to + PLANE_BYTES, &lower_map, 0, unit * N + row, barrier, ptx::EVICT_NORMAL);
           }
+          last_full = barrier, last_parity = ring.parity;
           ring.advance();
         }
       }
+      ptx::barrier_wait(last_full, last_parity);
+      ask_ahead(ahead);
     } else if (thread == 32) {
       constexpr int PART = TOKENS / CLUSTER_ROWS;
       u16 ctas = 0;

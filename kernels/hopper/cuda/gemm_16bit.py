@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import Kernel, ahead_of, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, workspace
 
@@ -199,10 +199,12 @@ def product(
     bias: Tensor | None,
     y: Tensor,
     config: Config,
+    ahead: tuple[Tensor, ...] = (),
 ) -> None:
     """Writes y [M, N], contiguous, in x's dtype.
 
-    x [M, K] has unit stride in K and rows on 16-byte boundaries; the planes are in `KOrder.HOPPER`.
+    x [M, K] has unit stride in K and rows on 16-byte boundaries; the planes are in `KOrder.HOPPER`. ahead:
+    one plane or two that the next product reads.
     """
     (M, K), N = x.shape, upper.shape[0]
     device = x.device
@@ -217,6 +219,7 @@ def product(
             tensor_map(torch.uint8, lower.data_ptr(), *panels),
             *map(pointer, (y, row_exponent, bias, partials, counters)),
             *launch.numbers,
+            ahead_of(ahead),
         ),
     )
 

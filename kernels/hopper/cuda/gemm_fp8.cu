@@ -35,6 +35,7 @@
 //
 // Roof: one byte a weight over the memory bandwidth for few tokens, the E4M3 tensor-core rate for many; between them
 // shared memory, whose 128 bytes a cycle feed the copies in (BLOCK_M + BLOCK_N) and wgmma's operands (64 + BLOCK_N).
+#include "ahead.cuh"
 #include "fp8_consumer.cuh"
 #include "fp8_producer.cuh"
 
@@ -42,7 +43,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     gemm_fp8(const __grid_constant__ TensorMap codes_map, const __grid_constant__ TensorMap upper_map, u16* y,
              const u8* x, u8* codes, float* x_scale, const signed char* row_exponent, const u16* bias, float* partials,
              u32* flags, int M, int N, int K, int x_pitch, int token_bytes, int panels, int front, int team_warps,
-             const Schedule schedule) {
+             const Schedule schedule, const Ahead ahead) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
   const Arguments arguments = {&codes_map, &upper_map, y, x, codes,   x_scale,      row_exponent, bias, partials,
@@ -64,9 +65,10 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
 #if PRODUCER_REGISTERS
     ptx::registers_less<PRODUCER_REGISTERS>();
 #endif
-    if (thread == 0)
+    if (thread == 0) {
       Producer(arguments, schedule, base).run();
-    else if (thread >= 32)
+      ask_ahead(ahead);
+    } else if (thread >= 32)
       quantise_background(arguments, thread / 32 - 1, thread % 32);
   } else {
 #if CONSUMER_REGISTERS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import Kernel, ahead_of, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import workspace
 from nestedfp.kernels.layout import KOrder
@@ -249,17 +249,19 @@ def product(
     y: Tensor,
     order: KOrder,
     config: Config,
+    ahead: tuple[Tensor, ...] = (),
 ) -> None:
     """Writes y [M, N], contiguous, in x's dtype.
 
-    x [M, K] has unit stride in K and rows on 16-byte boundaries; K is a multiple of 16.
+    x [M, K] has unit stride in K and rows on 16-byte boundaries; K is a multiple of 16. ahead: one plane or
+    two that the next product reads.
     """
     if x.shape[0] <= MOST_TOKENS:
-        _product(x, upper, row_exponent, bias, y, order, config)
+        _product(x, upper, row_exponent, bias, y, order, config, ahead)
         return
     for first in range(0, x.shape[0], MOST_TOKENS):
         piece = slice(first, first + MOST_TOKENS)
-        _product(x[piece], upper, row_exponent, bias, y[piece], order, config)
+        _product(x[piece], upper, row_exponent, bias, y[piece], order, config, ())
 
 
 def _product(
@@ -270,6 +272,7 @@ def _product(
     y: Tensor,
     order: KOrder,
     config: Config,
+    ahead: tuple[Tensor, ...],
 ) -> None:
     (M, K), N = x.shape, upper.shape[0]
     device = x.device
@@ -287,5 +290,6 @@ def _product(
             *launch.numbers,
             ctypes.c_int((x.stride(0) if M > 1 else K) * x.element_size()),
             *launch.schedule,
+            ahead_of(ahead),
         ),
     )

@@ -99,6 +99,11 @@ __device__ __forceinline__ void load_2d_multicast(u32 to, const TensorMap* map, 
       : "memory");
 }
 
+// Into the L2 cache; address and bytes are multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const u8* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // --- matrices in shared memory ---
 
 __device__ __forceinline__ void load_shared(u32 (&words)[4], u32 from) {

@@ -33,13 +33,13 @@ def weight(N: int, K: int, dtype: torch.dtype, order: KOrder | None = None) -> t
 
 
 def products(backend: str, mode: Mode) -> Linear:
-    """(x, nested weight, bias) -> y by the public products or by those of one backend."""
+    """(x, nested weight, bias, options) -> y by the public products or by those of one backend."""
     home = kernels if backend == "public" else import_module(f"nestedfp.kernels.{backend}")
 
-    def linear(x: Tensor, w: NestedWeight, bias: Tensor | None = None) -> Tensor:
+    def linear(x: Tensor, w: NestedWeight, bias: Tensor | None = None, **options: object) -> Tensor:
         bytes_read = (w.upper,) if mode is Mode.FP8 else (w.upper, w.lower)
         product: Linear = home.linear_fp8 if mode is Mode.FP8 else home.linear_16bit
-        return product(x, *bytes_read, w.row_exponent, bias, order=w.order)
+        return product(x, *bytes_read, w.row_exponent, bias, order=w.order, **options)
 
     return linear
 

@@ -1,0 +1,56 @@
+"""What only Hopper's products do: warpgroups that take turns in K, and asking for what comes next."""
+
+import pytest
+import torch
+
+from nestedfp.kernels.dispatch import Mode
+from nestedfp.kernels.hopper.cuda.gemm_16bit import Config
+from nestedfp.kernels.hopper.linear_16bit import linear_16bit
+
+from .cases import DTYPES, products, relative_error, truth, weight
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a Hopper GPU",
+    ),
+]
+
+SLICED = [
+    Config(64, sliced_k=2),
+    Config(96, sliced_k=2, split=4, waves=1),
+    Config(128, sliced_k=2, split=2),
+    Config(128, cluster_tokens=2, sliced_k=2),
+    Config(256, cluster_rows=2, sliced_k=2, split=3),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(("N", "K"), [(200, 128), (4096, 256), (1000, 4096), (5120, 1280)])
+@pytest.mark.parametrize("config", SLICED, ids=repr)
+def test_warpgroups_that_take_turns_in_k(config: Config, N: int, K: int, dtype: torch.dtype) -> None:
+    w, nested = weight(N, K, dtype)
+    for M in (1, 17, 64, 100, 255, 300, 513):
+        if config.tokens * (config.cluster_tokens - 1) >= M:
+            continue
+        x = torch.randn(M, K, device="cuda", dtype=dtype)
+        exact = truth(Mode.BITS16, x, nested)
+        planes = (nested.upper, nested.lower, nested.row_exponent)
+        y = linear_16bit(x, *planes, config=config.to_dict())
+        bar = max(relative_error(torch.mm(x, w.T), exact), relative_error(exact.to(dtype), exact))
+        assert relative_error(y, exact) <= 1.05 * bar + 1e-7
+        assert torch.equal(y, linear_16bit(x, *planes, config=config.to_dict()))
+
+
+@pytest.mark.parametrize("mode", list(Mode), ids=str)
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 4096), (70, 264, 256), (300, 6144, 4096)])
+def test_what_the_next_product_reads_changes_no_bit(M: int, N: int, K: int, mode: Mode) -> None:
+    """One plane or two, shorter than what is asked for at most, or longer."""
+    _, nested = weight(N, K, torch.float16)
+    _, following = weight(72, 128, torch.float16)
+    x = torch.randn(M, K, device="cuda", dtype=torch.float16)
+    linear = products("public", mode)
+    expected = linear(x, nested).clone()
+    for ahead in ((following.upper,), (following.upper, following.lower), (nested.upper, nested.lower)):
+        assert torch.equal(linear(x, nested, ahead=ahead), expected)
