@@ -126,17 +126,27 @@ class PrecisionClass:
 
     A strict request (`fp16`) tells the engine to run each of its steps in 16 bits and to share no KV block
     with requests that may have used FP8. Since it holds the whole batch in 16 bits, at most `limit` run at
-    once; one more waits, first come first served, for at most `wait_s` seconds and is then refused with 503.
-    Stands behind :class:`BodyLimit`, so that the body is one message.
+    once; one more waits, first come first served, for at most `wait_s` seconds and is then refused with 503,
+    of which `refused()` is told. Stands behind :class:`BodyLimit`, so that the body is one message.
     """
 
-    def __init__(self, app: App, *, limit: int, wait_s: float, retry_after_s: int, nested: bool) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        limit: int,
+        wait_s: float,
+        retry_after_s: int,
+        nested: bool,
+        refused: Callable[[], None] = lambda: None,
+    ) -> None:
         self._app = app
         self._limit = limit
         self._places = asyncio.Semaphore(limit)
         self._wait_s = wait_s
         self._retry_after_s = retry_after_s
         self._nested = nested
+        self._refused = refused
         self.running = 0
         self.waiting = 0
 
@@ -169,6 +179,7 @@ class PrecisionClass:
                 "try again."
             )
             later = retry_after(self._retry_after_s)
+            self._refused()
             await send_error(send, 503, message, "ServiceUnavailableError", headers=later)
 
     async def _got_place(self) -> bool:
@@ -215,7 +226,8 @@ def pin_to_16_bits(body: bytes) -> bytes:
 
 
 def _pins_itself(body: bytes) -> bool:
-    if PRECISION_ARGUMENT.encode() not in body:
+    # An escape may spell the name; where there is none, most bodies need not be parsed.
+    if PRECISION_ARGUMENT.encode() not in body and rb"\u" not in body:
         return False
     request = _json_object(body)
     extra = None if request is None else request.get("vllm_xargs")
@@ -225,7 +237,7 @@ def _pins_itself(body: bytes) -> bool:
 def _json_object(body: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

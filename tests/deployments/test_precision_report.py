@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, send_error, send_json
+from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, header, send_error, send_json
 from nestedfp.deployments.precision_report import PrecisionReport
 
 from .asgi_client import Answer, ask
@@ -158,6 +158,25 @@ async def test_a_request_without_an_answer_counts_as_left() -> None:
     with pytest.raises(RuntimeError, match="cut"):
         await desk.ask()
     assert desk.served == [(False, 499, None)]
+
+
+async def test_requests_that_share_an_id_are_told_apart() -> None:
+    seen: list[bytes | None] = []
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        seen.append(header(scope["headers"], b"x-request-id"))
+        await send_json(send, 200, b"{}")
+
+    desk = Desk(app)
+    for headers in ([(b"x-request-id", b"trace-7")], [(b"X-Request-Id", b"trace-7")], []):
+        await desk.ask(headers=headers)
+    first, second, none = seen
+    assert first is not None
+    assert second is not None
+    assert first.startswith(b"trace-7-")
+    assert second.startswith(b"trace-7-")
+    assert first != second
+    assert none is None
 
 
 async def test_other_routes_are_not_touched() -> None:
