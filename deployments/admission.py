@@ -143,7 +143,7 @@ class PrecisionClass:
         self._app = app
         self._limit = limit
         self._places = asyncio.Semaphore(limit)
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._retry_after_s = retry_after_s
         self._nested = nested
         self._refused = refused
@@ -175,7 +175,7 @@ class PrecisionClass:
                 self._places.release()
         else:
             message = (
-                f"All {self._limit} places for requests that demand FP16 were taken for {self._wait_s:g} s; "
+                f"All {self._limit} places for requests that demand FP16 were taken for {self.wait_s:g} s; "
                 "try again."
             )
             later = retry_after(self._retry_after_s)
@@ -186,7 +186,7 @@ class PrecisionClass:
         """Wait for a place. A client that leaves meanwhile ends the wait: Serve cancels its request."""
         self.waiting += 1
         try:
-            async with asyncio.timeout(self._wait_s if self._limit else 0.0):
+            async with asyncio.timeout(self.wait_s if self._limit else 0.0):
                 await self._places.acquire()
         except TimeoutError:
             return False
@@ -203,6 +203,30 @@ class PrecisionClass:
             await self._app(scope, _replay(pinned, receive), send)
         finally:
             self.running -= 1
+
+
+class QueueBound:
+    """Refuses a request with 503 while the engine's queue exceeds the bound that the policy has ordered.
+
+    `bound()` is in prompt tokens, infinite while there is none; `queued()` is what waits as far as is known,
+    so a burst that comes between two reports of the engine is let in.
+    """
+
+    def __init__(
+        self, app: App, *, queued: Callable[[], float], bound: Callable[[], float], retry_after_s: int
+    ) -> None:
+        self._app = app
+        self._queued = queued
+        self._bound = bound
+        self._retry_after_s = retry_after_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and route(scope) in GENERATION and self._queued() > self._bound():
+            message = "The queue is as long as the latency objective allows in FP8; try again."
+            later = retry_after(self._retry_after_s)
+            await send_error(send, 503, message, "ServiceUnavailableError", headers=later)
+        else:
+            await self._app(scope, receive, send)
 
 
 def is_strict(scope: Scope) -> bool:

@@ -52,6 +52,10 @@ class Door:
         """Requests that demand 16 bits and wait for a place."""
         return self._classes.waiting
 
+    def adopt(self, settings: DeploymentSettings) -> None:
+        """Take over a changed SLO, which may be how long a strict request waits."""
+        self._classes.wait_s = settings.strict_wait_s
+
 
 def api_keys(variable: str) -> list[str]:
     """The keys in an environment variable, separated by commas; none where it is unset or empty.

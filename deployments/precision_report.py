@@ -3,7 +3,8 @@
 - header `x-nestedfp-precision-at-start`: the precision in force when the headers left. A flip may follow.
 - header `x-nestedfp-replica`: the replica's id.
 - `usage.nestedfp` = {"fp16": n, "fp8": m}: the request's tokens (prompt computed and output) by the precision
-  of the step that executed them; in a JSON answer, and in a stream's last chunk where the client asks for usage.
+  of the step that executed them; in a JSON answer, and in a stream's last chunk where the client asks for
+  usage.
 
 A stream passes message by message. vLLM sends whole events, so only the event with the final usage is
 touched.

@@ -11,7 +11,6 @@ import pytest
 
 from nestedfp.deployments import policy_actor
 from nestedfp.deployments.control_loop import ControlLoop
-from nestedfp.deployments.metrics import served_by
 from nestedfp.deployments.policy_actor import PolicyLink, PolicyService, actor_name
 from nestedfp.policies.actor import PolicyActor
 from nestedfp.policies.config import PolicyConfig
@@ -185,17 +184,3 @@ async def test_an_actor_that_nobody_calls_ends_itself(monkeypatch: pytest.Monkey
         await asyncio.sleep(0.05)
         assert ended == []
     await eventually(lambda: ended == ["itself"])
-
-
-@pytest.mark.parametrize(
-    ("status", "tokens", "label"),
-    [
-        (200, {"fp16": 3, "fp8": 0}, "fp16"),
-        (200, {"fp16": 0, "fp8": 2}, "fp8"),
-        (200, {"fp16": 1, "fp8": 2}, "mixed"),
-        (200, None, "200"),
-        (503, None, "503"),
-    ],
-)
-def test_label_of_a_served_request(status: int, tokens: dict[str, int] | None, label: str) -> None:
-    assert served_by(status, tokens) == label
