@@ -32,7 +32,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         **number,
         ray_actor_options={
             "num_cpus": replicas.num_cpus,
-            "num_gpus": replicas.num_gpus,
+            "num_gpus": settings.num_gpus,
             "runtime_env": {"env_vars": settings.environment},
         },
         max_ongoing_requests=replicas.max_ongoing_requests,

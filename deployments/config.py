@@ -8,6 +8,7 @@ key raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from nestedfp.policies import checks, roofline
 from nestedfp.policies.autoscaling import ScalingConfig
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.vllm.settings import Settings
 
 IMPORT_PATH: Final = "nestedfp.deployments.app:build_app"
 SIMULATED: Final = "simulated"
@@ -65,14 +68,46 @@ class EngineSettings:
         for name in ("plugin", "arguments", "environment"):
             if not isinstance(getattr(self, name), Mapping):
                 raise InvalidField(f"engine.{name}", getattr(self, name), "give a mapping")
-        for name in self.arguments:
-            if name in _OWN_ARGUMENTS:
-                raise InvalidField(f"engine.arguments.{name}", self.arguments[name], "set it under engine")
-        if self.device == SIMULATED:
-            SimulatedArguments.from_dict(self.arguments)
+        self._check_arguments()
+        self._check_plugin()
         for name, value in self.environment.items():
             if not isinstance(value, str):
                 raise InvalidField(f"engine.environment.{name}", value, "give a string: put it in quotes")
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """Named plans that the engine knows besides `fp16`, `fp8` and `auto`."""
+        return tuple(name for name in Settings.from_dict(self.plugin).plans if name not in (FP16, FP8))
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs the processes of one engine take."""
+        if self.device != "cuda":
+            return 0
+        sizes = (self.arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        return math.prod(size for size in sizes if isinstance(size, int))
+
+    def _check_arguments(self) -> None:
+        if self.device == SIMULATED:
+            SimulatedArguments.from_dict(self.arguments)
+        for name, value in self.arguments.items():
+            if name in _OWN_ARGUMENTS:
+                raise InvalidField(f"engine.arguments.{name}", value, "set it under engine")
+            if name in _SERVER_ARGUMENTS:
+                remedy = "remove it: Ray Serve is the HTTP server; see http_options"
+                raise InvalidField(f"engine.arguments.{name}", value, remedy)
+        overrides = self.arguments.get("hf_overrides", {})
+        if self.nested and (not isinstance(overrides, Mapping) or "quantization_config" in overrides):
+            remedy = "give a mapping without quantization_config, which engine.plugin makes"
+            raise InvalidField("engine.arguments.hf_overrides", overrides, remedy)
+
+    def _check_plugin(self) -> None:
+        if self.plugin and (self.device == SIMULATED or not self.nested):
+            raise InvalidField("engine.plugin", dict(self.plugin), "leave it out: this engine has no plugin")
+        try:
+            Settings.from_dict(self.plugin)
+        except ValueError as error:
+            raise InvalidField("engine.plugin", dict(self.plugin), str(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +141,8 @@ class ReplicaSettings:
     count: int = 1
     """Number of replicas where autoscaling is off."""
     num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    num_gpus: float | None = None
+    """GPUs of a replica; without it, as many as its engine's processes take."""
     max_ongoing_requests: int = 64
     """Requests a replica holds at once, its engine's queue included; near `max_num_seqs` plus the queue
     wanted.
@@ -126,7 +162,8 @@ class ReplicaSettings:
         for name in ("count", "max_ongoing_requests", "max_queued_requests", "start_attempts"):
             checks.integer(f"replicas.{name}", getattr(self, name), minimum=1)
         checks.number("replicas.num_cpus", self.num_cpus)
-        checks.number("replicas.num_gpus", self.num_gpus)
+        if self.num_gpus is not None:
+            checks.number("replicas.num_gpus", self.num_gpus)
         for name in (
             "health_check_period_s",
             "health_check_timeout_s",
@@ -205,6 +242,19 @@ class DeploymentSettings:
         if self.autoscaling is not None and not self.engine.nested:
             remedy = "leave it out: the rule scales replicas that can change their precision"
             raise InvalidField("autoscaling", "settings", f"{remedy} (engine.nested is false)")
+        unknown = [plan for plan in self.policy.plans if plan not in self.engine.plans]
+        if unknown:
+            raise InvalidField("policy.plans", unknown, "configure these plans under engine.plugin.plans")
+        # A single process may share its GPU with other replicas.
+        needed, given = self.engine.gpus, self.num_gpus
+        if needed and not (given >= needed or (needed == 1 and given > 0)):
+            remedy = f"give {needed}, or leave it out: so many take the engine's processes"
+            raise InvalidField("replicas.num_gpus", given, remedy)
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that Ray sets aside for a replica."""
+        return self.engine.gpus if self.replicas.num_gpus is None else self.replicas.num_gpus
 
     @property
     def replicas_at_start(self) -> int:
@@ -266,6 +316,13 @@ class ServeFile:
     request_timeout_s: float
     settings: DeploymentSettings
 
+    def __post_init__(self) -> None:
+        if checks.integer("http_options.port", self.port, minimum=1) > _LAST_PORT:
+            raise InvalidField("http_options.port", self.port, f"give a port of at most {_LAST_PORT}")
+        if not self.route_prefix.startswith("/"):
+            remedy = "give a path that begins with '/'"
+            raise InvalidField("applications[0].route_prefix", self.route_prefix, remedy)
+
     @property
     def url(self) -> str:
         """Base URL of the OpenAI API on this machine."""
@@ -277,19 +334,23 @@ class ServeFile:
         """Read a YAML file. Raises :class:`InvalidField`, or OSError where it cannot be read."""
         try:
             content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InvalidField(str(path), str(error), "write valid YAML") from None
         return cls.from_dict(content)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ServeFile:
-        """Read the content of a Serve file; keys that only Serve knows are left to Serve."""
+        """Read the content of a Serve file. What only `serve deploy` heeds is refused, not passed over."""
         if not isinstance(content, Mapping):
             raise InvalidField("file", content, "give a Serve file: a mapping with applications")
+        _refuse_others("", content, _FILE_KEYS)
         applications = content.get("applications")
         if not isinstance(applications, list) or len(applications) != 1:
             raise InvalidField("applications", applications, "give a list of exactly one application")
-        application = checks.mapping("applications[0]", applications[0], _APPLICATION_KEYS)
+        application = applications[0]
+        if not isinstance(application, Mapping):
+            raise InvalidField("applications[0]", application, "give a mapping with import_path and args")
+        _refuse_others("applications[0].", application, _APPLICATION_KEYS)
         if application.get("import_path") != IMPORT_PATH:
             raise InvalidField(
                 "applications[0].import_path", application.get("import_path"), f"give {IMPORT_PATH}"
@@ -297,6 +358,7 @@ class ServeFile:
         http = content.get("http_options", {})
         if not isinstance(http, Mapping):
             raise InvalidField("http_options", http, "give a mapping with host, port and request_timeout_s")
+        _refuse_others("http_options.", http, _HTTP_KEYS)
         return cls(
             app_name=checks.name("applications[0].name", application.get("name", "nestedfp")),
             route_prefix=checks.text("applications[0].route_prefix", application.get("route_prefix", "/")),
@@ -317,7 +379,33 @@ _OWN_ARGUMENTS: Final = (
     "worker_cls",
     "api_key",
 )
-_APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments")
+_SERVER_ARGUMENTS: Final = (
+    "api_server_count",
+    "config",
+    "disable_uvicorn_access_log",
+    "enable_ssl_refresh",
+    "grpc",
+    "grpc_port",
+    "h11_max_header_count",
+    "h11_max_incomplete_event_size",
+    "headless",
+    "host",
+    "model_tag",
+    "port",
+    "root_path",
+    "ssl_ca_certs",
+    "ssl_cert_reqs",
+    "ssl_certfile",
+    "ssl_ciphers",
+    "ssl_keyfile",
+    "uds",
+    "uvicorn_log_level",
+)
+"""What `vllm serve` takes for the HTTP server that it starts, and that is not started here."""
+_FILE_KEYS: Final = ("applications", "http_options", "proxy_location")
+_APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args")
+_HTTP_KEYS: Final = ("host", "port", "request_timeout_s")
+_LAST_PORT: Final = 65535
 
 _RULE_SETTINGS: Final = [
     entry.name
@@ -330,6 +418,13 @@ _Block = TypeVar("_Block")
 
 def _names(block: type) -> list[str]:
     return [entry.name for entry in dataclasses.fields(block)]
+
+
+def _refuse_others(place: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key, value in given.items():
+        if key not in known:
+            remedy = f"remove it, or use `serve deploy`: here only {', '.join(known)} are heeded"
+            raise InvalidField(f"{place}{key}", value, remedy)
 
 
 def _block(name: str, block: type[_Block], given: object) -> _Block:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
+from nestedfp import models
 from nestedfp.deployments.config import ServeFile
 from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
 from nestedfp.policies.checks import InvalidField
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             threading.Event().wait()
     except Interrupted:
         pass
-    except (InvalidField, StartFailed, OSError) as error:
+    except (InvalidField, StartFailed, models.ModelError, OSError) as error:
         print(f"nestedfp serve: {error}", file=sys.stderr)
         return 1
     _say("stopped")
@@ -72,6 +73,9 @@ def with_overrides(
     if model is not None:
         settings["engine"] |= {"model": model, "served_model_name": Path(model).name}
     if replicas is not None:
+        if settings["autoscaling"] is not None:
+            remedy = "leave it out: the file has autoscaling, which begins with its min_replicas"
+            raise InvalidField("--replicas", replicas, remedy)
         settings["replicas"]["count"] = replicas
     changed = type(file.settings).from_dict(settings)
     return dataclasses.replace(file, settings=changed, port=file.port if port is None else port)

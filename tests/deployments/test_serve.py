@@ -1,0 +1,32 @@
+"""`nestedfp serve` where it cannot serve: one line that says why, before anything has started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from .serving import free_port
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nestedfp.cli", "serve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--model", "./not/there"), "./not/there does not exist"),
+        (("--config", "not-there.yaml"), "not-there.yaml"),
+        (("--port", "70000"), "http_options.port: got 70000"),
+        (("--replicas", "0"), "replicas.count: got 0"),
+    ],
+)
+def test_what_cannot_be_served_is_told_in_one_line(arguments: tuple[str, ...], told: str) -> None:
+    port = () if "--port" in arguments else ("--port", str(free_port()))
+    ended = serve(*arguments, *port)
+    assert ended.returncode == 1
+    assert told in ended.stderr
+    assert "Traceback" not in ended.stderr
