@@ -45,6 +45,7 @@ class EngineApp:
         self._mode = FP16
         self._slo = settings.policy.slo
         self._queue_bound = math.inf
+        self._answered_s = time.monotonic()
         self._status: EngineStatus | None = None
         self._door: Door
 
@@ -109,6 +110,11 @@ class EngineApp:
             return self._status.current
         return self._mode
 
+    @property
+    def silent_s(self) -> float:
+        """How long the engine has not answered; 0 for plain vLLM, which is not asked."""
+        return 0.0 if self._control is None else time.monotonic() - self._answered_s
+
     async def apply(self, order: Order) -> None:
         """Set the engine's target. Raises what :class:`EngineControl` raises."""
         if self._control is None:
@@ -127,6 +133,7 @@ class EngineApp:
         except TimeoutError:
             logger.warning("the engine has not answered for %g s", _ANSWER_TIMEOUT_S)
             return False
+        self._answered_s = time.monotonic()
         return True
 
     async def signals(self) -> dict[str, Any]:

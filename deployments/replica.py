@@ -24,6 +24,8 @@ from nestedfp.deployments.router import PRECISION_STAT
 from nestedfp.policies import checks
 
 _ENGINE_DEAD: Final = 70
+_HUNG_S: Final = 120.0
+"""It answers between two steps; no step takes this long."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,7 +59,12 @@ class EngineReplica:
         await self._follow()
 
     async def check_health(self) -> None:
-        """Raises where the control loop has ended; the engine's death ends the process before Serve asks."""
+        """Raises where the engine hangs or the control loop has ended.
+
+        The engine's death ends the process before Serve asks.
+        """
+        if self._engine.silent_s > _HUNG_S:
+            raise RuntimeError(f"the engine has not answered for {self._engine.silent_s:.0f} s")
         if self._following is not None and self._following.done():
             raise RuntimeError("the replica no longer follows the policy; see its log")
 

@@ -86,6 +86,11 @@ class SimulatedApp:
         self._slo = settings.policy.slo
         self._door.adopt(settings)
 
+    @property
+    def silent_s(self) -> float:
+        """It lives in this process and always answers."""
+        return 0.0
+
     async def apply(self, order: Order) -> None:
         """Set the engine's target."""
         self._engine.set_target(order.mode, epoch=order.epoch, reason=order.reason, limits=order.limits)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 
+from nestedfp.deployments import engine_app
 from nestedfp.deployments.asgi import Receive, Scope, Send, send_json
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.engine_app import EngineApp
@@ -109,6 +111,23 @@ async def test_an_order_reaches_the_engine_and_the_header() -> None:
     assert (engine.targets[0]["mode"], engine.targets[0]["epoch"]) == ("fp8", 7)
     answer = await ask(app.asgi, "POST", CHAT, body=(b"{}",))
     assert answer.headers["x-nestedfp-precision-at-start"] == "fp8"
+
+
+async def test_an_engine_that_hangs_is_seen_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging(Engine):
+        async def call_utility_async(self, _method: str, request: dict[str, Any]) -> dict[str, Any]:
+            await asyncio.sleep(60.0)
+            raise AssertionError("it was waited for")
+
+    monkeypatch.setattr(engine_app, "_ANSWER_TIMEOUT_S", 0.02)
+    app = opened(Hanging())
+    assert not await app.refresh()
+    assert app.silent_s >= 0.02
+    assert "waiting" not in await app.signals()
+    alive = opened(Engine())
+    await asyncio.sleep(0.02)
+    assert await alive.refresh()
+    assert alive.silent_s < 0.02
 
 
 async def test_a_changed_slo_is_what_misses_are_counted_by() -> None:
