@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ReplicaState
+from ray.serve.schema import ApplicationStatus, ReplicaState  # type: ignore[attr-defined]
 
 from nestedfp import models
 from nestedfp.deployments import front_door, policy_actor
@@ -116,7 +116,7 @@ def running(
         finally:
             # A replica that is still loading cannot end in good order; it ends with Ray.
             with interrupts_held():
-                ray.shutdown()  # type: ignore[no-untyped-call]
+                ray.shutdown()
 
 
 def _start_ray(file: ServeFile, temp_dir: Path | None) -> None:

@@ -58,7 +58,7 @@ def server_arguments(model: str, served_model_name: str, arguments: Mapping[str,
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parsed: argparse.Namespace = _find("make_arg_parser")(
-        FlexibleArgumentParser()  # type: ignore[no-untyped-call]
+        FlexibleArgumentParser()
     ).parse_args([])
     given = {**arguments, "model": model, "served_model_name": [served_model_name]}
     for name, value in given.items():
@@ -98,7 +98,7 @@ def stat_logger(record: Callable[[Any, Any], None]) -> Callable[..., Any]:
     """A stat-logger factory that hands every step's scheduler and iteration statistics to `record`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class StepListener(StatLoggerBase):
+    class StepListener(StatLoggerBase):  # type: ignore[misc]
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 
