@@ -25,9 +25,9 @@ from ray.serve.schema import ApplicationStatus, ReplicaState  # type: ignore[att
 from nestedfp import models
 from nestedfp.deployments import front_door, policy_actor
 from nestedfp.deployments.app import build_app
-from nestedfp.deployments.config import ServeFile
 from nestedfp.deployments.interrupt import interrupts_held
 from nestedfp.deployments.processes import none_left_behind
+from nestedfp.deployments.serve_file import ServeFile
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _POLL_S: Final = 0.5

@@ -1,8 +1,7 @@
 """Settings of one deployment, read from the `args` of a Serve application and checked in full.
 
-One YAML file holds everything. It is a Ray Serve file, so `serve deploy FILE` takes it as it is; the settings
-below are the `args` of its application, and `nestedfp serve --config FILE` starts the same. A bad or unknown
-key raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name, the value and the remedy.
+A bad or unknown key raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name, the value
+and the remedy. The file around them is `nestedfp.deployments.serve_file`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import yaml
-
 from nestedfp.policies import checks, roofline
 from nestedfp.policies.autoscaling import ScalingConfig
 from nestedfp.policies.checks import InvalidField
@@ -23,7 +20,6 @@ from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.vllm.settings import Settings
 
-IMPORT_PATH: Final = "nestedfp.deployments.app:build_app"
 SIMULATED: Final = "simulated"
 SIMULATED_PREFIX: Final = "simulated-"
 """Begins the id of each simulated replica, in headers, metrics and the policy's status alike."""
@@ -278,11 +274,12 @@ class DeploymentSettings:
             raise InvalidField("engine.model", None, "give a Hugging Face id or a folder")
         engine.setdefault("served_model_name", Path(str(engine["model"])).name)
         autoscaling = blocks.get("autoscaling")
+        checked = _block("engine", EngineSettings, engine)
         return cls(
-            engine=_block("engine", EngineSettings, engine),
+            engine=checked,
             replicas=_block("replicas", ReplicaSettings, blocks.get("replicas", {})),
             http=_block("http", HttpSettings, blocks.get("http", {})),
-            policy=_policy(blocks.get("policy", {})),
+            policy=_policy(blocks.get("policy", {}), checked, scaled=autoscaling is not None),
             autoscaling=None
             if autoscaling is None
             else _block("autoscaling", AutoscalingSettings, autoscaling),
@@ -303,72 +300,6 @@ class DeploymentSettings:
         """Environment variables of a replica; those of the settings win over the defaults of the device."""
         defaults = {"cpu": CPU_ENVIRONMENT, SIMULATED: SIMULATED_ENVIRONMENT}.get(self.engine.device, {})
         return {**defaults, **self.engine.environment}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeFile:
-    """One Serve file with one NestedFP application."""
-
-    app_name: str
-    route_prefix: str
-    host: str
-    port: int
-    request_timeout_s: float
-    settings: DeploymentSettings
-
-    def __post_init__(self) -> None:
-        if checks.integer("http_options.port", self.port, minimum=1) > _LAST_PORT:
-            raise InvalidField("http_options.port", self.port, f"give a port of at most {_LAST_PORT}")
-        if not self.route_prefix.startswith("/"):
-            remedy = "give a path that begins with '/'"
-            raise InvalidField("applications[0].route_prefix", self.route_prefix, remedy)
-
-    @property
-    def url(self) -> str:
-        """Base URL of the OpenAI API on this machine."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}/v1"
-
-    @classmethod
-    def load(cls, path: Path) -> ServeFile:
-        """Read a YAML file. Raises :class:`InvalidField`, or OSError where it cannot be read."""
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InvalidField(str(path), str(error), "write valid YAML") from None
-        return cls.from_dict(content)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> ServeFile:
-        """Read the content of a Serve file. What only `serve deploy` heeds is refused, not passed over."""
-        if not isinstance(content, Mapping):
-            raise InvalidField("file", content, "give a Serve file: a mapping with applications")
-        _refuse_others("", content, _FILE_KEYS)
-        applications = content.get("applications")
-        if not isinstance(applications, list) or len(applications) != 1:
-            raise InvalidField("applications", applications, "give a list of exactly one application")
-        application = applications[0]
-        if not isinstance(application, Mapping):
-            raise InvalidField("applications[0]", application, "give a mapping with import_path and args")
-        _refuse_others("applications[0].", application, _APPLICATION_KEYS)
-        if application.get("import_path") != IMPORT_PATH:
-            raise InvalidField(
-                "applications[0].import_path", application.get("import_path"), f"give {IMPORT_PATH}"
-            )
-        http = content.get("http_options", {})
-        if not isinstance(http, Mapping):
-            raise InvalidField("http_options", http, "give a mapping with host, port and request_timeout_s")
-        _refuse_others("http_options.", http, _HTTP_KEYS)
-        return cls(
-            app_name=checks.name("applications[0].name", application.get("name", "nestedfp")),
-            route_prefix=checks.text("applications[0].route_prefix", application.get("route_prefix", "/")),
-            host=checks.text("http_options.host", http.get("host", "127.0.0.1")),
-            port=checks.integer("http_options.port", http.get("port", 8000), minimum=1),
-            request_timeout_s=checks.number(
-                "http_options.request_timeout_s", http.get("request_timeout_s", 600.0), above=0.0
-            ),
-            settings=DeploymentSettings.from_dict(application.get("args", {})),
-        )
 
 
 _OWN_ARGUMENTS: Final = (
@@ -402,10 +333,6 @@ _SERVER_ARGUMENTS: Final = (
     "uvicorn_log_level",
 )
 """What `vllm serve` takes for the HTTP server that it starts, and that is not started here."""
-_FILE_KEYS: Final = ("applications", "http_options", "proxy_location")
-_APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args")
-_HTTP_KEYS: Final = ("host", "port", "request_timeout_s")
-_LAST_PORT: Final = 65535
 
 _RULE_SETTINGS: Final = [
     entry.name
@@ -418,13 +345,6 @@ _Block = TypeVar("_Block")
 
 def _names(block: type) -> list[str]:
     return [entry.name for entry in dataclasses.fields(block)]
-
-
-def _refuse_others(place: str, given: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key, value in given.items():
-        if key not in known:
-            remedy = f"remove it, or use `serve deploy`: here only {', '.join(known)} are heeded"
-            raise InvalidField(f"{place}{key}", value, remedy)
 
 
 def _block(name: str, block: type[_Block], given: object) -> _Block:
@@ -441,10 +361,16 @@ def _plain(block: Any) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
-def _policy(given: object) -> PolicyConfig:
+def _policy(given: object, engine: EngineSettings, *, scaled: bool) -> PolicyConfig:
+    """The policy. One that predicts without step costs of its own does so with the engine's longest step."""
     if not isinstance(given, Mapping):
         raise InvalidField("policy", given, "give a mapping with the settings of the policy")
     try:
-        return PolicyConfig.from_dict(given)
+        policy = PolicyConfig.from_dict(given)
     except InvalidField as error:
         raise InvalidField(f"policy.{error.field}", error.value, error.remedy) from None
+    longest = engine.arguments.get("max_num_batched_tokens")
+    predicts = scaled or policy.controller == "predictive"
+    if predicts and policy.latency is None and isinstance(longest, int):
+        return dataclasses.replace(policy, latency=roofline.latency_model(longest))
+    return policy

@@ -19,9 +19,10 @@ from typing import Any, Final
 from nestedfp import models
 from nestedfp.deployments import timeline
 from nestedfp.deployments.cluster import RunningApp, StartFailed, running
-from nestedfp.deployments.config import SIMULATED, ServeFile
+from nestedfp.deployments.config import SIMULATED
 from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
 from nestedfp.deployments.serve import DEFAULT_CONFIG, with_overrides
+from nestedfp.deployments.serve_file import ServeFile
 from nestedfp.deployments.vllm_openai import vllm_version
 from nestedfp.loadtests.comparison import compare
 from nestedfp.loadtests.metrics import summarize, summarize_timeline

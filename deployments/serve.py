@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from nestedfp import models
-from nestedfp.deployments.config import ServeFile
 from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
+from nestedfp.deployments.serve_file import ServeFile
 from nestedfp.policies.checks import InvalidField
 
 DEFAULT_CONFIG: Final = Path(str(files("nestedfp.deployments"))) / "configs" / "cpu-demo.yaml"

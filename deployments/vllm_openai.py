@@ -57,9 +57,7 @@ def server_arguments(model: str, served_model_name: str, arguments: Mapping[str,
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parsed: argparse.Namespace = _find("make_arg_parser")(
-        FlexibleArgumentParser()
-    ).parse_args([])
+    parsed: argparse.Namespace = _find("make_arg_parser")(FlexibleArgumentParser()).parse_args([])
     given = {**arguments, "model": model, "served_model_name": [served_model_name]}
     for name, value in given.items():
         if not hasattr(parsed, name):
