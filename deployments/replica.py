@@ -22,6 +22,7 @@ from nestedfp.deployments.metrics import ReplicaMetrics
 from nestedfp.deployments.policy_actor import PolicyLink
 from nestedfp.deployments.router import PRECISION_STAT
 from nestedfp.policies import checks
+from nestedfp.policies.checks import InvalidField
 
 _ENGINE_DEAD: Final = 70
 _HUNG_S: Final = 120.0
@@ -46,6 +47,7 @@ class EngineReplica:
         self._death_watch = asyncio.create_task(self._exit_with_the_engine())
         self._loop: ControlLoop | None = None
         self._following: asyncio.Task[None] | None = None
+        self._healthy = False
         await self._follow()
 
     async def __serve_build_asgi_app__(self) -> App:
@@ -53,8 +55,18 @@ class EngineReplica:
         return app
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
-        """Take over changed policy settings (`{"policy": {...}}`) without a restart."""
-        self._settings = with_user_config(self._settings, user_config or {})
+        """Take over changed policy settings (`{"policy": {...}}`) without a restart.
+
+        Bad ones fail the start of a replica. One that serves keeps what it has and logs them: Serve would end
+        it, and every other with it.
+        """
+        try:
+            self._settings = with_user_config(self._settings, user_config or {})
+        except InvalidField as error:
+            if not self._healthy:
+                raise
+            logger.error("user_config is not taken over: %s", error)
+            return
         self._engine.adopt(self._settings)
         await self._follow()
 
@@ -67,6 +79,7 @@ class EngineReplica:
             raise RuntimeError(f"the engine has not answered for {self._engine.silent_s:.0f} s")
         if self._following is not None and self._following.done():
             raise RuntimeError("the replica no longer follows the policy; see its log")
+        self._healthy = True
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What the router needs."""

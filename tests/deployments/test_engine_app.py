@@ -14,7 +14,6 @@ from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.engine_app import EngineApp
 from nestedfp.deployments.replica import with_user_config
 from nestedfp.deployments.signals import RequestWindow
-from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.replica import Order
 from nestedfp.vllm.status import EngineStatus
 
@@ -138,25 +137,3 @@ async def test_a_changed_slo_is_what_misses_are_counted_by() -> None:
     assert (await app.signals())["slo_miss_share"] == 0.0
     app.adopt(with_user_config(SETTINGS, {"policy": {"slo": {"ttft_s": 1.0}}}))
     assert (await app.signals())["slo_miss_share"] == 1.0
-
-
-def test_user_config_changes_the_policy_alone() -> None:
-    changed = with_user_config(SETTINGS, {"policy": {"slo": {"ttft_s": 1.0}}})
-    assert changed.policy.slo.ttft_s == 1.0
-    assert changed.strict_wait_s == 1.0
-    assert changed.engine == SETTINGS.engine
-    assert with_user_config(SETTINGS, {}) == SETTINGS
-
-
-@pytest.mark.parametrize(
-    ("user_config", "field"),
-    [
-        ({"polcy": {}}, "user_config.polcy"),
-        ({"engine": {"model": "other"}}, "user_config.engine"),
-        ({"policy": {"slo": {"ttft_s": -1}}}, "policy.slo.ttft_s"),
-    ],
-)
-def test_a_bad_user_config_is_named(user_config: dict[str, Any], field: str) -> None:
-    with pytest.raises(InvalidField) as caught:
-        with_user_config(SETTINGS, user_config)
-    assert caught.value.field == field
