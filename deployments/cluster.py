@@ -25,6 +25,7 @@ from ray.serve.schema import ApplicationStatus, ReplicaState  # type: ignore[att
 from nestedfp import models
 from nestedfp.deployments import front_door, policy_actor
 from nestedfp.deployments.app import build_app
+from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.interrupt import interrupts_held
 from nestedfp.deployments.processes import none_left_behind
 from nestedfp.deployments.serve_file import ServeFile
@@ -32,6 +33,7 @@ from nestedfp.deployments.serve_file import ServeFile
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _POLL_S: Final = 0.5
 _CALL_TIMEOUT_S: Final = 10.0
+_ROUNDING: Final = 1e-6
 DEPLOYMENT: Final = "EngineReplica"
 
 Say = Callable[[str], None]
@@ -92,8 +94,8 @@ def running(
 ) -> Iterator[RunningApp]:
     """Start Ray and the application, yield when every replica is ready, and stop both.
 
-    Raises :class:`StartFailed` where the port is taken or a replica fails to start. Only one at a time in a
-    process.
+    Raises :class:`StartFailed` where the port is taken, the machine is too small or a replica fails to start.
+    Only one at a time in a process.
     """
     _check_port(file.host, file.port)
     models.resolve(file.settings.engine.model)
@@ -104,6 +106,7 @@ def running(
         try:
             with interrupts_held():
                 _start_ray(file, temp_dir)
+            _check_resources(file.settings)
             _deploy(file, say)
             app = RunningApp(file)
             try:
@@ -203,6 +206,19 @@ def _failure(app_name: str) -> str:
     if app is None or app.status == ApplicationStatus.RUNNING:
         return ""
     return "\n".join(deployment.message for deployment in app.deployments.values() if deployment.message)
+
+
+def _check_resources(settings: DeploymentSettings) -> None:
+    """Serve would wait for a larger machine for ever."""
+    count = settings.replicas_at_start
+    there = ray.cluster_resources()
+    for resource, each in (("CPU", settings.replicas.num_cpus), ("GPU", settings.num_gpus)):
+        wanted, found = count * each, there.get(resource, 0.0)
+        if wanted > found + _ROUNDING:
+            raise StartFailed(
+                f"{count} replicas need {wanted:g} {resource}s and this machine has {found:g}; "
+                f"lower their number, or replicas.num_{resource.lower()}s"
+            )
 
 
 def _check_port(host: str, port: int) -> None:

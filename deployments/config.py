@@ -90,7 +90,7 @@ class EngineSettings:
             if name in _OWN_ARGUMENTS:
                 raise InvalidField(f"engine.arguments.{name}", value, "set it under engine")
             if name in _SERVER_ARGUMENTS:
-                remedy = "remove it: Ray Serve is the HTTP server; see http_options"
+                remedy = "remove it: Ray Serve is the HTTP server, and serves the OpenAI routes alone"
                 raise InvalidField(f"engine.arguments.{name}", value, remedy)
         overrides = self.arguments.get("hf_overrides", {})
         if self.nested and (not isinstance(overrides, Mapping) or "quantization_config" in overrides):
@@ -311,10 +311,18 @@ _OWN_ARGUMENTS: Final = (
     "api_key",
 )
 _SERVER_ARGUMENTS: Final = (
+    "allow_credentials",
+    "allowed_headers",
+    "allowed_methods",
+    "allowed_origins",
     "api_server_count",
     "config",
+    "disable_fastapi_docs",
     "disable_uvicorn_access_log",
+    "enable_offline_docs",
+    "enable_server_load_tracking",
     "enable_ssl_refresh",
+    "enable_tokenizer_info_endpoint",
     "grpc",
     "grpc_port",
     "h11_max_header_count",
@@ -332,7 +340,7 @@ _SERVER_ARGUMENTS: Final = (
     "uds",
     "uvicorn_log_level",
 )
-"""What `vllm serve` takes for the HTTP server that it starts, and that is not started here."""
+"""What `vllm serve` takes for its HTTP server, and for requests that the door does not let in."""
 
 _RULE_SETTINGS: Final = [
     entry.name

@@ -54,6 +54,10 @@ def test_cpu_replicas_get_their_environment_and_the_file_wins() -> None:
         ({"engine": {"model": "m", "arguments": [1]}}, "engine.arguments"),
         ({"engine": {"model": "m", "arguments": {"model": "n"}}}, "engine.arguments.model"),
         ({"engine": {"model": "m", "arguments": {"port": 8001}}}, "engine.arguments.port"),
+        (
+            {"engine": {"model": "m", "arguments": {"allowed_origins": ["*"]}}},
+            "engine.arguments.allowed_origins",
+        ),
         ({"engine": {"model": "m", "arguments": {"hf_overrides": "{}"}}}, "engine.arguments.hf_overrides"),
         (
             {"engine": {"model": "m", "arguments": {"hf_overrides": {"quantization_config": {}}}}},

@@ -1,4 +1,4 @@
-"""`nestedfp serve` where it cannot serve: one line that says why, before anything has started."""
+"""`nestedfp serve` where it cannot serve: one line that says why, before any replica has started."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import sys
 
 import pytest
 
+from nestedfp.deployments.serve import DEFAULT_CONFIG
+
 from .serving import free_port
+
+SIMULATED = str(DEFAULT_CONFIG.with_name("simulated.yaml"))
 
 
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nestedfp.cli", "serve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +26,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("--config", "not-there.yaml"), "not-there.yaml"),
         (("--port", "70000"), "http_options.port: got 70000"),
         (("--replicas", "0"), "replicas.count: got 0"),
+        (("--config", SIMULATED, "--replicas", "9000"), "9000 replicas need 900 CPUs and this machine has"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_line(arguments: tuple[str, ...], told: str) -> None:
