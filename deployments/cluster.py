@@ -211,7 +211,7 @@ def _failure(app_name: str) -> str:
 def _check_resources(settings: DeploymentSettings) -> None:
     """Serve would wait for a larger machine for ever."""
     count = settings.replicas_at_start
-    there = ray.cluster_resources()
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for resource, each in (("CPU", settings.replicas.num_cpus), ("GPU", settings.num_gpus)):
         wanted, found = count * each, there.get(resource, 0.0)
         if wanted > found + _ROUNDING:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from nestedfp.deployments.serve import DEFAULT_CONFIG
+from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.serve import DEFAULT_CONFIG, ready_message
 
 from .serving import free_port
 
@@ -17,6 +18,18 @@ SIMULATED = str(DEFAULT_CONFIG.with_name("simulated.yaml"))
 def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nestedfp.cli", "serve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+
+def test_the_examples_it_prints_carry_a_key_where_one_is_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NESTEDFP_API_KEYS", raising=False)
+    engine = {"model": "m", "environment": {"NESTEDFP_API_KEYS": "secret"}}
+    locked = ready_message("http://h/v1", "m", DeploymentSettings.from_dict({"engine": engine}))
+    assert "-H 'Authorization: Bearer KEY'" in locked
+    assert 'api_key="KEY"' in locked
+    assert "secret" not in locked
+    opened = ready_message("http://h/v1", "m", DeploymentSettings.from_dict({"engine": {"model": "m"}}))
+    assert "Authorization" not in opened
+    assert 'api_key="none"' in opened
 
 
 @pytest.mark.parametrize(
