@@ -13,7 +13,7 @@ touched.
 from __future__ import annotations
 
 import json
-import logging
+import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -27,10 +27,9 @@ _ID_HEADER: Final = b"x-request-id"
 
 # Inside a JSON string the quotes would be escaped, so generated text cannot contain this.
 _USAGE_MARK: Final = b'"usage":{'
+_FIRST_ID: Final = re.compile(rb'data: \{"id":"([^"\\]+)"')
 _EVENT_END: Final = b"\n\n"
 _DATA: Final = b"data: "
-
-logger = logging.getLogger(__name__)
 
 
 class Served(Protocol):
@@ -92,6 +91,7 @@ class _Response:
         self._held: Message | None = None
         self._body = b""
         self._streams = False
+        self._stream_id: str | None = None
         self.status = 499
         self.tokens: Mapping[str, int] | None = None
 
@@ -106,6 +106,16 @@ class _Response:
             await self._send({**message, "body": await self._annotate_events(message["body"])})
         else:
             await self._send(message)
+        if self._streams and message["type"] == "http.response.body":
+            await self._follow_stream(message)
+
+    async def _follow_stream(self, message: Message) -> None:
+        """Ask for the tokens of a stream whose client did not: they are counted all the same."""
+        if self._stream_id is None and (found := _FIRST_ID.match(message.get("body", b""))):
+            self._stream_id = found[1].decode()
+        over = not message.get("more_body", False)
+        if over and self.tokens is None and self._stream_id is not None:
+            self.tokens = await self._ask(self._stream_id)
 
     async def _start(self, message: Message) -> None:
         self.status = message["status"]

@@ -113,6 +113,15 @@ async def test_a_stream_changes_in_its_last_usage_only_and_passes_message_by_mes
     assert response.headers["x-nestedfp-precision-at-start"] == "fp8"
 
 
+async def test_a_stream_without_usage_is_counted_too() -> None:
+    chunks = [event({"id": "cmpl-1", "choices": [{"text": text, "id": "no"}]}) for text in "ab"]
+    desk = Desk(stream_app(*chunks, b"data: [DONE]\n\n"))
+    response = await desk.ask()
+    assert response.body == b"".join([*chunks, b"data: [DONE]\n\n"])
+    assert desk.asked == ["cmpl-1"]
+    assert desk.served == [(False, 200, TOKENS)]
+
+
 async def test_events_that_share_a_message_stay_whole() -> None:
     last = event({"id": "cmpl-1", "choices": [], "usage": USAGE})
     response = await Desk(stream_app(b": keep-alive\n\n" + last + b"data: [DONE]\n\n")).ask()
