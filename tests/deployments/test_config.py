@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nestedfp.deployments.config import CPU_ENVIRONMENT, DeploymentSettings
+from nestedfp.deployments.config import CPU_ENVIRONMENT, DeploymentSettings, SimulatedArguments
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.roofline import latency_model
 
@@ -28,6 +28,13 @@ def test_settings_survive_the_way_to_the_replica() -> None:
     settings = DeploymentSettings.from_dict(given)
     assert DeploymentSettings.from_dict(settings.to_dict()) == settings
     assert settings.policy.slo.ttft_s == 2.0
+
+
+def test_whole_numbers_are_kept_as_such_however_they_are_written() -> None:
+    engine = {"model": "m", "device": "simulated", "arguments": {"max_num_seqs": 4.0}}
+    settings = DeploymentSettings.from_dict({"engine": engine, "replicas": {"max_ongoing_requests": 8.0}})
+    taken = SimulatedArguments.from_dict(settings.engine.arguments).max_num_seqs
+    assert [repr(number) for number in (settings.replicas.max_ongoing_requests, taken)] == ["8", "4"]
 
 
 def test_defaults() -> None:
