@@ -39,7 +39,7 @@ types:
 	@for part in kernels policies deployments loadtests; do ln -s $(CURDIR)/$$part build/types/nestedfp/$$part; done
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p nestedfp.policies -m nestedfp.format -m nestedfp.weight -m nestedfp.linear -m nestedfp.precision \
-	    -m nestedfp.models -m nestedfp.cli -p nestedfp.vllm
+	    -m nestedfp.models -m nestedfp.cli -p nestedfp.vllm -p nestedfp.deployments -p nestedfp.loadtests
 
 tables: install  ## write the README's tables and the plots in docs/ from bench/data
 	@$(BIN)/python bench/tables.py

@@ -38,8 +38,9 @@ import httpx
 import numpy as np
 
 from nestedfp.deployments.cluster import RunningApp, running
-from nestedfp.deployments.config import SIMULATED, DeploymentSettings, ServeFile, SimulatedArguments
+from nestedfp.deployments.config import SIMULATED, DeploymentSettings, SimulatedArguments
 from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
+from nestedfp.deployments.serve_file import ServeFile
 from nestedfp.deployments.signals import percentile
 from nestedfp.deployments.simulated_engine import Generation, SimulatedEngine
 from nestedfp.loadtests.readers import read_trace

@@ -126,17 +126,27 @@ class PrecisionClass:
 
     A strict request (`fp16`) tells the engine to run each of its steps in 16 bits and to share no KV block
     with requests that may have used FP8. Since it holds the whole batch in 16 bits, at most `limit` run at
-    once; one more waits, first come first served, for at most `wait_s` seconds and is then refused with 503.
-    Stands behind :class:`BodyLimit`, so that the body is one message.
+    once; one more waits, first come first served, for at most `wait_s` seconds and is then refused with 503,
+    of which `refused()` is told. Stands behind :class:`BodyLimit`, so that the body is one message.
     """
 
-    def __init__(self, app: App, *, limit: int, wait_s: float, retry_after_s: int, nested: bool) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        limit: int,
+        wait_s: float,
+        retry_after_s: int,
+        nested: bool,
+        refused: Callable[[], None] = lambda: None,
+    ) -> None:
         self._app = app
         self._limit = limit
         self._places = asyncio.Semaphore(limit)
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._retry_after_s = retry_after_s
         self._nested = nested
+        self._refused = refused
         self.running = 0
         self.waiting = 0
 
@@ -165,17 +175,18 @@ class PrecisionClass:
                 self._places.release()
         else:
             message = (
-                f"All {self._limit} places for requests that demand FP16 were taken for {self._wait_s:g} s; "
+                f"All {self._limit} places for requests that demand FP16 were taken for {self.wait_s:g} s; "
                 "try again."
             )
             later = retry_after(self._retry_after_s)
+            self._refused()
             await send_error(send, 503, message, "ServiceUnavailableError", headers=later)
 
     async def _got_place(self) -> bool:
         """Wait for a place. A client that leaves meanwhile ends the wait: Serve cancels its request."""
         self.waiting += 1
         try:
-            async with asyncio.timeout(self._wait_s if self._limit else 0.0):
+            async with asyncio.timeout(self.wait_s if self._limit else 0.0):
                 await self._places.acquire()
         except TimeoutError:
             return False
@@ -192,6 +203,30 @@ class PrecisionClass:
             await self._app(scope, _replay(pinned, receive), send)
         finally:
             self.running -= 1
+
+
+class QueueBound:
+    """Refuses a request with 503 while the engine's queue exceeds the bound that the policy has ordered.
+
+    `bound()` is in prompt tokens, infinite while there is none; `queued()` is what waits as far as is known,
+    so a burst that comes between two reports of the engine is let in.
+    """
+
+    def __init__(
+        self, app: App, *, queued: Callable[[], float], bound: Callable[[], float], retry_after_s: int
+    ) -> None:
+        self._app = app
+        self._queued = queued
+        self._bound = bound
+        self._retry_after_s = retry_after_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and route(scope) in GENERATION and self._queued() > self._bound():
+            message = "The queue is as long as the latency objective allows in FP8; try again."
+            later = retry_after(self._retry_after_s)
+            await send_error(send, 503, message, "ServiceUnavailableError", headers=later)
+        else:
+            await self._app(scope, receive, send)
 
 
 def is_strict(scope: Scope) -> bool:
@@ -215,7 +250,8 @@ def pin_to_16_bits(body: bytes) -> bytes:
 
 
 def _pins_itself(body: bytes) -> bool:
-    if PRECISION_ARGUMENT.encode() not in body:
+    # An escape may spell the name; where there is none, most bodies need not be parsed.
+    if PRECISION_ARGUMENT.encode() not in body and rb"\u" not in body:
         return False
     request = _json_object(body)
     extra = None if request is None else request.get("vllm_xargs")
@@ -225,7 +261,7 @@ def _pins_itself(body: bytes) -> bool:
 def _json_object(body: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -28,11 +28,12 @@ def build_app(args: Mapping[str, Any]) -> Application:
     number: dict[str, Any] = {"num_replicas": replicas.count}
     if settings.autoscaling is not None:
         number = {"autoscaling_config": autoscaling_config(settings)}
-    return EngineReplica.options(
+    deployment: Any = EngineReplica
+    application: Application = deployment.options(
         **number,
         ray_actor_options={
             "num_cpus": replicas.num_cpus,
-            "num_gpus": replicas.num_gpus,
+            "num_gpus": settings.num_gpus,
             "runtime_env": {"env_vars": settings.environment},
         },
         max_ongoing_requests=replicas.max_ongoing_requests,
@@ -44,7 +45,8 @@ def build_app(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=min(_IDLE_CHECK_S, replicas.graceful_shutdown_timeout_s),
         max_constructor_retry_count=replicas.start_attempts,
         request_router_config=RequestRouterConfig(
-            request_router_class=PrecisionRouter,
-            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+            request_router_class=PrecisionRouter,  # type: ignore[arg-type]
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]
         ),
     ).bind(settings.to_dict())
+    return application

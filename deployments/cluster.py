@@ -20,18 +20,20 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ReplicaState
+from ray.serve.schema import ApplicationStatus, ReplicaState  # type: ignore[attr-defined]
 
 from nestedfp import models
 from nestedfp.deployments import front_door, policy_actor
 from nestedfp.deployments.app import build_app
-from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.interrupt import interrupts_held
 from nestedfp.deployments.processes import none_left_behind
+from nestedfp.deployments.serve_file import ServeFile
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _POLL_S: Final = 0.5
 _CALL_TIMEOUT_S: Final = 10.0
+_ROUNDING: Final = 1e-6
 DEPLOYMENT: Final = "EngineReplica"
 
 Say = Callable[[str], None]
@@ -92,8 +94,8 @@ def running(
 ) -> Iterator[RunningApp]:
     """Start Ray and the application, yield when every replica is ready, and stop both.
 
-    Raises :class:`StartFailed` where the port is taken or a replica fails to start. Only one at a time in a
-    process.
+    Raises :class:`StartFailed` where the port is taken, the machine is too small or a replica fails to start.
+    Only one at a time in a process.
     """
     _check_port(file.host, file.port)
     models.resolve(file.settings.engine.model)
@@ -104,6 +106,7 @@ def running(
         try:
             with interrupts_held():
                 _start_ray(file, temp_dir)
+            _check_resources(file.settings)
             _deploy(file, say)
             app = RunningApp(file)
             try:
@@ -116,7 +119,7 @@ def running(
         finally:
             # A replica that is still loading cannot end in good order; it ends with Ray.
             with interrupts_held():
-                ray.shutdown()  # type: ignore[no-untyped-call]
+                ray.shutdown()
 
 
 def _start_ray(file: ServeFile, temp_dir: Path | None) -> None:
@@ -205,11 +208,25 @@ def _failure(app_name: str) -> str:
     return "\n".join(deployment.message for deployment in app.deployments.values() if deployment.message)
 
 
+def _check_resources(settings: DeploymentSettings) -> None:
+    """Serve would wait for a larger machine for ever."""
+    count = settings.replicas_at_start
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for resource, each in (("CPU", settings.replicas.num_cpus), ("GPU", settings.num_gpus)):
+        wanted, found = count * each, there.get(resource, 0.0)
+        if wanted > found + _ROUNDING:
+            raise StartFailed(
+                f"{count} replicas need {wanted:g} {resource}s and this machine has {found:g}; "
+                f"lower their number, or replicas.num_{resource.lower()}s"
+            )
+
+
 def _check_port(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            message = f"cannot listen on {host}:{port} ({error.strerror}); choose another port with --port"
-            raise StartFailed(message) from None
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        message = f"cannot listen on {host}:{port} ({error.strerror}); choose another port with --port"
+        raise StartFailed(f"{message}, or another http_options.host") from None

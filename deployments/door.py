@@ -10,6 +10,7 @@ from nestedfp.deployments.asgi import App
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.precision_report import PrecisionReport, Served
 from nestedfp.deployments.signals import RequestWindow
+from nestedfp.policies.checks import InvalidField
 
 
 class Door:
@@ -27,7 +28,7 @@ class Door:
         served: Served,
     ) -> None:
         http = settings.http
-        keys = [key for key in os.environ.get(http.api_keys_variable, "").split(",") if key]
+        keys = api_keys(http.api_keys_variable)
         report = PrecisionReport(
             openai,
             replica=replica,
@@ -42,6 +43,7 @@ class Door:
             wait_s=settings.strict_wait_s,
             retry_after_s=http.retry_after_s,
             nested=settings.engine.nested,
+            refused=lambda: served(strict=True, status=503, tokens=None),
         )
         self.app: App = KnownRoutes(ApiKeys(BodyLimit(self._classes, http.max_body_bytes), keys))
 
@@ -49,3 +51,19 @@ class Door:
     def strict_waiting(self) -> int:
         """Requests that demand 16 bits and wait for a place."""
         return self._classes.waiting
+
+    def adopt(self, settings: DeploymentSettings) -> None:
+        """Take over a changed SLO, which may be how long a strict request waits."""
+        self._classes.wait_s = settings.strict_wait_s
+
+
+def api_keys(variable: str) -> list[str]:
+    """The keys in an environment variable, separated by commas; none where it is unset or empty.
+
+    Raises :class:`InvalidField` where it holds something but no key: an open door was hardly meant.
+    """
+    text = os.environ.get(variable, "")
+    keys = [key.strip() for key in text.split(",") if key.strip()]
+    if text and not keys:
+        raise InvalidField(variable, text, "give keys separated by commas, or unset it to ask for none")
+    return keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 from nestedfp import models
 from nestedfp.deployments import vllm_openai
+from nestedfp.deployments.admission import QueueBound
 from nestedfp.deployments.asgi import App
 from nestedfp.deployments.config import DeploymentSettings, EngineSettings
 from nestedfp.deployments.door import Door
@@ -22,6 +24,8 @@ from nestedfp.vllm import engine_arguments
 from nestedfp.vllm.control import EngineControl
 from nestedfp.vllm.status import EngineStatus
 
+QUEUE_BOUND: Final = "waiting_prompt_tokens"
+"""The limit of an order that the replica keeps, not the engine."""
 _ANSWER_TIMEOUT_S: Final = 5.0
 _DEATH_CHECK_S: Final = 0.1
 
@@ -40,6 +44,8 @@ class EngineApp:
         self._window = window
         self._mode = FP16
         self._slo = settings.policy.slo
+        self._queue_bound = math.inf
+        self._answered_s = time.monotonic()
         self._status: EngineStatus | None = None
         self._door: Door
 
@@ -53,26 +59,40 @@ class EngineApp:
         stat_loggers: list[Callable[..., Any]],
     ) -> EngineApp:
         """Load the model and build the application; takes from half a minute to many minutes."""
-        window = RequestWindow(settings.replicas.signal_window_s, settings.policy.slo.percentile)
+        window = RequestWindow(settings.replicas.signal_window_s)
         arguments = _arguments(settings.engine)
         engine = vllm_openai.start_engine(arguments, [vllm_openai.stat_logger(window.record), *stat_loggers])
         try:
             app = cls(engine, settings, window)
-            openai = await vllm_openai.build_openai_app(engine, arguments)
-            app._door = Door(
-                openai,
-                settings,
-                replica=replica,
-                precision=lambda: app.precision,
-                tokens=app.request_tokens,
-                window=window,
-                served=served,
-            )
+            app.open(await vllm_openai.build_openai_app(engine, arguments), settings, replica, served)
             await app.refresh()
         except BaseException:
             engine.shutdown()
             raise
         return app
+
+    def open(self, openai: App, settings: DeploymentSettings, replica: str, served: Served) -> None:
+        """Put the door before `openai`, the engine's own application."""
+        bounded = QueueBound(
+            openai,
+            queued=lambda: 0 if self._status is None else self._status.waiting_prompt_tokens,
+            bound=lambda: self._queue_bound,
+            retry_after_s=settings.http.retry_after_s,
+        )
+        self._door = Door(
+            bounded,
+            settings,
+            replica=replica,
+            precision=lambda: self.precision,
+            tokens=self.request_tokens,
+            window=self._window,
+            served=served,
+        )
+
+    def adopt(self, settings: DeploymentSettings) -> None:
+        """Take over settings whose policy has changed."""
+        self._slo = settings.policy.slo
+        self._door.adopt(settings)
 
     @property
     def status(self) -> EngineStatus | None:
@@ -90,6 +110,11 @@ class EngineApp:
             return self._status.current
         return self._mode
 
+    @property
+    def silent_s(self) -> float:
+        """How long the engine has not answered; 0 for plain vLLM, which is not asked."""
+        return 0.0 if self._control is None else time.monotonic() - self._answered_s
+
     async def apply(self, order: Order) -> None:
         """Set the engine's target. Raises what :class:`EngineControl` raises."""
         if self._control is None:
@@ -97,6 +122,7 @@ class EngineApp:
         limits = None if order.limits is None else dict(order.limits)
         await self._control.set_target(order.mode, epoch=order.epoch, reason=order.reason, limits=limits)
         self._mode = order.mode
+        self._queue_bound = (limits or {}).get(QUEUE_BOUND, math.inf)
 
     async def refresh(self) -> bool:
         """Ask the engine for its status; False if it did not answer."""
@@ -107,6 +133,7 @@ class EngineApp:
         except TimeoutError:
             logger.warning("the engine has not answered for %g s", _ANSWER_TIMEOUT_S)
             return False
+        self._answered_s = time.monotonic()
         return True
 
     async def signals(self) -> dict[str, Any]:

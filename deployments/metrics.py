@@ -11,7 +11,7 @@ prefix).
 | `nestedfp_tokens_total` | counter | precision | scheduled tokens of executed steps |
 | `nestedfp_requests_total` | counter | class, served | requests; `served`: fp16, fp8, mixed, HTTP status |
 | `nestedfp_layers` | gauge | state | linear layers that are nested, and that stayed plain |
-| `nestedfp_slo_headroom` | gauge | signal | 1 - measured / objective, for ttft and tpot; negative: violated |
+| `nestedfp_slo_headroom` | gauge | signal | 1 - measured / objective, for ttft and tpot; 1 without requests |
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class ReplicaMetrics:
 
     def latencies(self, slo: Slo, ttft_s: float | None, tpot_s: float | None) -> None:
         for signal, measured, objective in (("ttft", ttft_s, slo.ttft_s), ("tpot", tpot_s, slo.tpot_s)):
-            if measured is not None:
-                self._headroom.set(1.0 - measured / objective, self._tags(signal=signal))
+            # Left alone, the gauge would show the last burst for as long as nobody calls.
+            used = 0.0 if measured is None else measured / objective
+            self._headroom.set(1.0 - used, self._tags(signal=signal))
 
     def request(self, *, strict: bool, status: int, tokens: Mapping[str, int] | None) -> None:
         """One request that left the replica."""

@@ -27,7 +27,6 @@ from nestedfp.policies.replica import ActorUnavailable
 NAMESPACE: Final = "nestedfp"
 _PREFIX: Final = "nestedfp-policy"
 _LONELY_S: Final = 60.0
-_CONNECT_TIMEOUT_S: Final = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +105,27 @@ class PolicyLink:
         self._app_name = app_name
         self._config = config
         self._actor: Any = None
+        self._search: asyncio.Task[Any] | None = None
 
     async def sync(self, report: dict[str, Any], known_epoch: int, wait_s: float) -> Mapping[str, Any]:
         """One call of the protocol. Raises :class:`ActorUnavailable` where the actor is gone or refuses."""
         try:
             if self._actor is None:
-                found = asyncio.to_thread(find_or_create, self._app_name, self._config)
-                self._actor = await asyncio.wait_for(found, _CONNECT_TIMEOUT_S)
+                self._actor = await self._found()
             answer: Mapping[str, Any] = await self._actor.sync.remote(report, known_epoch, wait_s)
         except (RayError, ValueError) as error:
             self._actor = None
-            raise ActorUnavailable(str(error).splitlines()[0]) from error
+            cause = getattr(error, "cause", None) or error
+            raise ActorUnavailable(str(cause).partition("\n")[0] or type(cause).__name__) from error
         return answer
+
+    async def _found(self) -> Any:
+        """The actor. One search at a time: each blocks a thread, and callers are less patient than Ray."""
+        if self._search is None:
+            search = asyncio.to_thread(find_or_create, self._app_name, self._config)
+            self._search = asyncio.create_task(search)
+        try:
+            return await asyncio.shield(self._search)
+        finally:
+            if self._search.done():
+                self._search = None

@@ -3,8 +3,8 @@
 - header `x-nestedfp-precision-at-start`: the precision in force when the headers left. A flip may follow.
 - header `x-nestedfp-replica`: the replica's id.
 - `usage.nestedfp` = {"fp16": n, "fp8": m}: the request's tokens (prompt computed and output) by the precision
-  of the
-  step that executed them; in a JSON answer, and in a stream's last chunk where the client asks for usage.
+  of the step that executed them; in a JSON answer, and in a stream's last chunk where the client asks for
+  usage.
 
 A stream passes message by message. vLLM sends whole events, so only the event with the final usage is
 touched.
@@ -13,7 +13,8 @@ touched.
 from __future__ import annotations
 
 import json
-import logging
+import re
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
@@ -22,13 +23,13 @@ from nestedfp.deployments.asgi import App, Headers, Message, Receive, Scope, Sen
 
 AT_START_HEADER: Final = b"x-nestedfp-precision-at-start"
 REPLICA_HEADER: Final = b"x-nestedfp-replica"
+_ID_HEADER: Final = b"x-request-id"
 
 # Inside a JSON string the quotes would be escaped, so generated text cannot contain this.
 _USAGE_MARK: Final = b'"usage":{'
+_FIRST_ID: Final = re.compile(rb'data: \{"id":"([^"\\]+)"')
 _EVENT_END: Final = b"\n\n"
 _DATA: Final = b"data: "
-
-logger = logging.getLogger(__name__)
 
 
 class Served(Protocol):
@@ -67,6 +68,7 @@ class PrecisionReport:
             await self._app(scope, receive, send)
             return
         self._arrived()
+        scope["headers"] = _with_own_id(scope["headers"])
         strict = is_strict(scope)
         precision = "fp16" if strict else self._precision()
         headers = [(AT_START_HEADER, precision.encode()), (REPLICA_HEADER, self._replica)]
@@ -89,6 +91,7 @@ class _Response:
         self._held: Message | None = None
         self._body = b""
         self._streams = False
+        self._stream_id: str | None = None
         self.status = 499
         self.tokens: Mapping[str, int] | None = None
 
@@ -103,6 +106,16 @@ class _Response:
             await self._send({**message, "body": await self._annotate_events(message["body"])})
         else:
             await self._send(message)
+        if self._streams and message["type"] == "http.response.body":
+            await self._follow_stream(message)
+
+    async def _follow_stream(self, message: Message) -> None:
+        """Ask for the tokens of a stream whose client did not: they are counted all the same."""
+        if self._stream_id is None and (found := _FIRST_ID.match(message.get("body", b""))):
+            self._stream_id = found[1].decode()
+        over = not message.get("more_body", False)
+        if over and self.tokens is None and self._stream_id is not None:
+            self.tokens = await self._ask(self._stream_id)
 
     async def _start(self, message: Message) -> None:
         self.status = message["status"]
@@ -145,6 +158,18 @@ class _Response:
             return False
         usage["nestedfp"] = dict(self.tokens)
         return True
+
+
+def _with_own_id(headers: Headers) -> Headers:
+    """The headers with a request id that no other request has.
+
+    vLLM names a request after this header, and clients send one id with all calls of one trace: the tokens of
+    those that run at once would be added up.
+    """
+    given = header(headers, _ID_HEADER)
+    if given is None:
+        return headers
+    return [*without(headers, _ID_HEADER), (_ID_HEADER, given + b"-" + uuid.uuid4().hex[:12].encode())]
 
 
 def _dump(value: dict[str, Any]) -> bytes:

@@ -21,9 +21,12 @@ from nestedfp.deployments.control_loop import ControlLoop
 from nestedfp.deployments.metrics import ReplicaMetrics
 from nestedfp.deployments.policy_actor import PolicyLink
 from nestedfp.deployments.router import PRECISION_STAT
-from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies import checks
+from nestedfp.policies.checks import InvalidField
 
 _ENGINE_DEAD: Final = 70
+_HUNG_S: Final = 120.0
+"""It answers between two steps; no step takes this long."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,28 +47,43 @@ class EngineReplica:
         self._death_watch = asyncio.create_task(self._exit_with_the_engine())
         self._loop: ControlLoop | None = None
         self._following: asyncio.Task[None] | None = None
-        await self._follow(self._settings.policy)
+        self._healthy = False
+        await self._follow()
 
     async def __serve_build_asgi_app__(self) -> App:
         app: App = self._engine.asgi
         return app
 
     async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
-        """Take over changed policy settings (`{"policy": {...}}`) without a restart."""
-        if user_config and "policy" in user_config:
-            await self._follow(PolicyConfig.from_dict(user_config["policy"]))
+        """Take over changed policy settings (`{"policy": {...}}`) without a restart.
+
+        Bad ones fail the start of a replica. One that serves keeps what it has and logs them: Serve would end
+        it, and every other with it.
+        """
+        try:
+            self._settings = with_user_config(self._settings, user_config or {})
+        except InvalidField as error:
+            if not self._healthy:
+                raise
+            logger.error("user_config is not taken over: %s", error)
+            return
+        self._engine.adopt(self._settings)
+        await self._follow()
 
     async def check_health(self) -> None:
-        """Raises where the control loop has ended; the engine's death ends the process before Serve asks."""
+        """Raises where the engine hangs or the control loop has ended.
+
+        The engine's death ends the process before Serve asks.
+        """
+        if self._engine.silent_s > _HUNG_S:
+            raise RuntimeError(f"the engine has not answered for {self._engine.silent_s:.0f} s")
         if self._following is not None and self._following.done():
             raise RuntimeError("the replica no longer follows the policy; see its log")
+        self._healthy = True
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What the router needs: the mode and a coarse load."""
-        status = self._engine.status
-        if status is None:
-            return {}
-        return {PRECISION_STAT: self._engine.precision, "load": status.running + status.waiting}
+        """What the router needs."""
+        return {PRECISION_STAT: self._engine.precision}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The facts that the scaling rule reads. Serve never hears of None or NaN, which would end them for
@@ -90,7 +108,8 @@ class EngineReplica:
                 task.cancel()
         self._engine.shutdown()
 
-    async def _follow(self, policy: PolicyConfig) -> None:
+    async def _follow(self) -> None:
+        policy = self._settings.policy
         if not self._settings.engine.nested:
             return
         if self._following is not None:
@@ -121,6 +140,12 @@ async def _start(settings: DeploymentSettings, replica: str, metrics: ReplicaMet
     return await EngineApp.start(
         settings, replica=replica, served=metrics.request, stat_loggers=[ray_stat_logger()]
     )
+
+
+def with_user_config(settings: DeploymentSettings, user_config: Mapping[str, Any]) -> DeploymentSettings:
+    """The settings with another policy; raises InvalidField for anything else."""
+    changed = checks.mapping("user_config", user_config, ("policy",))
+    return DeploymentSettings.from_dict({**settings.to_dict(), **changed})
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

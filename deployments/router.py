@@ -24,7 +24,7 @@ ROUTING_STATS_PERIOD_S: Final = 1.0
 PRECISION_STAT: Final = "precision"
 
 
-class PrecisionRouter(LocalityMixin, RequestRouter):  # type: ignore[misc]
+class PrecisionRouter(LocalityMixin, RequestRouter):
     """Power of two choices within the replicas that suit the request's precision class."""
 
     async def choose_replicas(

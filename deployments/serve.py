@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import threading
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
-from nestedfp.deployments.config import ServeFile
+from nestedfp import models
+from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
+from nestedfp.deployments.serve_file import ServeFile
 from nestedfp.policies.checks import InvalidField
 
 DEFAULT_CONFIG: Final = Path(str(files("nestedfp.deployments"))) / "configs" / "cpu-demo.yaml"
@@ -19,7 +22,7 @@ DEFAULT_CONFIG: Final = Path(str(files("nestedfp.deployments"))) / "configs" / "
 _READY: Final = """
 The OpenAI API is at {url} (Ctrl-C stops it). Try:
 
-  curl -N {url}/chat/completions -H 'Content-Type: application/json' -d '{{
+  curl -N {url}/chat/completions -H 'Content-Type: application/json'{header} -d '{{
     "model": "{model}", "max_tokens": 64, "stream": true, "stream_options": {{"include_usage": true}},
     "messages": [{{"role": "user", "content": "Name three rivers."}}]}}'
 
@@ -52,16 +55,23 @@ def run(args: argparse.Namespace) -> int:
     try:
         file = with_overrides(ServeFile.load(args.config), args.model, args.port, args.replicas)
         with running(file, say=_say, temp_dir=args.ray_dir) as app:
-            key = f"${file.settings.http.api_keys_variable}"
-            print(_READY.format(url=app.url, model=app.model, key=key), flush=True)
+            print(ready_message(app.url, app.model, file.settings), flush=True)
             threading.Event().wait()
     except Interrupted:
         pass
-    except (InvalidField, StartFailed, OSError) as error:
+    except (InvalidField, StartFailed, models.ModelError, OSError) as error:
         print(f"nestedfp serve: {error}", file=sys.stderr)
         return 1
     _say("stopped")
     return 0
+
+
+def ready_message(url: str, model: str, settings: DeploymentSettings) -> str:
+    """How to call the endpoint; `KEY` stands for an API key where one is demanded."""
+    variable = settings.http.api_keys_variable
+    demanded = settings.environment.get(variable, os.environ.get(variable))
+    header = " -H 'Authorization: Bearer KEY'" if demanded else ""
+    return _READY.format(url=url, model=model, header=header, key="KEY" if demanded else "none")
 
 
 def with_overrides(
@@ -72,6 +82,9 @@ def with_overrides(
     if model is not None:
         settings["engine"] |= {"model": model, "served_model_name": Path(model).name}
     if replicas is not None:
+        if settings["autoscaling"] is not None:
+            remedy = "leave it out: the file has autoscaling, which begins with its min_replicas"
+            raise InvalidField("--replicas", replicas, remedy)
         settings["replicas"]["count"] = replicas
     changed = type(file.settings).from_dict(settings)
     return dataclasses.replace(file, settings=changed, port=file.port if port is None else port)

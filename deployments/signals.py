@@ -23,12 +23,9 @@ class RequestWindow:
     Written from the engine's output loop on every step, so each call costs time proportional to what it adds.
     """
 
-    def __init__(
-        self, window_s: float, percentile: float, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, window_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._window_s = window_s
         self._arrival_window_s = min(window_s, ARRIVAL_WINDOW_S)
-        self._percentile = percentile
         self._clock = clock
         self._started_s = clock()
         self._arrivals: deque[tuple[float, float]] = deque()
@@ -71,17 +68,17 @@ class RequestWindow:
         """Prompt tokens per second over the same time."""
         return sum(self._arrived(self._prompt_tokens)) / self._span_s()
 
-    def ttft_s(self) -> float | None:
-        """The percentile of TTFT over the window; None where no first token fell into it."""
-        return percentile(self._recent(self._ttft_s), self._percentile)
+    def ttft_s(self, percent: float) -> float | None:
+        """That percentile of TTFT over the window; None where no first token fell into it."""
+        return percentile(self._recent(self._ttft_s), percent)
 
-    def tpot_s(self) -> float | None:
+    def tpot_s(self, percent: float) -> float | None:
         """TPOT over the window; None where no request gave two tokens in it.
 
         The larger of two: the percentile over finished requests, and the mean interval between tokens of all
         requests, which answers for those that still run.
         """
-        finished = percentile(self._recent(self._tpot_s), self._percentile)
+        finished = percentile(self._recent(self._tpot_s), percent)
         steps = self._recent(self._step_itl_s)
         known = [
             value for value in (finished, sum(steps) / len(steps) if steps else None) if value is not None
@@ -125,8 +122,8 @@ def report_signals(
     signals: dict[str, Any] = {
         "arrivals_per_s": window.arrivals_per_s(),
         "arriving_prompt_tokens_per_s": window.prompt_tokens_per_s(),
-        "ttft_p90_s": window.ttft_s(),
-        "tpot_p90_s": window.tpot_s(),
+        "ttft_p90_s": window.ttft_s(slo.percentile),
+        "tpot_p90_s": window.tpot_s(slo.percentile),
         "slo_miss_share": window.missed_share(slo),
     }
     if status is None:

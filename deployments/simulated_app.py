@@ -29,9 +29,8 @@ class SimulatedApp:
 
     def __init__(self, settings: DeploymentSettings, *, replica: str, served: Served) -> None:
         given = SimulatedArguments.from_dict(settings.engine.arguments)
-        slo = settings.policy.slo
-        self._window = RequestWindow(settings.replicas.signal_window_s, slo.percentile)
-        self._slo = slo
+        self._window = RequestWindow(settings.replicas.signal_window_s)
+        self._slo = settings.policy.slo
         self._engine = SimulatedEngine(
             EngineSettings(
                 model=settings.policy.latency or latency_model(given.max_num_batched_tokens),
@@ -81,6 +80,16 @@ class SimulatedApp:
     def precision(self) -> str:
         """The precision in force."""
         return self._engine.current
+
+    def adopt(self, settings: DeploymentSettings) -> None:
+        """Take over settings whose policy has changed; the steps keep their times."""
+        self._slo = settings.policy.slo
+        self._door.adopt(settings)
+
+    @property
+    def silent_s(self) -> float:
+        """It lives in this process and always answers."""
+        return 0.0
 
     async def apply(self, order: Order) -> None:
         """Set the engine's target."""

@@ -151,14 +151,19 @@ class SimulatedOpenAI:
     def _read(self, body: bytes, *, chat: bool) -> _Request:
         try:
             given = json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(f"The body is not JSON: {error}") from None
         if not isinstance(given, dict):
             raise BadRequest("The body must be a JSON object.")
         if given.get("model") not in (None, self._model):
             raise BadRequest(f"The model {given['model']!r} does not exist.", "model", 404)
+        if given.get("n") not in (None, 1):
+            raise BadRequest(f"n is {given['n']!r}; a simulated engine gives one answer.", "n")
         prompt_tokens = _chat_length(given) if chat else _prompt_length(given)
-        output = given.get("max_completion_tokens") or given.get("max_tokens", _DEFAULT_OUTPUT)
+        output = next(
+            (given[name] for name in ("max_completion_tokens", "max_tokens") if given.get(name) is not None),
+            _DEFAULT_OUTPUT,
+        )
         if isinstance(output, bool) or not isinstance(output, int) or output < 1:
             raise BadRequest(f"max_tokens is {output!r}; give a whole number of at least 1.", "max_tokens")
         if prompt_tokens + output > self._max_model_len:
@@ -271,7 +276,7 @@ def _prompt_length(given: Mapping[str, Any]) -> int:
     prompt = given.get("prompt")
     if isinstance(prompt, str):
         return max(1, len(prompt.split()))
-    if isinstance(prompt, list) and prompt and all(isinstance(token, int) for token in prompt):
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         return len(prompt)
     raise BadRequest("prompt must be a text or a list of token ids.", "prompt")
 

@@ -86,7 +86,7 @@ class Recorder:
                 try:
                     self._write(file, self._status())
                 except RayError as error:
-                    logger.warning("no policy status: %s", str(error).splitlines()[0])
+                    logger.warning("no policy status: %s", str(error).partition("\n")[0])
                 if last:
                     return
 

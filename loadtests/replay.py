@@ -151,6 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _trace(options: argparse.Namespace) -> Trace:
+    if options.requests is not None and options.requests < 1:
+        raise ValueError(f"requests is {options.requests}; give a number of at least 1, or leave it out")
     if options.trace:
         # A window needs the lines before it, a bare number of requests only so many.
         limit = None if options.window else options.requests

@@ -123,8 +123,10 @@ def mmpp(
 ) -> Trace:
     """A two-state Markov-modulated Poisson process: exponential sojourns, starting in the stationary mix."""
     means, rates = (mean_calm_s, mean_burst_s), (calm_rps, burst_rps)
-    if min(means) <= 0:
+    if not all(mean > 0 and math.isfinite(mean) for mean in means):
         raise ValueError(f"mean sojourns are {means} s; give numbers greater than 0")
+    if not (duration_s > 0 and math.isfinite(duration_s)):
+        raise ValueError(f"the trace lasts {duration_s!r} s; give a number greater than 0")
     # Its own stream, so that the sojourns do not shift when lengths or rates change.
     random = np.random.default_rng([seed, 1])
     state = int(random.random() < mean_burst_s / (mean_calm_s + mean_burst_s))

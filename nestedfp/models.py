@@ -26,7 +26,7 @@ _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 class ModelError(RuntimeError):
-    """The demonstration model could not be fetched or is not what was expected."""
+    """The model is not there, could not be fetched, or is not what was expected."""
 
 
 def cache_folder() -> Path:
@@ -36,8 +36,18 @@ def cache_folder() -> Path:
 
 
 def resolve(model: str) -> str:
-    """A local folder or Hugging Face id for vLLM: `SmolLM2-135M-Instruct` is fetched, others pass through."""
-    return str(demo_model()) if model == DEMO_MODEL else model
+    """What vLLM is to load: `SmolLM2-135M-Instruct` is fetched, a path is checked, an id passes through.
+
+    Raises ModelError for a path that does not exist; vLLM would ask the Hugging Face hub for it.
+    """
+    if model == DEMO_MODEL:
+        return str(demo_model())
+    if not model.startswith(("/", "./", "../", "~")):
+        return model
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise ModelError(f"{model} does not exist; give a folder with a checkpoint, or a Hugging Face id")
+    return str(path)
 
 
 def demo_model() -> Path:

@@ -5,7 +5,7 @@
 """
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 from nestedfp.vllm import compat
 from nestedfp.vllm.settings import METHOD, Settings
@@ -39,7 +39,7 @@ def register() -> None:
     core.install(compat.engine_core())
 
 
-def engine_arguments(device: Literal["cpu", "cuda"] = "cuda", **settings: Any) -> dict[str, Any]:
+def engine_arguments(device: str = "cuda", **settings: Any) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs`, `AsyncEngineArgs` or `LLM` that switch the plugin on.
 
     `settings` are the keys of `nestedfp.vllm.settings.Settings.from_dict`: inexact, plans, target, limits,

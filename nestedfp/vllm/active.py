@@ -4,7 +4,6 @@ There is one owner, `ACTIVE`: layers read it inside the opaque operator, only th
 only between steps.
 """
 
-import logging
 from collections import Counter
 
 import torch
@@ -12,9 +11,6 @@ from torch import Tensor
 
 from nestedfp.precision import Precision
 from nestedfp.vllm.plan import FP16, Plan
-
-# Under vLLM's own logger, which is the only one that its processes configure.
-logger = logging.getLogger("vllm.nestedfp")
 
 NESTED = "nested"
 _CODES = {Precision.FP16: 1, Precision.FP8: 2}

@@ -51,10 +51,10 @@ class Settings:
             )
         settings = cls(
             inexact=_inexact(data.get("inexact", Inexact.AUTO)),
-            plans=configured_plans(data.get("plans", {})),
+            plans=_plans(data.get("plans", {})),
             target=data.get("target", "fp16"),
-            limits=Limits.from_dict(data.get("limits", {})),
-            check_steps=bool(data.get("check_steps", False)),
+            limits=_limits(data.get("limits", {})),
+            check_steps=_flag("check_steps", data.get("check_steps", False)),
             graph_reserve_gib=_gib(data.get("graph_reserve_gib")),
         )
         settings.check_mode(settings.target)
@@ -62,7 +62,7 @@ class Settings:
 
     def check_mode(self, mode: str) -> None:
         """Raises ValueError unless `mode` is `auto` or a configured plan."""
-        if mode != AUTO and mode not in self.plans:
+        if mode != AUTO and (not isinstance(mode, str) or mode not in self.plans):
             raise ValueError(f"mode is {mode!r}, expected one of {[*self.plans, AUTO]}")
 
 
@@ -73,6 +73,28 @@ def _inexact(value: str) -> Inexact:
         raise ValueError(
             f"quantization_config: inexact is {value!r}, expected one of {[known.value for known in Inexact]}"
         ) from error
+
+
+def _plans(value: Any) -> dict[str, Plan]:
+    if not isinstance(value, Mapping | list | tuple | str):
+        raise ValueError(
+            f"quantization_config: plans is {value!r}, expected names of plans or a mapping to layer kinds"
+        )
+    return configured_plans(value)
+
+
+def _limits(value: Any) -> Limits:
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"quantization_config: limits is {value!r}, expected a mapping from names to numbers"
+        )
+    return Limits.from_dict(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"quantization_config: {name} is {value!r}, expected true or false")
+    return value
 
 
 def _gib(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from nestedfp.deployments.cluster import RunningApp, running
-from nestedfp.deployments.config import ServeFile
+from nestedfp.deployments.serve_file import ServeFile
 
 ANSWER_S = 60.0
 """Nothing may take longer than this, on a machine with other work too."""

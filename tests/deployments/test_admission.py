@@ -17,6 +17,8 @@ from nestedfp.deployments.admission import (
     pin_to_16_bits,
 )
 from nestedfp.deployments.asgi import App, Receive, Scope, Send, send_json
+from nestedfp.deployments.door import api_keys
+from nestedfp.policies.checks import InvalidField
 from nestedfp.vllm.control import PRECISION_ARGUMENT, STRICT_CACHE_SALT
 
 from .asgi_client import Answer, ask
@@ -106,6 +108,24 @@ async def test_without_keys_or_for_health_none_is_asked() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "keys"), [(None, []), ("", []), ("one", ["one"]), (" one, two ,", ["one", "two"])]
+)
+def test_keys_come_from_the_environment(
+    text: str | None, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KEYS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("KEYS", text)
+    assert api_keys("KEYS") == keys
+
+
+def test_a_variable_without_a_key_in_it_does_not_open_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYS", " ,")
+    with pytest.raises(InvalidField, match="KEYS"):
+        api_keys("KEYS")
+
+
+@pytest.mark.parametrize(
     ("chunks", "declared", "status"),
     [
         ((b"x" * 10,), None, 200),
@@ -185,7 +205,7 @@ async def test_other_requests_pass_byte_for_byte() -> None:
         assert inner.bodies == [body]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff", b""])
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff", b"", b"[" * 100_000])
 async def test_a_strict_body_that_is_no_object_is_left_to_vllm(body: bytes) -> None:
     assert pin_to_16_bits(body) == body
 
@@ -201,9 +221,10 @@ async def test_unknown_class_and_pins_past_the_header_are_refused() -> None:
     assert unknown.status == 400
     assert error_of(unknown)["param"] == "x-nestedfp-precision"
     body = json.dumps({"vllm_xargs": {PRECISION_ARGUMENT: "fp16"}}).encode()
-    past = await ask(door(Recorder()), "POST", CHAT, body=(body,))
-    assert past.status == 400
-    assert error_of(past)["param"] == "vllm_xargs"
+    for spelled in (body, body.replace(b"_precision", rb"\u005fprecision")):
+        past = await ask(door(Recorder()), "POST", CHAT, body=(spelled,))
+        assert past.status == 400
+        assert error_of(past)["param"] == "vllm_xargs"
 
 
 async def test_strict_places_are_bounded_and_given_back() -> None:
@@ -261,10 +282,14 @@ async def test_a_strict_request_waits_for_a_place_and_is_then_served() -> None:
 
 async def test_the_wait_is_bounded_and_ends_with_retry_after() -> None:
     inner = Slow()
-    entry = door(inner, wait_s=0.05)
+    told: list[int] = []
+    entry = PrecisionClass(
+        inner, limit=1, wait_s=0.05, retry_after_s=3, nested=True, refused=lambda: told.append(503)
+    )
     first, second = strict_request(entry), strict_request(entry)
     refused = await second
     assert refused.status == 503
+    assert told == [503]
     assert refused.headers["retry-after"] == "3"
     assert "0.05 s" in error_of(refused)["message"]
     inner.release.set()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
 
 from nestedfp.deployments import policy_actor
 from nestedfp.deployments.control_loop import ControlLoop
-from nestedfp.deployments.metrics import served_by
 from nestedfp.deployments.policy_actor import PolicyLink, PolicyService, actor_name
 from nestedfp.policies.actor import PolicyActor
 from nestedfp.policies.config import PolicyConfig
@@ -172,6 +173,44 @@ async def test_a_lost_actor_is_found_anew(monkeypatch: pytest.MonkeyPatch) -> No
     assert found == []
 
 
+class TaskError(RayError):
+    """As Ray wraps what an actor's method raises."""
+
+    cause = ValueError("boot 7 was replaced")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(TaskError("ray::sync()\nTraceback"), "boot 7 was replaced"), (RayError(), "RayError")],
+)
+async def test_the_reason_of_a_failed_call_is_told(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_actor, "find_or_create", lambda *_: RemoteActor(error))
+    with pytest.raises(ActorUnavailable, match=f"^{told}$"):
+        await PolicyLink("a", CONFIG).sync({}, 0, 0.0)
+
+
+async def test_a_slow_search_for_the_actor_is_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[str] = []
+    answered = threading.Event()
+
+    def find(app_name: str, _: PolicyConfig) -> RemoteActor:
+        searches.append(app_name)
+        answered.wait(10.0)
+        return RemoteActor()
+
+    monkeypatch.setattr(policy_actor, "find_or_create", find)
+    link = PolicyLink("a", CONFIG)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await link.sync({}, 0, 0.0)
+    answered.set()
+    assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
+    assert searches == ["a"]
+
+
 async def test_an_actor_that_nobody_calls_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     context = SimpleNamespace(current_actor="itself")
@@ -185,17 +224,3 @@ async def test_an_actor_that_nobody_calls_ends_itself(monkeypatch: pytest.Monkey
         await asyncio.sleep(0.05)
         assert ended == []
     await eventually(lambda: ended == ["itself"])
-
-
-@pytest.mark.parametrize(
-    ("status", "tokens", "label"),
-    [
-        (200, {"fp16": 3, "fp8": 0}, "fp16"),
-        (200, {"fp16": 0, "fp8": 2}, "fp8"),
-        (200, {"fp16": 1, "fp8": 2}, "mixed"),
-        (200, None, "200"),
-        (503, None, "503"),
-    ],
-)
-def test_label_of_a_served_request(status: int, tokens: dict[str, int] | None, label: str) -> None:
-    assert served_by(status, tokens) == label

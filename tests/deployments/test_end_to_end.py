@@ -137,6 +137,23 @@ def test_the_openai_client_streams_and_gets_the_same_usage(app: RunningApp) -> N
     assert tokens["fp8"] == 0
 
 
+def test_calls_under_one_request_id_and_samples_are_counted_each_by_itself(http: httpx.Client) -> None:
+    def call(tokens: int) -> dict[str, Any]:
+        body = {"model": "smol", "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True}
+        answer = http.post("/completions", json=body, headers={"x-request-id": "trace-7"})
+        assert answer.headers["x-request-id"] == "trace-7"
+        usage: dict[str, Any] = answer.json()["usage"]
+        return usage
+
+    with ThreadPoolExecutor(3) as clients:
+        for usage in clients.map(call, (8, 16, 24)):
+            assert sum(usage["nestedfp"].values()) == usage["total_tokens"] - 1
+    both = complete(http, n=2, temperature=1.0).json()["usage"]
+    # Each sample computes the prompt, and its last token leaves without being scheduled again.
+    executed = 2 * both["prompt_tokens"] + both["completion_tokens"] - 2
+    assert sum(both["nestedfp"].values()) == executed
+
+
 def test_a_flip_under_a_running_stream_and_the_classes_after_it(app: RunningApp, http: httpx.Client) -> None:
     body = {
         "model": "smol",

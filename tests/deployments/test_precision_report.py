@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, send_error, send_json
+from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, header, send_error, send_json
 from nestedfp.deployments.precision_report import PrecisionReport
 
 from .asgi_client import Answer, ask
@@ -113,6 +113,15 @@ async def test_a_stream_changes_in_its_last_usage_only_and_passes_message_by_mes
     assert response.headers["x-nestedfp-precision-at-start"] == "fp8"
 
 
+async def test_a_stream_without_usage_is_counted_too() -> None:
+    chunks = [event({"id": "cmpl-1", "choices": [{"text": text, "id": "no"}]}) for text in "ab"]
+    desk = Desk(stream_app(*chunks, b"data: [DONE]\n\n"))
+    response = await desk.ask()
+    assert response.body == b"".join([*chunks, b"data: [DONE]\n\n"])
+    assert desk.asked == ["cmpl-1"]
+    assert desk.served == [(False, 200, TOKENS)]
+
+
 async def test_events_that_share_a_message_stay_whole() -> None:
     last = event({"id": "cmpl-1", "choices": [], "usage": USAGE})
     response = await Desk(stream_app(b": keep-alive\n\n" + last + b"data: [DONE]\n\n")).ask()
@@ -158,6 +167,25 @@ async def test_a_request_without_an_answer_counts_as_left() -> None:
     with pytest.raises(RuntimeError, match="cut"):
         await desk.ask()
     assert desk.served == [(False, 499, None)]
+
+
+async def test_requests_that_share_an_id_are_told_apart() -> None:
+    seen: list[bytes | None] = []
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        seen.append(header(scope["headers"], b"x-request-id"))
+        await send_json(send, 200, b"{}")
+
+    desk = Desk(app)
+    for headers in ([(b"x-request-id", b"trace-7")], [(b"X-Request-Id", b"trace-7")], []):
+        await desk.ask(headers=headers)
+    first, second, none = seen
+    assert first is not None
+    assert second is not None
+    assert first.startswith(b"trace-7-")
+    assert second.startswith(b"trace-7-")
+    assert first != second
+    assert none is None
 
 
 async def test_other_routes_are_not_touched() -> None:

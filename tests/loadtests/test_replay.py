@@ -190,6 +190,8 @@ def test_the_command_replays_a_file_and_records_what_it_did_to_it(
         ("--model m --trace nowhere.csv", "nowhere.csv"),
         ("--model m --straggler-s 0", "straggler_s is 0.0"),
         ("--model m --time-scale -1", "time scale is -1.0"),
+        ("--model m --requests 0", "requests is 0"),
+        ("--model m --synthetic mmpp --duration-s inf", "the trace lasts inf s"),
     ],
 )
 def test_bad_options_are_told_in_one_line(

@@ -25,7 +25,15 @@ def fake_wheel(content: bytes):
 
 def test_other_models_pass_through() -> None:
     assert models.resolve("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
-    assert models.resolve("/a/folder") == "/a/folder"
+    assert models.resolve("folder/below") == "folder/below"
+
+
+def test_a_path_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.resolve(str(tmp_path)) == str(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert models.resolve(f"~/{tmp_path.name}") == str(tmp_path)
+    with pytest.raises(models.ModelError, match=r"\./not/there does not exist"):
+        models.resolve("./not/there")
 
 
 def test_a_converted_model_is_not_fetched_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

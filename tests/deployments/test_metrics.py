@@ -1,0 +1,80 @@
+"""What a replica exports, with stand-ins for Ray's metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nestedfp.deployments import metrics
+from nestedfp.deployments.metrics import ReplicaMetrics, served_by
+from nestedfp.policies.config import Slo
+from nestedfp.policies.replica import Order
+
+Values = dict[tuple[str, str], float]
+
+
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> Values:
+    """Name and labels (less the replica) -> value, of everything that is exported."""
+    values: Values = {}
+
+    class Series:
+        def __init__(self, name: str, tag_keys: tuple[str, ...], **_: Any) -> None:
+            self._name, self._keys = name, tag_keys
+
+        def _key(self, tags: dict[str, str]) -> tuple[str, str]:
+            assert set(tags) == set(self._keys)
+            return self._name, " ".join(tags[key] for key in self._keys[1:])
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            values[self._key(tags)] = value
+
+        def inc(self, value: float, tags: dict[str, str]) -> None:
+            values[self._key(tags)] = values.get(self._key(tags), 0.0) + value
+
+        observe = set
+
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(metrics, kind, Series)
+    return values
+
+
+def test_headroom_recovers_when_nobody_calls(exported: Values) -> None:
+    told = ReplicaMetrics("r1")
+    told.latencies(Slo(ttft_s=1.0, tpot_s=0.1), ttft_s=3.0, tpot_s=0.05)
+    assert exported["nestedfp_slo_headroom", "ttft"] == -2.0
+    assert exported["nestedfp_slo_headroom", "tpot"] == 0.5
+    told.latencies(Slo(ttft_s=1.0, tpot_s=0.1), ttft_s=None, tpot_s=None)
+    assert exported["nestedfp_slo_headroom", "ttft"] == 1.0
+    assert exported["nestedfp_slo_headroom", "tpot"] == 1.0
+
+
+def test_changes_of_the_target_are_counted_with_who_ordered_them(exported: Values) -> None:
+    told = ReplicaMetrics("r1")
+    for mode, source in (("fp16", "actor"), ("fp8", "actor"), ("fp8", "local"), ("fp16", "local")):
+        told.order(Order(mode, 1, "", None, source), 0.002)
+    flips = {labels: count for (name, labels), count in exported.items() if name == "nestedfp_flips_total"}
+    assert flips == {"fp16 fp8 policy": 1.0, "fp8 fp16 alone": 1.0}
+
+
+def test_requests_are_counted_by_class_and_what_served_them(exported: Values) -> None:
+    told = ReplicaMetrics("r1")
+    told.request(strict=True, status=503, tokens=None)
+    told.request(strict=False, status=200, tokens={"fp16": 1, "fp8": 2})
+    assert exported["nestedfp_requests_total", "fp16 503"] == 1.0
+    assert exported["nestedfp_requests_total", "any mixed"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("status", "tokens", "label"),
+    [
+        (200, {"fp16": 3, "fp8": 0}, "fp16"),
+        (200, {"fp16": 0, "fp8": 2}, "fp8"),
+        (200, {"fp16": 1, "fp8": 2}, "mixed"),
+        (200, None, "200"),
+        (503, None, "503"),
+    ],
+)
+def test_label_of_a_served_request(status: int, tokens: dict[str, int] | None, label: str) -> None:
+    assert served_by(status, tokens) == label

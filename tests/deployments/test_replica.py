@@ -1,0 +1,95 @@
+"""What Serve calls on a replica, with neither Serve nor an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.replica import EngineReplica, with_user_config
+from nestedfp.policies.checks import InvalidField
+
+SETTINGS = DeploymentSettings.from_dict({"engine": {"model": "m"}, "policy": {"slo": {"ttft_s": 2.0}}})
+BAD = {"policy": {"controler": "predictive"}}
+
+
+class Engine:
+    """Remembers the SLO that it was told."""
+
+    def __init__(self) -> None:
+        self.ttft_s = SETTINGS.policy.slo.ttft_s
+        self.silent_s = 0.0
+
+    def adopt(self, settings: DeploymentSettings) -> None:
+        self.ttft_s = settings.policy.slo.ttft_s
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def replica(engine: Engine) -> Any:
+    """A replica of plain vLLM, which follows no policy, before Serve has found it healthy."""
+    kind: Any = EngineReplica
+
+    class Replica(kind.func_or_class):  # type: ignore[misc]
+        def __del__(self) -> None:
+            """Serve awaits the real one; here the garbage collector calls it."""
+
+    made: Any = object.__new__(Replica)
+    plain = {**SETTINGS.to_dict(), "engine": {"model": "m", "nested": False}}
+    made._settings = DeploymentSettings.from_dict(plain)
+    made._engine, made._loop, made._following, made._death_watch = engine, None, None, None
+    made._healthy = False
+    return made
+
+
+async def test_a_changed_policy_reaches_the_engine(replica: Any, engine: Engine) -> None:
+    await replica.reconfigure({"policy": {"slo": {"ttft_s": 0.5}}})
+    assert engine.ttft_s == 0.5
+
+
+async def test_a_bad_user_config_fails_a_start_but_ends_no_replica_that_serves(
+    replica: Any, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InvalidField, match="controler"):
+        await replica.reconfigure(BAD)
+    await replica.check_health()
+    with caplog.at_level("ERROR", logger="ray.serve"):
+        await replica.reconfigure(BAD)
+    assert "controler" in caplog.text
+    assert engine.ttft_s == 2.0
+    assert replica._settings.policy == SETTINGS.policy
+
+
+async def test_an_engine_that_hangs_is_not_healthy(replica: Any, engine: Engine) -> None:
+    engine.silent_s = 100.0
+    await replica.check_health()
+    engine.silent_s = 130.0
+    with pytest.raises(RuntimeError, match="not answered for 130 s"):
+        await replica.check_health()
+
+
+def test_user_config_changes_the_policy_alone() -> None:
+    changed = with_user_config(SETTINGS, {"policy": {"slo": {"ttft_s": 1.0}}})
+    assert changed.policy.slo.ttft_s == 1.0
+    assert changed.strict_wait_s == 1.0
+    assert changed.engine == SETTINGS.engine
+    assert with_user_config(SETTINGS, {}) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("user_config", "field"),
+    [
+        ({"polcy": {}}, "user_config.polcy"),
+        ({"engine": {"model": "other"}}, "user_config.engine"),
+        ({"policy": {"slo": {"ttft_s": -1}}}, "policy.slo.ttft_s"),
+    ],
+)
+def test_a_bad_user_config_is_named(user_config: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        with_user_config(SETTINGS, user_config)
+    assert caught.value.field == field
