@@ -112,20 +112,22 @@ def main() -> int:
         folder: Path = args.logs or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         started = [Run(name, what, folder) for name, what in chosen.items()]
-        found = [run.result(deadline - time.monotonic()) for run in started]
-        for run, result in zip(started, found, strict=True):
+        results = [run.result(deadline - time.monotonic()) for run in started]
+        for run, result in zip(started, results, strict=True):
+            print(json.dumps(result))
             if result.get("failures") or not result["complete"]:
                 print(f"--- {run.name}\n{run.log.read_text()[-2500:]}")
     several = f"{devices}x-" if devices > 1 else ""
     out = args.out or ROOT / "bench" / "data" / f"vllm-tests-{several}{gpu.slug()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps({"header": {**gpu.describe(), "devices": devices}, "runs": found}, indent=1) + "\n"
-    )
-    for result in found:
-        print(json.dumps(result))
+    kept: list[dict[str, Any]] = []
+    if out.is_file():
+        made = {result["name"] for result in results}
+        kept = [run for run in json.loads(out.read_text())["runs"] if run["name"] not in made]
+    report = {"header": {**gpu.describe(), "devices": devices}, "runs": results + kept}
+    out.write_text(json.dumps(report, indent=1) + "\n")
     print(out)
-    return int(any(result.get("failures") or not result["complete"] for result in found))
+    return int(any(result.get("failures") or not result["complete"] for result in results))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ only between steps.
 """
 
 from collections import Counter
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -61,7 +62,8 @@ class ActivePlan:
         self.inexact_rows: dict[str, int] = {}
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self._kinds: dict[int, str] = {}
-        self._planes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._planes: dict[int, tuple[ref[Tensor], ref[Tensor]]] = {}
+        """Weak: the layers own their bytes, and an engine that is gone frees them."""
         self._next: dict[int, int] = {}
 
     def clear(self) -> None:
@@ -88,7 +90,7 @@ class ActivePlan:
         if self._kinds:
             self._next[next(reversed(self._kinds))] = address
         self._kinds[address] = layer_kind(name)
-        self._planes[address] = upper, lower
+        self._planes[address] = ref(upper), ref(lower)
 
     def read_after(self, row_exponent: Tensor) -> tuple[Tensor, ...]:
         """The bytes that the layer after this one reads under the plan in force; none after the last."""
@@ -97,7 +99,8 @@ class ActivePlan:
             return ()
         upper, lower = self._planes[following]
         fp8 = self.plan.precision(self._kinds[following]) is Precision.FP8
-        return (upper,) if fp8 else (upper, lower)
+        planes = (upper(),) if fp8 else (upper(), lower())
+        return tuple(plane for plane in planes if plane is not None)
 
     def start_recording(self, device: torch.device) -> None:
         """Records from now on; to be called after the load and before anything is captured."""

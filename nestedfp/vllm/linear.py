@@ -115,6 +115,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             return None
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(f"layer {self._name}: {error}") from error
+        ACTIVE.inexact_rows.pop(self._name, None)
         if rows := nested.exactness.inexact_rows:
             ACTIVE.inexact_rows[self._name] = rows
         return nested

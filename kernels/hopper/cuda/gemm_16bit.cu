@@ -28,7 +28,7 @@
 // every warpgroup's wgmma with all tokens.
 #include "ptx.cuh"
 #include "ahead.cuh"
-#include "elements.cuh"
+#include "rebuild.cuh"
 #include "ring.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
@@ -55,40 +55,6 @@ static_assert(ROWS % (8 * CLUSTER_TOKENS) == 0);
 static_assert(OWN_TOKENS % SLICE == 0 && SLICE % 16 == 0);
 static_assert(SLICED_K == 1 || (CONSUMERS == 2 && SLICED_K == 2 && TOKENS % 32 == 0 && SETS == 1 && !AHEAD));
 static_assert(WARP_BYTES >= SLICE * 32);  // a warp stages SLICE tokens of 16 rows
-
-// Four weights of the two byte planes as two pairs of 16-bit floats: nestedfp/format.py says why this rebuilds them.
-// Five instructions are for the narrow integer pipe; the subtractions are written as multiply-adds, with a factor
-// that the compiler does not know to be one, so that they run beside them on the pipe of float multiplications.
-__device__ __forceinline__ void rebuild(u32 upper, u32 lower, u32 one, u32& first, u32& second) {
-  const u32 high = (upper & 0x80808080) | (upper >> 1 & 0x3F3F3F3F);
-  first = __byte_perm(lower, high, 0x5140) * one - 0x00400040;
-  second = __byte_perm(lower, high, 0x7362) * one - 0x00400040;
-#if BFLOAT16
-  first = as_bfloat16(first);
-  second = as_bfloat16(second);
-#endif
-}
-
-// A thread's share of 64 rows by 64 of K: 16 bytes of each plane in two rows. `from` is where its first row's lie in a
-// plane in the 128-byte swizzle, which is the same for that row and the eighth after it.
-struct Bytes {
-  u32 upper[2][4], lower[2][4];
-  __device__ __forceinline__ void load(u32 from) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      ptx::load_shared(upper[h], from + h * 8 * UNIT);
-      ptx::load_shared(lower[h], from + h * 8 * UNIT + PLANE_BYTES);
-    }
-  }
-  // As wgmma's A fragments: four registers for each 16 of K.
-  __device__ __forceinline__ void rebuild(u32 (&weights)[16], u32 one) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        ::rebuild(upper[h][j], lower[h][j], one, weights[j * 4 + h], weights[j * 4 + h + 2]);
-  }
-};
 
 // Where a warp stages half (16 bytes) of the 16 rows of `token`: eight tokens in turn lie in different banks.
 __device__ __forceinline__ u32 staged(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2 & 1)) << 4); }
@@ -353,7 +319,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         ptx::barrier_wait(weight_full + stage * 8, parity);
         return share + stage * 2 * PLANE_BYTES;
       };
-      Bytes bytes[2];
+      Bytes<UNIT, PLANE_BYTES> bytes[2];
       if constexpr (AHEAD) {
         const u32 from = await_weights(weight_ring.stage, weight_ring.parity);
         bytes[0].load(from);
