@@ -39,6 +39,7 @@ from nestedfp.policies.snapshot import ReplicaView, Snapshot
 POLICIES = ("static-fp16", "static-fp8", "threshold", "predictive")
 HELD_OUT_SEED = 7
 TRIES = 600
+STEADY_S = 3700.0
 SETTLED_S = 60.0
 TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
@@ -163,13 +164,14 @@ def timeline(outcome: Outcome) -> dict[str, Any]:
 
 
 def steady(folder: Path, capacity: float, replicas: int, seed: int, kept: dict[str, Any]) -> dict[str, Any]:
-    """An hour of Poisson arrivals at 60 % of the conversation trace's capacity.
+    """A little over an hour of Poisson arrivals at 60 % of the conversation trace's capacity.
 
+    Over an hour, so that flips an hour rest on a whole one: from less, one flip is more than one an hour.
     Every replica starts in 16 bits and takes its first order within seconds, so flips are also counted
     without the first minute, when the load is steady.
     """
     lengths = read_trace(folder / TRACES["azure-conv-2023"])
-    arrivals = poisson(lengths, 0.6 * capacity, 3600.0, seed)
+    arrivals = poisson(lengths, 0.6 * capacity, STEADY_S, seed)
     load = Load("poisson, azure-conv-2023 lengths", 0.6, capacity, arrivals)
     summaries: dict[str, Any] = {}
     for name in POLICIES:

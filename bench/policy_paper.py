@@ -2,8 +2,7 @@
 
 Arrivals are thinned once, so that static FP16 violates 19 +- 1 of the 60 seconds. A second violates if the
 90th percentile of the mean TPOT of the requests that finished in it exceeds the limit. Two misses of a dozen
-requests make such a second, so the predictive policy runs with cautious settings as well: a lower pace and no
-debt, which were chosen on this very minute.
+requests make such a second.
 """
 
 from pathlib import Path
@@ -12,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from nestedfp.loadtests.readers import read_trace
-from nestedfp.policies.config import PolicyConfig, Prediction
+from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.simulation.cluster import Outcome, simulate
 from nestedfp.policies.simulation.state import EngineSettings, thinned
 from nestedfp.policies.simulation.summary import tpot_s
 
 SECONDS, WANTED = 60, 19
-CAUTIOUS = Prediction(pace=0.8, debt_s=0.0)
 
 
 def violating(outcome: Outcome, limit_s: float) -> int:
@@ -46,8 +44,8 @@ def experiment(folder: Path, replicas: int, seed: int) -> dict[str, Any]:
     trace = read_trace(folder / "azure_conv_2024-05-14_1200_1min.csv").window(0.0, float(SECONDS))
     settings = EngineSettings()
 
-    def run(share: float, name: str, prediction: Prediction | None = None) -> Outcome:
-        policy = Policy(PolicyConfig(controller=name, prediction=prediction or Prediction()))
+    def run(share: float, name: str) -> Outcome:
+        policy = Policy(PolicyConfig(controller=name))
         return simulate(thinned(trace, share, seed), policy, replicas=replicas, seed=seed, settings=settings)
 
     limit_s = PolicyConfig().slo.tpot_s
@@ -63,17 +61,15 @@ def experiment(folder: Path, replicas: int, seed: int) -> dict[str, Any]:
         "thinned_to": share,
         "policies": {},
     }
-    runs = [(name, name, None) for name in ("static-fp16", "static-fp8", "threshold", "predictive")]
-    shown_cautious = f"predictive, pace {CAUTIOUS.pace:g}, debt {CAUTIOUS.debt_s:g}"
-    for shown, name, prediction in [*runs, (shown_cautious, "predictive", CAUTIOUS)]:
-        outcome = run(share, name, prediction)
+    for name in ("static-fp16", "static-fp8", "threshold", "predictive"):
+        outcome = run(share, name)
         none, most = in_16_bits(outcome)
         fp16, fp8 = outcome.timeline.fp16[SECONDS], outcome.timeline.fp8[SECONDS]
-        report["policies"][shown] = {
+        report["policies"][name] = {
             "violating_seconds": violating(outcome, limit_s),
             "seconds_without_fp8": none,
             "seconds_mostly_16_bits": most,
             "fp16_token_share": fp16 / max(fp16 + fp8, 1),
         }
-        print(f"    {shown}: {report['policies'][shown]}", flush=True)
+        print(f"    {name}: {report['policies'][name]}", flush=True)
     return report

@@ -56,12 +56,7 @@ TPOT_LIMIT_S: Final = 0.033
 WANTED_VIOLATIONS: Final = 19
 TOLERANCE: Final = 1
 LIVE_TRIES: Final = 8
-POLICIES: Final = (
-    "static-fp16",
-    "static-fp8",
-    "predictive",
-    "predictive:prediction.pace=0.8,prediction.debt_s=0",
-)
+POLICIES: Final = ("static-fp16", "static-fp8", "predictive")
 _ORDER_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 300.0
 _REGISTER_S: Final = 30.0

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from nestedfp.policies.config import Slo
-from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.protocol import FP8, FP16, SHORT_OUTPUT_PERCENTILE
 from nestedfp.vllm.status import EngineStatus
 
 ARRIVAL_WINDOW_S: Final = 5.0
+OUTPUTS_KEPT: Final = 256
+"""Finished requests whose lengths are remembered, however long ago they finished."""
 
 
 class RequestWindow:
@@ -33,6 +35,7 @@ class RequestWindow:
         self._ttft_s: deque[tuple[float, float]] = deque()
         self._tpot_s: deque[tuple[float, float]] = deque()
         self._step_itl_s: deque[tuple[float, float]] = deque()
+        self._output_tokens: deque[float] = deque(maxlen=OUTPUTS_KEPT)
 
     def arrived(self) -> None:
         self._add(self._arrivals, (1.0,))
@@ -48,14 +51,11 @@ class RequestWindow:
         if iteration_stats.num_prompt_tokens:
             self.prompts_arrived(iteration_stats.num_prompt_tokens)
         self._add(self._ttft_s, iteration_stats.time_to_first_tokens_iter)
-        self._add(
-            self._tpot_s,
-            [
-                request.mean_time_per_output_token
-                for request in iteration_stats.finished_requests
-                if request.num_generation_tokens > 1
-            ],
-        )
+        finished = [
+            request for request in iteration_stats.finished_requests if request.num_generation_tokens > 1
+        ]
+        self._add(self._tpot_s, [request.mean_time_per_output_token for request in finished])
+        self._output_tokens.extend(float(request.num_generation_tokens) for request in finished)
         intervals = iteration_stats.inter_token_latencies_iter
         if intervals:
             self._add(self._step_itl_s, (sum(intervals) / len(intervals),))
@@ -94,6 +94,10 @@ class RequestWindow:
         slow = sum(value > slo.tpot_s for value in tpot) / max(1, len(tpot))
         return min(1.0, late + slow)
 
+    def short_output_tokens(self) -> float | None:
+        """Output tokens that only few of the latest requests stayed below, of those with two or more."""
+        return percentile(list(self._output_tokens), SHORT_OUTPUT_PERCENTILE)
+
     def _span_s(self) -> float:
         return min(self._arrival_window_s, max(1.0, self._clock() - self._started_s))
 
@@ -125,6 +129,7 @@ def report_signals(
         "ttft_p90_s": window.ttft_s(slo.percentile),
         "tpot_p90_s": window.tpot_s(slo.percentile),
         "slo_miss_share": window.missed_share(slo),
+        "short_output_tokens": window.short_output_tokens(),
     }
     if status is None:
         return signals

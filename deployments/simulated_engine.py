@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.config import Slo
 from nestedfp.policies.latency import StepCosts
 from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.simulation import engine
@@ -234,9 +235,13 @@ class SimulatedEngine:
             context_tokens=int(replica["kv"]),
         )
 
-    def extra_signals(self) -> dict[str, Any]:
-        """What a report may say beyond the status: the step in progress, and strict requests in the queue."""
+    def extra_signals(self, slo: Slo, window_s: float) -> dict[str, Any]:
+        """What a report may say beyond the status: the step in progress, strict requests in the queue, and
+        the share of the window's requests that missed `slo` for 16-bit steps."""
+        missed, cost = np.empty(1), np.empty(1)
+        engine.misses(self.now, window_s, slo.ttft_s, slo.tpot_s, self._engines, missed, cost)
         return {
+            "slo_cost_share": None if np.isnan(cost[0]) else float(cost[0]),
             "step_time_s": float(self._replica["step_s"]) or None,
             "batch_tokens": int(self._replica["tokens"]),
             "strict_waiting": int(self._replica["strict_waiting"]),
@@ -324,3 +329,4 @@ def compile_steps() -> None:
     generation = short.submit(4, 2, strict=False)
     while not generation.done:
         short.catch_up()
+    short.extra_signals(Slo(), 1.0)

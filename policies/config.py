@@ -53,14 +53,13 @@ class Prediction:
     """The rung between 16 bits and FP8: ``auto``, a named plan whose costs are known, or empty for none."""
     rest_s: float = 60.0
     """How long the load must be light before ``auto`` gives way to 16 bits."""
-    tolerance: float = 0.0125
-    """Share of requests missed at which the controller stops taking liberties; all levels adapt to it."""
+    tolerance: float = 0.005
+    """Share of requests lost to 16 bits at which the controller stops taking liberties."""
     debt_s: float = 0.25
-    """The most a request may be behind its pace in passing, within ``auto``. Less of it loses fewer requests,
-    and in short overloads no 16-bit tokens either, since no FP8 steps go into winning it back."""
-    pace: float = 1.0
-    """The most of the TPOT limit that a token may take on average, within ``auto``. Less of it keeps
-    batches small, so that a burst which fills FP8 steps to the limit meets room; it costs 16-bit tokens."""
+    """The most a request may be behind its pace in passing, within ``auto``, however long answers are."""
+    pace: float = 0.8
+    """The most of the TPOT limit that a token may take on average, within ``auto``. What is left of it wins
+    back what a request is behind, and keeps batches small for a burst to meet room."""
     horizon_s: float = 0.5
     """How far ahead a burst in progress is projected."""
     shed: bool = False

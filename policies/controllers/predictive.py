@@ -43,9 +43,9 @@ from nestedfp.policies.controllers.facts import (
 )
 from nestedfp.policies.controllers.pace import (
     FP8_OVERLOAD,
-    QUEUE_MEMORY_S,
     RETURN_LOAD,
-    Confidence,
+    Bounds,
+    Misses,
     Room,
     auto_limits,
     room,
@@ -72,11 +72,9 @@ class _Memory:
     """The rung above that a replica could take, and since when."""
     strained_since: Mapping[str, float]
     """Since when a replica has been beyond the rung it is on."""
-    queued_at: Mapping[str, float]
-    """When a replica last had more in its queue than one step takes."""
     shedding: frozenset[str]
     model: LatencyModel
-    confidence: Confidence
+    misses: Misses
     output_tokens: float
     sustained: float
     """16-bit load of the cluster, averaged over some seconds."""
@@ -114,7 +112,7 @@ class PredictiveController(Controller):
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
-        return _Memory(None, {}, {}, {}, frozenset(), self._model, Confidence(), FIRST_OUTPUT_TOKENS, 0.0, 0)
+        return _Memory(None, {}, {}, frozenset(), self._model, Misses(), FIRST_OUTPUT_TOKENS, 0.0, 0)
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
@@ -134,10 +132,9 @@ class PredictiveController(Controller):
             before,
             seen=seen,
             model=model,
-            confidence=watch(before.confidence, _missed(views), self._settings.tolerance, now),
+            misses=watch(before.misses, _missed(views), self._settings.tolerance, now),
             output_tokens=mean_output(before.output_tokens, facts, elapsed_s),
             turn=before.turn + 1,
-            queued_at=_queued_at(before.queued_at, ids, facts.waiting >= model.chunk_tokens, now),
         )
         return self._climb(views, ids, ordered, facts, state, now, elapsed_s)
 
@@ -154,9 +151,10 @@ class PredictiveController(Controller):
         """Every replica's place on the ladder."""
         slow = self._forecast(memory.model.of(FP16), facts)
         fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
-        debt_s, confidence = self._settings.debt_s, memory.confidence.value
         output, sustained = memory.output_tokens, memory.sustained
-        freedom = room(facts, memory.model, output, confidence, debt_s, sustained)
+        settings, tpot_s = self._settings, self._slo.tpot_s
+        bounds = Bounds(settings.pace, settings.debt_s, tpot_s, _short_output(views))
+        freedom = room(facts, memory.model, output, memory.misses, bounds, sustained)
         memory = replace(memory, sustained=sustained_load(sustained, freedom.offered, elapsed_s))
         rungs = self._rungs(slow, freedom, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
@@ -167,7 +165,7 @@ class PredictiveController(Controller):
         calm_since: dict[str, tuple[str, float]] = {}
         strained_since: dict[str, float] = {}
         shedding: set[str] = set()
-        in_auto = _InAuto(self._slo, self._settings.pace, memory, freedom, now)
+        in_auto = _InAuto(self._slo, memory.model, freedom)
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
             place = places.get(mode, 0)
             goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
@@ -186,9 +184,9 @@ class PredictiveController(Controller):
                 if now - since >= rung.calm_s:
                     wish = self._return(rung, slow, row, now - since)
             if wish is None and mode == AUTO:
-                wish = in_auto(row, replica_id)
+                wish = in_auto(row)
             elif wish is not None and wish.mode == AUTO:
-                wish = wish._replace(limits=in_auto(row, replica_id).limits)
+                wish = wish._replace(limits=in_auto(row).limits)
             elif wish is None and mode == FP8 and self._settings.shed:
                 pressure = float(fast_pressure[row])
                 if pressure >= (self._settings.high if replica_id in memory.shedding else 1.0):
@@ -214,7 +212,7 @@ class PredictiveController(Controller):
                 _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, OVERLOAD_S),
                 last,
             ]
-        factor = _factor(memory.confidence.value)
+        factor = _factor(memory.misses.confidence)
         high, low = settings.high * factor, settings.low * factor
         rungs = [_Rung(FP16, slow_pressure, high, low, self._calm_s), last]
         if settings.between:
@@ -309,22 +307,19 @@ class PredictiveController(Controller):
 class _InAuto:
     """The wish to stay in ``auto``, by row, with the limits of the moment; equal ones are one object."""
 
-    def __init__(self, slo: Slo, largest_pace: float, memory: _Memory, freedom: Room, now: float) -> None:
+    def __init__(self, slo: Slo, model: LatencyModel, freedom: Room) -> None:
         self._slo = slo
-        self._memory = memory
-        self._pace = np.minimum(freedom.pace, largest_pace).tolist()
-        self._memory_pace = np.minimum(freedom.memory_pace, largest_pace).tolist()
-        self._debt_s = freedom.debt_s.tolist()
-        self._now = now
-        self._made: dict[tuple[float, float, float, bool], Wish] = {}
+        self._model = model
+        columns = (freedom.pace.tolist(), freedom.memory_pace.tolist(), freedom.debt_s.tolist())
+        self._limits = list(zip(*columns, strict=True))
+        self._doubt = freedom.doubt
+        self._made: dict[tuple[float, float, float], Wish] = {}
 
-    def __call__(self, row: int, replica_id: str) -> Wish:
-        queued = self._now - self._memory.queued_at.get(replica_id, -math.inf) < QUEUE_MEMORY_S
-        key = (self._pace[row], self._memory_pace[row], self._debt_s[row], queued)
+    def __call__(self, row: int) -> Wish:
+        key = self._limits[row]
         wish = self._made.get(key)
         if wish is None:
-            memory = self._memory
-            limits = auto_limits(*key, memory.confidence.value, self._slo, memory.model)
+            limits = auto_limits(*key, self._doubt, self._slo, self._model)
             wish = self._made[key] = Wish(AUTO, "the engine chooses step by step", limits=limits)
         return wish
 
@@ -344,22 +339,22 @@ def _first_rung(passes: list[NDArray[np.bool_]]) -> list[int]:
     return first
 
 
-def _queued_at(
-    before: Mapping[str, float], ids: list[str], queued: NDArray[np.bool_], now: float
-) -> dict[str, float]:
-    """When each replica last had a step's worth of queue; what is long past is forgotten."""
-    lately = {key: at for key, at in before.items() if 0.0 <= now - at < QUEUE_MEMORY_S}
-    for row in np.flatnonzero(queued).tolist():
-        lately[ids[row]] = now
-    return lately
+def _missed(views: tuple[ReplicaView, ...]) -> list[tuple[float, float, float]]:
+    """Shares missed, and missed for 16 bits; where a replica cannot tell these apart, all count."""
+    known = []
+    for view in views:
+        report = view.report
+        missed, cost = report.slo_miss_share, report.slo_cost_share
+        if missed is not None:
+            known.append((missed, missed if cost is None else cost, report.arrivals_per_s))
+    return known
 
 
-def _missed(views: tuple[ReplicaView, ...]) -> list[tuple[float, float]]:
-    return [
-        (view.report.slo_miss_share, view.report.arrivals_per_s)
-        for view in views
-        if view.report.slo_miss_share is not None
-    ]
+def _short_output(views: tuple[ReplicaView, ...]) -> float:
+    """Length that few answers of any replica stay below; 1 before any is known."""
+    lengths = [view.report.short_output_tokens for view in views]
+    known = [tokens for tokens in lengths if tokens is not None]
+    return sum(known) / len(known) if known else 1.0
 
 
 def _learn(model: LatencyModel, views: tuple[ReplicaView, ...], seen: Seen, turn: int) -> LatencyModel:

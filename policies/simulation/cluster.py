@@ -12,7 +12,7 @@ from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig, Slo
 from nestedfp.policies.policy import Policy, PolicyState
-from nestedfp.policies.protocol import ReplicaReport
+from nestedfp.policies.protocol import SHORT_OUTPUT_PERCENTILE, ReplicaReport
 from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.scaling import Scaler
 from nestedfp.policies.simulation.state import (
@@ -90,6 +90,8 @@ class Cluster:
         self._ttft = np.empty(replicas)
         self._tpot = np.empty(replicas)
         self._missed = np.empty(replicas)
+        self._cost = np.empty(replicas)
+        self._short_outputs = np.empty(replicas)
         self._slo = slo
         self._arrived: deque[tuple[float, Ints, Ints]] = deque()
         self._sequence = 0
@@ -117,8 +119,11 @@ class Cluster:
         self._sequence += 1
         replicas = self.engines.replicas
         engine.percentiles(self.now, PERCENTILE_WINDOW_S, 0.9, self.engines, self._ttft, self._tpot)
+        engine.short_outputs(SHORT_OUTPUT_PERCENTILE / 100.0, self.engines, self._short_outputs)
         slo = self._slo
-        engine.misses(self.now, PERCENTILE_WINDOW_S, slo.ttft_s, slo.tpot_s, self.engines, self._missed)
+        engine.misses(
+            self.now, PERCENTILE_WINDOW_S, slo.ttft_s, slo.tpot_s, self.engines, self._missed, self._cost
+        )
         span_s, arrivals, tokens = self._arrivals()
         columns = zip(
             self._ids,
@@ -134,6 +139,8 @@ class Cluster:
             self._ttft.tolist(),
             self._tpot.tolist(),
             self._missed.tolist(),
+            self._cost.tolist(),
+            self._short_outputs.tolist(),
             replicas["step_s"].tolist(),
             replicas["tokens"].tolist(),
             replicas["kv"].tolist(),
@@ -195,6 +202,8 @@ class Cluster:
         ttft_s: float,
         tpot_s: float,
         missed: float,
+        cost: float,
+        short_output: float,
         step_s: float,
         batch_tokens: int,
         context: int,
@@ -224,6 +233,8 @@ class Cluster:
             flips=flips,
             age_s=0.0,
             slo_miss_share=None if missed != missed else missed,
+            slo_cost_share=None if cost != cost else cost,
+            short_output_tokens=None if short_output != short_output else short_output,
             strict_running=strict_running,
             strict_waiting=strict_waiting,
             context_tokens=context,

@@ -17,10 +17,13 @@ import numba
 import numpy as np
 
 from nestedfp.policies.simulation.state import (
+    OUTPUT,
     TPOT,
     TPOT_AT,
+    TPOT_LOST,
     TTFT,
     TTFT_AT,
+    TTFT_LOST,
     WINDOW,
     Costs,
     Engines,
@@ -69,15 +72,29 @@ def advance(until_s: float, following: int, requests: Requests, cluster: Engines
 
 @njit
 def misses(
-    now: float, window_s: float, ttft_s: float, tpot_s: float, cluster: Engines, share: Floats
+    now: float, window_s: float, ttft_s: float, tpot_s: float, cluster: Engines, share: Floats, cost: Floats
 ) -> None:
-    """Fill in each replica's share of requests over a limit in the last ``window_s``; NaN without any."""
+    """Fill in each replica's share of requests over a limit in the last ``window_s``; NaN without any.
+
+    ``cost`` is the share that would have met the limit, had no 16-bit step added to it.
+    """
     for i in range(cluster.replicas.shape[0]):
         recent = cluster.recent[i]
         first, done = recent[TTFT_AT] > now - window_s, recent[TPOT_AT] > now - window_s
-        late = (recent[TTFT][first] > ttft_s).sum() / max(1, first.sum())
-        slow = (recent[TPOT][done] > tpot_s).sum() / max(1, done.sum())
-        share[i] = min(1.0, late + slow) if first.sum() + done.sum() > 0 else math.nan
+        share[i] = cost[i] = math.nan
+        if first.any() or done.any():
+            late, late_cost = _over(recent[TTFT][first], recent[TTFT_LOST][first], ttft_s)
+            slow, slow_cost = _over(recent[TPOT][done], recent[TPOT_LOST][done], tpot_s)
+            share[i] = min(1.0, late + slow)
+            cost[i] = min(1.0, late_cost + slow_cost)
+
+
+@njit
+def _over(values: Floats, lost: Floats, limit: float) -> tuple[float, float]:
+    """The share of values over the limit, and of those which would not be without what was lost."""
+    over = values > limit
+    count = max(1, values.size)
+    return float(over.sum() / count), float((over & (values - lost <= limit)).sum() / count)
 
 
 @njit
@@ -89,6 +106,15 @@ def percentiles(
     for i in range(cluster.replicas.shape[0]):
         ttft[i] = _recent_percentile(now - window_s, share, recent[i, TTFT], recent[i, TTFT_AT])
         tpot[i] = _recent_percentile(now - window_s, share, recent[i, TPOT], recent[i, TPOT_AT])
+
+
+@njit
+def short_outputs(share: float, cluster: Engines, tokens: Floats) -> None:
+    """Fill in each replica's percentile of the latest output lengths; NaN before any."""
+    for i in range(cluster.replicas.shape[0]):
+        tokens[i] = _recent_percentile(
+            -math.inf, share, cluster.recent[i, OUTPUT], cluster.recent[i, TPOT_AT]
+        )
 
 
 @njit
@@ -115,6 +141,8 @@ def arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Cost
         requests[r].replica = SHED
         return
     requests[r].replica = i
+    # Behind a queue a request also waits for what earlier ones lost.
+    requests[r].lost_s = replica.lost_s if replica.tail < 0 else requests[replica.tail].lost_s
     replica.arrivals += 1
     replica.arrived_tokens += requests[r].prompt
     if replica.tail < 0:
@@ -238,6 +266,9 @@ def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs:
         replica.flips += 1
         replica.step_mode = mode
     replica.step_s = duration
+    replica.step_lost_s = 0.0
+    if mode == 0:
+        replica.step_lost_s = slow_s - _step_s(1, tokens, replica.running, context, pairs, costs)
     replica.tokens = tokens
     replica.sequences = replica.running
     replica.context = context
@@ -290,6 +321,7 @@ def _finish_step(i: int, now: float, requests: Requests, cluster: Engines) -> No
     """Credit the tokens of the step that ends now, and let finished requests go."""
     replica = cluster.replicas[i]
     kept = 0
+    replica.lost_s += replica.step_lost_s
     fp8 = replica.step_mode == 1
     for k in range(replica.running):
         r = cluster.slots[i, k]
@@ -320,6 +352,8 @@ def _record_first(i: int, r: int, now: float, requests: Requests, cluster: Engin
     place = replica.ttft_count % WINDOW
     cluster.recent[i, TTFT, place] = now - requests[r].arrival_s
     cluster.recent[i, TTFT_AT, place] = now
+    cluster.recent[i, TTFT_LOST, place] = replica.lost_s - requests[r].lost_s
+    requests[r].lost_s = replica.lost_s
     replica.ttft_count += 1
 
 
@@ -332,8 +366,11 @@ def _record_finish(i: int, r: int, now: float, requests: Requests, cluster: Engi
         replica.strict_running -= 1
     if requests[r].output > 1:
         place = replica.tpot_count % WINDOW
-        cluster.recent[i, TPOT, place] = (now - requests[r].first_s) / (requests[r].output - 1)
+        steps = requests[r].output - 1
+        cluster.recent[i, TPOT, place] = (now - requests[r].first_s) / steps
         cluster.recent[i, TPOT_AT, place] = now
+        cluster.recent[i, OUTPUT, place] = requests[r].output
+        cluster.recent[i, TPOT_LOST, place] = (replica.lost_s - requests[r].lost_s) / steps
         replica.tpot_count += 1
 
 

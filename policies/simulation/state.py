@@ -80,6 +80,7 @@ REQUEST: Final = np.dtype(
         ("generated", np.int64),
         ("fp16", np.int64),  # tokens executed in 16-bit steps
         ("fp8", np.int64),
+        ("lost_s", np.float64),  # by its replica in 16-bit steps, when its present wait began
         ("replica", np.int64),  # -1 before arrival, SHED, NEVER_FITS
         ("next", np.int64),  # next in its replica's queue; -1 at the end
         ("strict", np.bool_),
@@ -98,6 +99,7 @@ REPLICA: Final = np.dtype(
         ("step_end_s", np.float64),  # end of the step in progress; infinite when idle
         ("step_mode", np.int64),  # of the latest step, as are the five that follow
         ("step_s", np.float64),
+        ("step_lost_s", np.float64),  # what the step takes longer than in FP8
         ("tokens", np.int64),
         ("sequences", np.int64),
         ("context", np.int64),
@@ -112,6 +114,7 @@ REPLICA: Final = np.dtype(
         ("kv", np.int64),  # tokens in the KV cache
         ("fp16", np.int64),
         ("fp8", np.int64),
+        ("lost_s", np.float64),  # sum of it over the steps so far
         ("flips", np.int64),
         ("preemptions", np.int64),
         ("arrivals", np.int64),
@@ -120,7 +123,7 @@ REPLICA: Final = np.dtype(
         ("tpot_count", np.int64),
     ]
 )
-TTFT, TTFT_AT, TPOT, TPOT_AT = range(4)
+TTFT, TTFT_AT, TTFT_LOST, TPOT, TPOT_AT, TPOT_LOST, OUTPUT = range(7)
 Requests = np.ndarray[tuple[int], Any]
 """Rows of ``REQUEST``."""
 
@@ -135,7 +138,8 @@ class Engines(NamedTuple):
     scheduled: Ints
     """[replicas, max_sequences] tokens of each in the step in progress."""
     recent: Floats
-    """[replicas, 4, WINDOW] latest TTFT and TPOT values in seconds, each with the time it was seen."""
+    """[replicas, 7, WINDOW] latest TTFT and TPOT values in seconds, each with the time it was seen and what
+    16-bit steps had added to it, and the number of output tokens beside each TPOT."""
     tree: Ints
     """Tournament tree over ``step_end_s``: the root, index 1, is the replica whose step ends first.
 
@@ -239,7 +243,7 @@ def engines_of(count: int, max_sequences: int, seed: int = 0) -> Engines:
     tree[leaves : leaves + count] = np.arange(count)
     for node in range(leaves - 1, 0, -1):
         tree[node] = tree[2 * node]
-    recent = np.full((count, 4, WINDOW), -np.inf)
+    recent = np.full((count, 7, WINDOW), -np.inf)
     slots = np.zeros((count, max_sequences), dtype=np.int64)
     return Engines(replicas, slots, np.zeros_like(slots), recent, tree, seed)
 

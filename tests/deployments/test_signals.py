@@ -112,6 +112,20 @@ def test_prompt_tokens_and_misses_over_the_window(window: RequestWindow, clock: 
     assert window.prompt_tokens_per_s() == 0.0
 
 
+def test_the_lengths_of_short_answers_outlast_the_window(window: RequestWindow, clock: Clock) -> None:
+    assert window.short_output_tokens() is None
+    iteration = step()
+    iteration.finished_requests = [
+        SimpleNamespace(mean_time_per_output_token=0.01, num_generation_tokens=tokens)
+        for tokens in (1, *range(101, 0, -1))
+    ]
+    window.record(None, iteration)
+    clock.now += 60.0
+    # Of 2 to 101; answers of one token have no TPOT to lose.
+    assert window.short_output_tokens() == 6.0
+    assert report_signals(window, Slo(), None, age_s=0.1)["short_output_tokens"] == 6.0
+
+
 def test_a_report_without_an_answer_of_the_engine_says_only_what_is_known(window: RequestWindow) -> None:
     window.arrived()
     signals = report_signals(window, Slo(), None, age_s=0.1)

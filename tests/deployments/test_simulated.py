@@ -18,7 +18,7 @@ from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.simulated_app import SimulatedApp
 from nestedfp.deployments.simulated_engine import Generation, NeverFits, Refused, SimulatedEngine
 from nestedfp.policies.checks import InvalidField
-from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.config import PolicyConfig, Slo
 from nestedfp.policies.latency import LatencyModel, StepCosts
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.protocol import ReplicaReport
@@ -122,7 +122,7 @@ def test_aborted_requests_leave_nothing_behind(wait_s: float) -> None:
     for number in (1, 6, 7, 0, 4):
         simulated.abort(every[number])
         simulated.abort(every[number])
-    assert simulated.status().strict_running + simulated.extra_signals()["strict_waiting"] == 1
+    assert simulated.status().strict_running + simulated.extra_signals(Slo(), 10.0)["strict_waiting"] == 1
     run_to(simulated, clock, 60.0)
     rest = [every[number] for number in (2, 3, 5)]
     assert all(one.done and len(one.token_s) == one.output_tokens for one in rest)

@@ -11,7 +11,15 @@ import pytest
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.facts import Facts
-from nestedfp.policies.controllers.pace import LEAST_CONFIDENCE, room, sustained_load
+from nestedfp.policies.controllers.pace import (
+    DOUBTFUL_PACE,
+    LEAST_MEMORY_PACE,
+    Bounds,
+    Misses,
+    Room,
+    room,
+    sustained_load,
+)
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
@@ -96,35 +104,44 @@ def test_the_burst_projection_acts_before_the_queue_is_critical(view: MakeView) 
     assert last.mode == "fp8"
 
 
-def misses(run: Run, view: MakeView, mode: str, seconds: int, share: float) -> float:
-    """Report a miss share on a replica whose load keeps it in ``mode``; the confidence after it."""
-    load = (
-        BUSY if mode == "fp16" else {**BUSY, "arriving_prompt_tokens_per_s": 40_000.0, "arrivals_per_s": 40.0}
-    )
-    for second in range(seconds):
-        assert run.at(float(second), view(**load, slo_miss_share=share))["a"].mode == mode
-    return float(run.state.memory.confidence.value)
-
-
 def test_misses_in_16_bits_lower_the_levels_until_fp8_takes_over(view: MakeView) -> None:
     run = Run()
-    modes = [run.at(float(second), view(**BUSY, slo_miss_share=0.2))["a"].mode for second in range(60)]
+    modes = [run.at(float(second), view(**BUSY, slo_miss_share=0.2))["a"].mode for second in range(90)]
     assert modes[0] == "fp16"
     assert modes[-1] == "fp8"
 
 
-def test_confidence_follows_the_misses(view: MakeView) -> None:
-    assert misses(Run(), view, "fp16", 60, 0.0) == pytest.approx(1.0, abs=0.01)
-    assert misses(Run(), view, "fp8", 60, 0.0125) == pytest.approx(0.0, abs=0.01)
-    # The scale goes on below -1, where a queue is still trusted, to tell frequent misses from the rule.
-    assert misses(Run(), view, "fp8", 60, 0.5) == pytest.approx(LEAST_CONFIDENCE, abs=0.02)
+def test_misses_that_fp8_would_share_lower_nothing(view: MakeView) -> None:
+    run = Run()
+    for second in range(90):
+        missed = view(**BUSY, slo_miss_share=0.2, slo_cost_share=0.0)
+        assert run.at(float(second), missed)["a"].mode == "fp16"
+
+
+def learned(view: MakeView, seconds: int = 240, **shares: float) -> Misses:
+    """What a policy with a tolerance of 1 % knows after so many seconds of these reports."""
+    run = Run(prediction={"tolerance": 0.01})
+    for second in range(seconds):
+        run.at(float(second), view(**BUSY, **shares))
+    known: Misses = run.state.memory.misses
+    return known
+
+
+def test_confidence_follows_what_16_bits_cost(view: MakeView) -> None:
+    def confidence(cost: float) -> float:
+        return learned(view, slo_miss_share=0.5, slo_cost_share=cost).confidence
+
+    assert confidence(0.0) == pytest.approx(1.0, abs=0.01)
+    assert confidence(0.01) == pytest.approx(0.0, abs=0.01)
+    assert confidence(0.5) == pytest.approx(-1.0, abs=0.01)
+
+
+def test_where_the_cost_is_unknown_every_miss_counts(view: MakeView) -> None:
+    assert learned(view, slo_miss_share=0.01).confidence == pytest.approx(0.0, abs=0.01)
 
 
 def test_unknown_misses_teach_nothing(view: MakeView) -> None:
-    run = Run()
-    for second in range(60):
-        run.at(float(second), view(**BUSY))
-    assert run.state.memory.confidence.value == 0.5
+    assert learned(view) == Misses(at_s=239.0)
 
 
 def test_enough_replicas_stay_in_16_bits_for_strict_requests(view: MakeView) -> None:
@@ -184,44 +201,80 @@ def test_auto_takes_over_as_soon_as_there_is_load_and_not_before(view: MakeView)
     target = run.at(10.0, view(**LOADED))["a"]
     assert target.mode == "auto"
     assert target.limits is not None
-    assert target.limits["pace_s"] == pytest.approx(0.033)
+    assert target.limits["pace_s"] == pytest.approx(0.8 * 0.033)
     assert target.limits["token_s"] > 0
 
 
-def test_debt_and_pace_fall_with_the_load(view: MakeView) -> None:
-    def limits(**load: Any) -> dict[str, float]:
-        given = Run("auto").at(0.0, view(**{**LOADED, **load}))["a"].limits
-        assert given is not None
-        return dict(given)
+def freedom(
+    load: float,
+    *,
+    short_output_tokens: float = 100.0,
+    missed: float = 0.0,
+    cost: float = 0.0,
+    sustained: float = 0.5,
+) -> Room:
+    """The freedom of one replica under a steady load, as a share of what it serves in 16 bits."""
 
-    calm = limits()
-    busy = limits(arrivals_per_s=36.0, arriving_prompt_tokens_per_s=36_000.0)
-    heavy = limits(
-        arrivals_per_s=42.0, arriving_prompt_tokens_per_s=42_000.0, running=110, context_tokens=130_000
-    )
-    assert calm["debt_s"] > busy["debt_s"] > heavy["debt_s"] >= 0.0
-    assert calm["pace_s"] >= busy["pace_s"] > heavy["pace_s"] > 0.0
-    assert calm["memory_pace_s"] == calm["pace_s"]
-    assert busy["memory_pace_s"] < busy["pace_s"]
+    def at(rate: float) -> Room:
+        column = np.ones(1)
+        facts = Facts(
+            running=30.0 * column,
+            waiting=0.0 * column,
+            oldest_s=0.0 * column,
+            context=36_000.0 * column,
+            arrivals=rate * column,
+            prompt_per_s=1_000.0 * rate * column,
+            inflow=1_000.0 * rate * column,
+            decode_per_s=100.0 * rate * column,
+        )
+        bounds = Bounds(pace=0.8, debt_s=0.25, tpot_s=0.033, short_output_tokens=short_output_tokens)
+        return room(facts, latency_model(), 100.0, Misses(0.0, missed, cost), bounds, sustained)
+
+    return at(load / float(at(1.0).load[0]))
+
+
+def test_pace_and_memory_pace_fall_with_the_load() -> None:
+    calm, busy, heavy = freedom(0.5), freedom(1.05), freedom(1.9)
+    assert calm.load[0] == pytest.approx(0.5)
+    assert calm.pace[0] == busy.pace[0] == calm.memory_pace[0] == 0.8
+    assert busy.memory_pace[0] < 0.8
+    assert heavy.pace[0] == 0.5
+    assert heavy.memory_pace[0] == LEAST_MEMORY_PACE
 
 
 def test_the_pace_falls_sooner_where_the_load_lasts() -> None:
-    column = np.ones(1)
-    facts = Facts(
-        running=30.0 * column,
-        waiting=0.0 * column,
-        oldest_s=0.0 * column,
-        context=36_000.0 * column,
-        arrivals=40.0 * column,
-        prompt_per_s=40_000.0 * column,
-        inflow=40_000.0 * column,
-        decode_per_s=4_000.0 * column,
-    )
-    passing, lasting = (room(facts, latency_model(), 100.0, 1.0, 0.25, load) for load in (0.5, 1.1))
-    assert 1.0 < passing.load[0] < 1.8
-    assert lasting.pace[0] < passing.pace[0] < 1.0
-    assert lasting.memory_pace[0] <= lasting.pace[0]
-    assert lasting.debt_s[0] == passing.debt_s[0]
+    passing, lasting = freedom(1.2, sustained=0.5), freedom(1.2, sustained=1.1)
+    assert lasting.pace[0] < passing.pace[0] == 0.8
+    assert lasting.memory_pace[0] <= passing.memory_pace[0]
+
+
+@pytest.mark.parametrize("tokens", [10.0, 20.0, 40.0, 400.0])
+def test_short_answers_win_back_every_debt_they_are_allowed(tokens: float) -> None:
+    allowed = freedom(0.3, short_output_tokens=tokens)
+    spare_s = (1.0 - allowed.pace[0]) * 0.033 * tokens
+    assert min(spare_s, 0.25) - 0.25 / 16 < allowed.debt_s[0] <= min(spare_s, 0.25)
+
+
+def test_where_answers_are_short_all_falls_at_less_load() -> None:
+    long, short = freedom(0.9), freedom(0.9, short_output_tokens=3.0)
+    assert short.pace[0] < long.pace[0]
+    assert short.memory_pace[0] == LEAST_MEMORY_PACE < long.memory_pace[0]
+    assert short.debt_s[0] == 0.0 < freedom(0.5, short_output_tokens=6.0).debt_s[0] < long.debt_s[0]
+
+
+def test_debt_is_taken_away_while_16_bits_cost_requests() -> None:
+    debts = [freedom(0.5, cost=cost).debt_s[0] for cost in (0.0, 0.5, 1.0, 2.0)]
+    assert debts == [0.25, 0.125, 0.0, 0.0]
+    assert freedom(0.5, cost=2.0).pace[0] == 0.8
+
+
+def test_where_misses_are_the_rule_everything_is_tight() -> None:
+    known = [freedom(0.3, missed=missed) for missed in (0.02, 0.075, 0.2)]
+    assert [each.doubt for each in known] == [0.0, pytest.approx(0.5), 1.0]
+    paces = [each.pace[0] for each in known]
+    assert paces[0] > paces[1] > paces[2] == DOUBTFUL_PACE
+    assert known[2].memory_pace[0] == LEAST_MEMORY_PACE
+    assert known[2].debt_s[0] == 0.0
 
 
 def test_the_load_is_averaged_over_seconds() -> None:
@@ -230,16 +283,16 @@ def test_the_load_is_averaged_over_seconds() -> None:
     assert 0.4 < sustained_load(0.4, 1.4, 1.0) < sustained_load(0.4, 1.4, 5.0) < 1.4
 
 
-def test_confidence_returns_within_seconds_of_the_last_of_many_misses(view: MakeView) -> None:
+def test_freedom_returns_within_a_minute_of_the_last_of_many_misses(view: MakeView) -> None:
     run = Run("auto")
     for second in range(120):
         bad = run.at(float(second), view(**LOADED, slo_miss_share=1.0))["a"].limits
-    for second in range(120, 150):
+    for second in range(120, 180):
         good = run.at(float(second), view(**LOADED, slo_miss_share=0.0))["a"].limits
     assert bad is not None
     assert good is not None
-    assert bad["pace_s"] < 0.3 * good["pace_s"]
-    assert good["pace_s"] == pytest.approx(0.033)
+    assert bad["pace_s"] < 0.5 * good["pace_s"]
+    assert good["pace_s"] == pytest.approx(0.8 * 0.033)
 
 
 def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
@@ -263,27 +316,16 @@ def test_auto_gives_way_only_after_a_long_rest(view: MakeView) -> None:
 def test_where_requests_are_missed_a_queue_is_served_in_fp8(view: MakeView) -> None:
     trusting, cautious = Run("auto"), Run("auto")
     queue = {**LOADED, "waiting": 4, "waiting_prompt_tokens": 4_000}
-    for second in range(40):
+    for second in range(60):
         last_trusting = trusting.at(float(second), view(**queue, slo_miss_share=0.0))["a"].limits
-        last_cautious = cautious.at(float(second), view(**queue, slo_miss_share=0.1))["a"].limits
+        last_cautious = cautious.at(float(second), view(**queue, slo_miss_share=0.3))["a"].limits
     assert last_trusting is not None
     assert last_cautious is not None
     assert last_trusting["queue_tokens"] > 1_000
-    assert last_cautious["queue_tokens"] == 0.0
+    # An empty queue must not count as one.
+    assert last_cautious["queue_tokens"] == 1.0
+    assert last_cautious["wait_s"] < 0.5 * last_trusting["wait_s"]
     assert last_cautious["pace_s"] < 0.5 * last_trusting["pace_s"]
-
-
-def test_where_requests_are_missed_the_pace_is_bounded_without_a_queue(view: MakeView) -> None:
-    paces = {}
-    for share in (0.0, 0.1):
-        run = Run("auto")
-        for second in range(40):
-            limits = run.at(float(second), view(**LOADED, slo_miss_share=share))["a"].limits
-        assert limits is not None
-        paces[share] = limits["pace_s"]
-        assert limits["queue_tokens"] > 1_000
-    assert paces[0.0] == pytest.approx(0.033)
-    assert paces[0.1] <= 0.5 * 0.033
 
 
 def test_the_pace_can_be_bounded_from_the_start(view: MakeView) -> None:
