@@ -75,6 +75,22 @@ def test_the_lower_bytes_must_match_the_upper(lower: Tensor, message: str) -> No
         call_16bit(operands() | {"lower": lower})
 
 
+@pytest.mark.parametrize("call", [call_16bit, call_fp8])
+@pytest.mark.parametrize(
+    ("ahead", "message"),
+    [
+        ((torch.zeros(64),), r"ahead is torch.float32 \[64\].* expected at most two contiguous torch.uint8"),
+        ((torch.zeros(64, dtype=torch.uint8),) * 3, "expected at most two"),
+        ((torch.zeros(64, dtype=torch.uint8), torch.zeros(80, dtype=torch.uint8)), "planes of one size"),
+        ((torch.zeros(8, 8, dtype=torch.uint8).T,), "strides .* expected at most two contiguous"),
+        ((torch.zeros(64, dtype=torch.uint8, device="meta"),), "on meta; expected .* on cpu"),
+    ],
+)
+def test_what_the_next_product_reads_is_bytes(call: Any, ahead: tuple[Tensor, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(operands() | {"ahead": ahead})
+
+
 def test_a_stored_order_that_k_does_not_allow() -> None:
     narrow = {"x": torch.randn(4, 70).half(), "upper": torch.zeros(N, 70, dtype=torch.uint8)}
     values = operands() | narrow | {"lower": narrow["upper"], "order": KOrder.HOPPER}

@@ -1,6 +1,8 @@
 """The linear method on a layer, without an engine."""
 
+import gc
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -67,6 +69,31 @@ def test_a_plan_decides_by_the_kind_of_the_layer() -> None:
     ACTIVE.plan = Plan("mlp", frozenset({"down_proj"}))
     assert not torch.equal(mlp_method.apply(mlp, x), exact)
     assert torch.equal(attention_method.apply(attention, x), exact)
+
+
+def test_each_layer_knows_what_the_one_loaded_after_it_reads() -> None:
+    names = ("0.self_attn.qkv_proj", "0.mlp.down_proj", "1.self_attn.qkv_proj")
+    first, second, last = (loaded(weights(), f"model.layers.{name}")[0] for name in names)
+
+    def read_after(layer: nn.Module) -> tuple[int, ...]:
+        return tuple(plane.data_ptr() for plane in ACTIVE.read_after(layer.weight_row_exponent))
+
+    both = (second.weight_upper.data_ptr(), second.weight_lower.data_ptr())
+    assert read_after(first) == both
+    ACTIVE.plan = Plan("mlp", frozenset({"down_proj"}))
+    assert read_after(first) == both[:1]
+    assert read_after(second) == (last.weight_upper.data_ptr(), last.weight_lower.data_ptr())
+    assert read_after(last) == ()
+
+
+def test_layers_that_are_gone_leave_their_memory() -> None:
+    first, _ = loaded(weights(), "model.layers.0.mlp.down_proj")
+    second, _ = loaded(weights(), "model.layers.1.mlp.down_proj")
+    freed = ref(second.weight_upper)
+    del second
+    gc.collect()
+    assert freed() is None
+    assert ACTIVE.read_after(first.weight_row_exponent) == ()
 
 
 def test_reloading_keeps_the_layout_whatever_the_new_weights_are() -> None:
