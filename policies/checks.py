@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 _NAME = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
@@ -40,31 +41,25 @@ def number(
     above: float | None = None,
 ) -> float:
     """``value`` as a finite float within [minimum, maximum]; ``above`` is an open lower bound instead."""
-    lower = f"at least {minimum:g}" if above is None else f"greater than {above:g}"
-    wanted = f"give a finite number {lower}" + ("" if math.isinf(maximum) else f" and at most {maximum:g}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidField(field, value, wanted)
-    try:
-        result = float(value)
-    except OverflowError:
-        raise InvalidField(field, value, wanted) from None
-    if not math.isfinite(result) or result > maximum:
-        raise InvalidField(field, value, wanted)
-    if result < minimum if above is None else result <= above:
-        raise InvalidField(field, value, wanted)
+    result = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            result = float(value)
+    within = result >= minimum if above is None else result > above
+    if not (within and result <= maximum and math.isfinite(result)):
+        lower = f"at least {minimum:g}" if above is None else f"greater than {above:g}"
+        upper = "" if math.isinf(maximum) else f" and at most {maximum:g}"
+        raise InvalidField(field, value, f"give a finite number {lower}{upper}")
     return result
 
 
 def integer(field: str, value: object, *, minimum: int = 0) -> int:
     """``value`` as an int of at least ``minimum``; a float is accepted only if it is whole."""
-    remedy = f"give a whole number of at least {minimum}"
-    whole = isinstance(value, float) and value.is_integer()
-    if isinstance(value, bool) or not (isinstance(value, int) or whole):
-        raise InvalidField(field, value, remedy)
-    result = int(value)  # type: ignore[call-overload]
-    if result < minimum:
-        raise InvalidField(field, value, remedy)
-    return int(result)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        whole = isinstance(value, int) or value.is_integer()
+        if whole and value >= minimum:
+            return int(value)
+    raise InvalidField(field, value, f"give a whole number of at least {minimum}")
 
 
 def text(field: str, value: object) -> str:

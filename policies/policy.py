@@ -106,9 +106,9 @@ class Policy:
         known = {
             key: state.replicas.get(key) or ReplicaState(view.report.mode) for key, view in views.items()
         }
-        faults = {key: view.fault(limit_s) for key, view in views.items()}
+        faults = {key: fault for key, view in views.items() if (fault := view.fault(limit_s))}
         wishes, memory = self._controller.wishes(
-            replace(snapshot, replicas=tuple(view for key, view in views.items() if faults[key] is None)),
+            replace(snapshot, replicas=tuple(view for key, view in views.items() if key not in faults)),
             {key: replica.mode for key, replica in known.items()},
             state.memory,
             now,
@@ -117,11 +117,14 @@ class Policy:
         last_return_s = state.last_return_s
         targets: dict[str, Assignment] = {}
         after: dict[str, ReplicaState] = {}
+        shared: dict[tuple[str, str, int], Assignment] = {}
         for key, before in known.items():
             wish = _pin(pin, now) if pin else wishes.get(key)
-            refusal = None if pin else faults[key] or self._refusal(wish, before, last_return_s, now)
+            refusal = None if pin or not faults else faults.get(key)
+            if refusal is None and wish is not None and wish.mode != before.mode and not pin:
+                refusal = self._refusal(wish, before, last_return_s, now)
             if wish is None or wish.mode == before.mode or refusal is not None:
-                stay = targets[key] = _stay(before, wish, refusal)
+                stay = targets[key] = _stay(before, wish, refusal, shared)
                 after[key] = before if stay.limits is before.limits else replace(before, limits=stay.limits)
                 continue
             if _returns(wish.mode, before.mode):
@@ -131,12 +134,8 @@ class Policy:
             after[key] = ReplicaState(wish.mode, now, flips, wish.reason, wish.limits)
         return targets, PolicyState(after, last_return_s, memory)
 
-    def _refusal(
-        self, wish: Wish | None, before: ReplicaState, last_return_s: float, now: float
-    ) -> str | None:
-        """Why a wish must wait; None if it may be granted now."""
-        if wish is None or wish.mode == before.mode:
-            return None
+    def _refusal(self, wish: Wish, before: ReplicaState, last_return_s: float, now: float) -> str | None:
+        """Why a wish for another mode must wait; None if it may be granted now."""
         dwell_left = before.since_s + self.config.min_dwell_s - now
         if dwell_left > 0 and not wish.urgent:
             return f"dwell time, {dwell_left:.2f} s left"
@@ -192,13 +191,23 @@ def _move(before: ReplicaState, wish: Wish) -> Assignment:
     )
 
 
-def _stay(before: ReplicaState, wish: Wish | None, refusal: str | None) -> Assignment:
-    mode = before.mode
-    same = wish is None or wish.mode == mode
-    limits = wish.limits if wish is not None else None
-    if refusal is not None or limits == before.limits:
-        limits = before.limits
-    held = None
+def _stay(
+    before: ReplicaState,
+    wish: Wish | None,
+    refusal: str | None,
+    shared: dict[tuple[str, str, int], Assignment],
+) -> Assignment:
+    """Replicas that stay for one reason with the same limits share one assignment: mostly these are all."""
+    mode, reason = before.mode, before.reason
     if refusal is not None:
-        held = refusal if wish is None or same else f"{wish.mode} ({wish.reason}): {refusal}"
-    return Assignment(mode, mode, before.reason, None, None, None, limits, held)
+        other = wish is not None and wish.mode != mode
+        held = f"{wish.mode} ({wish.reason}): {refusal}" if wish is not None and other else refusal
+        return Assignment(mode, mode, reason, None, None, None, before.limits, held)
+    limits = wish.limits if wish is not None else None
+    if limits == before.limits:
+        limits = before.limits
+    key = (mode, reason, id(limits))
+    found = shared.get(key)
+    if found is None:
+        found = shared[key] = Assignment(mode, mode, reason, limits=limits)
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 from nestedfp.policies.protocol import FP16
@@ -53,15 +54,12 @@ class Controller(ABC):
 
 def by_load(views: Sequence[ReplicaView]) -> list[ReplicaView]:
     """The replicas, least loaded first: queued prompt tokens, then queue, then batch; ties by id."""
-    return sorted(
-        views,
-        key=lambda view: (
-            view.report.waiting_prompt_tokens,
-            view.report.waiting,
-            view.report.running,
-            view.replica_id,
-        ),
-    )
+    return sorted(views, key=_LOAD)
+
+
+_LOAD: Final = attrgetter(
+    "report.waiting_prompt_tokens", "report.waiting", "report.running", "report.replica_id"
+)
 
 
 STRICT_ROOM: Final = 2.0

@@ -169,6 +169,9 @@ class PredictiveController(Controller):
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
             place = places.get(mode, 0)
             goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
+            if mode == AUTO and goal <= place <= best:
+                wishes[replica_id] = in_auto(row)
+                continue
             wish: Wish | None = None
             if goal > place:
                 since = strained_since[replica_id] = memory.strained_since.get(replica_id, now)
