@@ -1,6 +1,6 @@
-// The beginning of the weights that the next product reads. Between two products of a model small kernels run that leave
-// memory idle; it goes on streaming meanwhile if a product, when its own weights are there, asks the L2 cache for what
-// comes next.
+// The beginning of the weights that the next product reads. Between two products of a model small kernels run that
+// leave memory idle; it goes on streaming meanwhile if a product, when its own weights are there, asks the L2 cache for
+// what comes next.
 #pragma once
 #include "ptx.cuh"
 

@@ -7,8 +7,9 @@
 // partials, counters: scratch for tiles whose K is cut; counters are zero before and after. Products that share
 // scratch run one after another.
 //
-// A tile is CONSUMERS / SLICED_K * 64 weight rows by TOKENS tokens, computed transposed: the weights are wgmma's A operand, which
-// may come from registers, and its N side takes any multiple of 8 tokens, so that tiles can fill whole waves.
+// A tile is CONSUMERS / SLICED_K * 64 weight rows by TOKENS tokens, computed transposed: the weights are wgmma's A
+// operand, which may come from registers, and its N side takes any multiple of 8 tokens, so that tiles can fill whole
+// waves.
 // * one thread streams both byte planes, 128 of K a stage, another x, 64 of K a stage: rows of 128 bytes either way,
 //   since the copy engine takes its time by rows. CTAs of a cluster that share a panel each fetch a part of it and
 //   multicast it: without that, small tiles wait for the L2;
