@@ -107,8 +107,9 @@ class Policy:
             key: state.replicas.get(key) or ReplicaState(view.report.mode) for key, view in views.items()
         }
         faults = {key: fault for key, view in views.items() if (fault := view.fault(limit_s))}
+        usable = [view for key, view in views.items() if key not in faults] if faults else views.values()
         wishes, memory = self._controller.wishes(
-            replace(snapshot, replicas=tuple(view for key, view in views.items() if key not in faults)),
+            replace(snapshot, replicas=tuple(usable)),
             {key: replica.mode for key, replica in known.items()},
             state.memory,
             now,
