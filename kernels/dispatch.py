@@ -7,19 +7,20 @@ a table takes the kernel's own rule (configuration None). No shape is an error.
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, lru_cache
 from importlib import resources
 from math import log2
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from nestedfp.kernels.layout import PANEL, KOrder
 
 Config = Mapping[str, int]
+Kind = TypeVar("Kind")
 
 # The bulk copy engine needs base addresses and row pitches in multiples of 16 bytes.
 TMA_ALIGNMENT = 16
@@ -145,6 +146,12 @@ def table(backend: Backend, capability: Capability) -> tuple[TableRow, ...]:
     name = f"{backend}-sm{capability[0]}{capability[1]}.json"
     path = resources.files("nestedfp.kernels") / "tables" / name
     return parse_table(json.loads(path.read_text())) if path.is_file() else ()
+
+
+@lru_cache(maxsize=1024)
+def parsed(kind: Callable[..., Kind], *settings: tuple[str, int]) -> Kind:
+    """The items of a configuration as a kernel's own kind of it: the same few for every launch."""
+    return kind(**dict(settings))
 
 
 def parse_table(data: dict[str, Any]) -> tuple[TableRow, ...]:

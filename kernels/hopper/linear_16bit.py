@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
+from nestedfp.kernels.dispatch import parsed
 from nestedfp.kernels.hopper.cuda.gemm_16bit import Config, ceil_div, cluster_tiles, plan, product
 from nestedfp.kernels.layout import KOrder
 
@@ -44,14 +45,9 @@ def linear_16bit(
         raise ValueError(f"order is {order}, expected {KOrder.HOPPER}; the portable kernel reads any order")
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    chosen = rule(M, N, K) if config is None else _parsed(*config.items())
+    chosen = rule(M, N, K) if config is None else parsed(Config, *config.items())
     product(x, upper, lower, row_exponent, bias, y, chosen, ahead)
     return y
-
-
-@lru_cache(maxsize=1024)
-def _parsed(*settings: tuple[str, int]) -> Config:
-    return Config(**dict(settings))
 
 
 @lru_cache(maxsize=1024)
