@@ -62,14 +62,13 @@ class ActivePlan:
         self.inexact_rows: dict[str, int] = {}
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self._kinds: dict[int, str] = {}
-        self._planes: dict[int, tuple[ref[Tensor], ref[Tensor]]] = {}
-        """Weak: the layers own their bytes, and an engine that is gone frees them."""
-        self._next: dict[int, int] = {}
+        self._after: dict[int, tuple[str, ref[Tensor], ref[Tensor]]] = {}
+        """By layer, the kind and planes of the one after it; weak, as the layers own their bytes."""
 
     def clear(self) -> None:
         """Forgets the layers of an engine that lived in this process before."""
         self.plan, self.record = FP16, None
-        for known in (self.layers, self.inexact_rows, self._kinds, self._planes, self._next):
+        for known in (self.layers, self.inexact_rows, self._kinds, self._after):
             known.clear()
 
     def note_layer(self, name: str, state: str) -> None:
@@ -86,19 +85,18 @@ class ActivePlan:
         self.note_layer(name, NESTED)
         if known:
             return
-        address = row_exponent.data_ptr()
+        kind = layer_kind(name)
         if self._kinds:
-            self._next[next(reversed(self._kinds))] = address
-        self._kinds[address] = layer_kind(name)
-        self._planes[address] = ref(upper), ref(lower)
+            self._after[next(reversed(self._kinds))] = kind, ref(upper), ref(lower)
+        self._kinds[row_exponent.data_ptr()] = kind
 
     def read_after(self, row_exponent: Tensor) -> tuple[Tensor, ...]:
         """The bytes that the layer after this one reads under the plan in force; none after the last."""
-        following = self._next.get(row_exponent.data_ptr())
+        following = self._after.get(row_exponent.data_ptr())
         if following is None:
             return ()
-        upper, lower = self._planes[following]
-        fp8 = self.plan.precision(self._kinds[following]) is Precision.FP8
+        kind, upper, lower = following
+        fp8 = self.plan.precision(kind) is Precision.FP8
         planes = (upper(),) if fp8 else (upper(), lower())
         return tuple(plane for plane in planes if plane is not None)
 

@@ -25,7 +25,7 @@ def fresh_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ACTIVE, "record", None)
     monkeypatch.setattr(ACTIVE, "layers", {})
     monkeypatch.setattr(ACTIVE, "inexact_rows", {})
-    for name in ("_kinds", "_planes", "_next"):
+    for name in ("_kinds", "_after"):
         monkeypatch.setattr(ACTIVE, name, {})
 
 
