@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from nestedfp.kernels import gpu
+from nestedfp.kernels import gpu, rowfile
 from nestedfp.models import DEMO_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,11 +120,9 @@ def main() -> int:
     several = f"{devices}x-" if devices > 1 else ""
     out = args.out or ROOT / "bench" / "data" / f"vllm-tests-{several}{gpu.slug()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[dict[str, Any]] = []
-    if out.is_file():
-        made = {result["name"] for result in results}
-        kept = [run for run in json.loads(out.read_text())["runs"] if run["name"] not in made]
-    report = {"header": {**gpu.describe(), "devices": devices}, "runs": results + kept}
+    before = json.loads(out.read_text())["runs"] if out.is_file() else []
+    made = rowfile.merged(before, results, ("name",))
+    report = {"header": {**gpu.describe(), "devices": devices}, "runs": made}
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(out)
     return int(any(result.get("failures") or not result["complete"] for result in results))
