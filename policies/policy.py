@@ -121,7 +121,7 @@ class Policy:
         shared: dict[tuple[str, str, int], Assignment] = {}
         for key, before in known.items():
             wish = _pin(pin, now) if pin else wishes.get(key)
-            refusal = None if pin or not faults else faults.get(key)
+            refusal = None if pin else faults.get(key)
             if refusal is None and wish is not None and wish.mode != before.mode and not pin:
                 refusal = self._refusal(wish, before, last_return_s, now)
             if wish is None or wish.mode == before.mode or refusal is not None:
@@ -201,8 +201,9 @@ def _stay(
     """Replicas that stay for one reason with the same limits share one assignment: mostly these are all."""
     mode, reason = before.mode, before.reason
     if refusal is not None:
-        other = wish is not None and wish.mode != mode
-        held = f"{wish.mode} ({wish.reason}): {refusal}" if wish is not None and other else refusal
+        held = refusal
+        if wish is not None and wish.mode != mode:
+            held = f"{wish.mode} ({wish.reason}): {refusal}"
         return Assignment(mode, mode, reason, None, None, None, before.limits, held)
     limits = wish.limits if wish is not None else None
     if limits == before.limits:
