@@ -46,7 +46,8 @@ class Output {
 #pragma unroll
     for (int i = 0; i < 16; i += 32 / LANES) {
       u32 words[4];
-      ptx::load_shared(words, from_ + i * SLICE * 2);
+      // Rows of 128 bytes take four rows a turn, whose swizzle differs in one bit.
+      ptx::load_shared(words, (SLICE == 64 ? from_ ^ (i & 4) << 4 : from_) + i * SLICE * 2);
       const int row = ptx::here(below + i);
       if (row < rows_ && right < columns_) put(to_ + (row * N_ + right), words, columns_ - right);
     }

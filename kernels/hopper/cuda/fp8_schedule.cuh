@@ -14,8 +14,7 @@ constexpr int WEIGHT_BYTES = BLOCK_N * CHUNK;
 constexpr int STAGE_BYTES = (TOKEN_BYTES + WEIGHT_BYTES) * CHUNKS;
 constexpr int COLUMN_BYTES = BLOCK_N * 4;  // of a warpgroup: a bfloat16 factor and a bias for each column,
 constexpr int ROW_BYTES = BLOCKS * 64 * 4;  // a scale for each row
-// The epilogue goes by slices of columns, which each warp stages by itself.
-constexpr int SLICE = BLOCK_N % 32 == 0 && BLOCK_N > 64 ? 32 : 16;
+// The epilogue goes by slices of SLICE columns, which each warp stages by itself.
 constexpr int SLICE_BYTES = 16 * SLICE * 2;
 constexpr int SWIZZLE = SLICE / 8 - 1;
 constexpr int OUTPUT_OFFSET = STAGES * STAGE_BYTES;

@@ -16,76 +16,30 @@
 // * CONSUMERS warpgroups own 64 rows each. A thread's share of 128 of K of one row is 32 adjacent bytes of each plane.
 //   With SLICED_K = 2 two of them have the same rows and take turns in K, 64 each: one rebuilds while the other
 //   multiplies. At the end either gives the sums of half of the tokens to the other. Tiles are then half as tall for
-//   as many tokens, which fills more waves, and each weight is rebuilt for as many tokens as one warpgroup holds;
+//   as many tokens, which fills more waves, and each weight is rebuilt for as many tokens as one warpgroup holds.
 //   With SETS = 2 sets of registers a warpgroup rebuilds one step while its step before multiplies; with one set,
 //   which leaves room for more warpgroups, it rebuilds while the others multiply. AHEAD it loads the bytes of the
 //   next 128 of K before it multiplies the last of these, which pays where one warpgroup multiplies few tokens;
-// * a warp scales, adds the bias, transposes through shared memory and stores by itself, while the producers fill
-//   buffers for the next tile and the other warpgroups go on.
+// * with CLUSTER_K = 2 the two CTAs of a cluster have half of K each of a tile, which lets tiles be large where there are
+//   few (exchange_16bit.cuh);
+// * a warpgroup scales, adds the bias and stores by itself (output_16bit.cuh), while the producers fill buffers for the
+//   next tile.
 // schedule.cuh says how tiles are shared and why gathering the parts of a tile cannot deadlock.
 //
-// Roof: two bytes a weight over the memory bandwidth for few tokens, the tensor cores' rate for many; between them
-// shared memory, whose 128 bytes a cycle take in (TOKENS + ROWS) * 128 a step, read as many for the weights and feed
-// every warpgroup's wgmma with all tokens.
-#include "ptx.cuh"
+// Roof: two bytes a weight over the memory bandwidth for few tokens, the tensor cores' rate for many. Between them, up
+// to 128 tokens a tile, a warpgroup's rebuild: it begins once the products before have been handed to the tensor cores,
+// and takes some 360 cycles beside another's products, as many as 180 tokens' own.
 #include "ahead.cuh"
+#include "exchange_16bit.cuh"
+#include "layout_16bit.cuh"
+#include "output_16bit.cuh"
+#include "ptx.cuh"
 #include "rebuild.cuh"
 #include "ring.cuh"
 #include "schedule.cuh"
 #include "wgmma.cuh"
 
 namespace {
-
-constexpr int CLUSTER = CLUSTER_TOKENS * CLUSTER_ROWS;
-constexpr int ROWS = 64 * CONSUMERS / SLICED_K;
-constexpr int STEP = 64;  // of K: what one stage of x holds, and a quarter of the products of a unit
-constexpr int UNIT = 128;  // of K: what one stage of weights holds
-constexpr int X_BYTES = TOKENS * STEP * 2;
-constexpr int PLANE_BYTES = ROWS * UNIT;
-constexpr int WEIGHT_OFFSET = X_STAGES * X_BYTES;
-constexpr int OUTPUT_OFFSET = WEIGHT_OFFSET + WEIGHT_STAGES * 2 * PLANE_BYTES;
-constexpr int BARRIER_OFFSET = OUTPUT_OFFSET + CONSUMERS * 4 * WARP_BYTES;
-constexpr int SUMS = TOKENS / 2;
-// Of the tokens that a warpgroup stores.
-constexpr int OWN_TOKENS = TOKENS / SLICED_K;
-constexpr int OWN_SUMS = SUMS / SLICED_K;
-constexpr int SLICES = OWN_TOKENS / SLICE;
-
-static_assert(TOKENS % (8 * CLUSTER_ROWS) == 0 && TOKENS <= 256);
-static_assert(ROWS % (8 * CLUSTER_TOKENS) == 0);
-static_assert(OWN_TOKENS % SLICE == 0 && SLICE % 16 == 0);
-static_assert(SLICED_K == 1 || (CONSUMERS == 2 && SLICED_K == 2 && TOKENS % 32 == 0 && SETS == 1 && !AHEAD));
-static_assert(WARP_BYTES >= SLICE * 32);  // a warp stages SLICE tokens of 16 rows
-
-// Where a warp stages half (16 bytes) of the 16 rows of `token`: eight tokens in turn lie in different banks.
-__device__ __forceinline__ u32 staged(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2 & 1)) << 4); }
-
-// Of the sums of two warps that took turns in K, OWN_SUMS to either: the first half to the first, the other to the
-// second. They pass through the buffers of both, half a buffer at a time, so that one barrier a round is enough; after
-// the last neither reads the other's. The order of the two terms does not change their sum.
-__device__ __forceinline__ void exchange(float (&sums)[SUMS], u32 buffer, u32 other_buffer, bool second, u32 barrier) {
-#pragma unroll
-  for (int i = 0; i < OWN_SUMS; i += 8) {
-    const u32 half = i / 8 % 2 * (WARP_BYTES / 2);
-#pragma unroll
-    for (int j = i; j < i + 8; j += 4) {
-      float given[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) given[k] = second ? sums[j + k] : sums[OWN_SUMS + j + k];
-      ptx::store_shared(buffer + half + (j - i) * 128, given);
-    }
-    ptx::threads_sync<64>(barrier);
-#pragma unroll
-    for (int j = i; j < i + 8; j += 4) {
-      u32 taken[4];
-      ptx::load_shared(taken, other_buffer + half + (j - i) * 128);
-#pragma unroll
-      for (int k = 0; k < 4; ++k)
-        sums[j + k] = (second ? sums[OWN_SUMS + j + k] : sums[j + k]) + __uint_as_float(taken[k]);
-    }
-  }
-  ptx::threads_sync<64>(barrier);
-}
 
 // The tile of one CTA: its first row and token, and how many slices of it belong to the tile before.
 struct Corner {
@@ -101,14 +55,17 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
                int group, int cut, int parts, int x_bytes, int wide, const Ahead ahead) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
-  const u32 x_full = base + BARRIER_OFFSET, x_empty = x_full + X_STAGES * 8;
-  const u32 weight_full = x_empty + X_STAGES * 8, weight_empty = weight_full + WEIGHT_STAGES * 8;
+  const u32 x_full = base + X_FULL, x_empty = base + X_EMPTY;
+  const u32 weight_full = base + WEIGHT_FULL, weight_empty = base + WEIGHT_EMPTY;
   const u32 rank = CLUSTER == 1 ? 0 : ptx::cluster_rank();
-  const u32 rank_token = rank % CLUSTER_TOKENS, rank_row = rank / CLUSTER_TOKENS;
+  // CTAs that share K have neither tokens nor rows in common with others: the two clusterings exclude one another.
+  const u32 rank_token = CLUSTER_K > 1 ? 0 : rank % CLUSTER_TOKENS;
+  const u32 rank_row = CLUSTER_K > 1 ? 0 : rank / CLUSTER_TOKENS;
   const int row_tiles = (N + ROWS * CLUSTER_ROWS - 1) / (ROWS * CLUSTER_ROWS);
   const int token_tiles = (M + TOKENS * CLUSTER_TOKENS - 1) / (TOKENS * CLUSTER_TOKENS);
   const int last_token = max((M + SLICE - 1) / SLICE * SLICE - TOKENS, 0);
-  const Schedule schedule(blockIdx.x / CLUSTER, gridDim.x / CLUSTER, row_tiles * token_tiles, cut, parts, K / UNIT);
+  constexpr int WORKER = CLUSTER / CLUSTER_K;
+  const Schedule schedule(blockIdx.x / WORKER, gridDim.x / WORKER, row_tiles * token_tiles, cut, parts, K / UNIT);
   const u32 warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
   const u32 thread = threadIdx.x % 128;
 
@@ -121,9 +78,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       ptx::barrier_init(weight_full + i * 8, 1);
       ptx::barrier_init(weight_empty + i * 8, CONSUMERS * 4 * CLUSTER_TOKENS);
     }
+    if constexpr (CLUSTER_K > 1) Pair::init(base);
     ptx::barrier_init_fence();
   }
-  ptx::meet_and_let_next_start<CLUSTER>();
+  // CTAs that share K meet before they exchange sums, not here.
+  ptx::meet_and_let_next_start<CLUSTER, CLUSTER_K == 1>();
 
   // The copy engine is slow where a box reaches past the last token, so the last tile begins where it ends there.
   auto corner = [&](int tile) -> Corner {
@@ -146,6 +105,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       Ring<WEIGHT_STAGES> ring;
       u32 last_full = weight_full, last_parity = 0;
       for (int index = 0; index < schedule.count; ++index) {
+        if constexpr (CLUSTER_K > 1) Pair::await_taken(base, index - schedule.whole_count);
         const Segment segment = schedule.segment(index);
         const int row = corner(segment.tile).row + rank_token * PART;
         for (int unit = segment.first; unit < segment.last; ++unit) {
@@ -164,7 +124,8 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
           ring.advance();
         }
       }
-      ptx::barrier_wait(last_full, last_parity);
+      // A CTA whose cluster has but one whole tile may have nothing to do.
+      if (schedule.count > 0) ptx::barrier_wait(last_full, last_parity);
       ask_ahead(ahead);
     } else if (thread == 32) {
       constexpr int PART = TOKENS / CLUSTER_ROWS;
@@ -173,6 +134,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       ptx::wait_for_previous_kernel();
       Ring<X_STAGES> ring;
       for (int index = 0; index < schedule.count; ++index) {
+        if constexpr (CLUSTER_K > 1) Pair::await_taken(base, index - schedule.whole_count);
         const Segment segment = schedule.segment(index);
         const int token = corner(segment.tile).token + rank_row * PART;
         for (int step = segment.first * 2; step < segment.last * 2; ++step) {
@@ -194,7 +156,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     const u32 lane = thread % 32, warp = thread / 32;
     const u32 one = gridDim.y;
     const u32 k_slice = warpgroup % SLICED_K, row_offset = warpgroup / SLICED_K * 64 + warp * 16;
-    const u32 output = base + OUTPUT_OFFSET + (warpgroup * 4 + warp) * WARP_BYTES;
     // Of the first of two 64-wide steps; the second one's is 16 bytes on, which the swizzle makes ^ 16.
     const u32 share = base + WEIGHT_OFFSET + (row_offset + lane / 4) * UNIT +
                       ((lane % 4 * 2 ^ lane / 4 ^ k_slice) << 4);
@@ -220,57 +181,8 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     };
     auto counter = [&](int tile) { return counters + (tile * CLUSTER + rank) * CONSUMERS + warpgroup; };
 
-    // The exponent, biased as a float's, and the bias of this thread's two rows: asked for before the product, so
-    // that the epilogue waits for neither.
-    auto ask = [&](u32 (&row_words)[2], int tile_row) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = tile_row + row_offset + h * 8 + lane / 4;
-        const u32 exponent = row < N ? u32(int(__ldg(row_exponent + row)) + 127) : 0;
-        row_words[h] = exponent << 16 | (row < N && bias ? __ldg(bias + row) : 0);
-      }
-    };
-    // SLICE tokens of `sums`, scaled and shifted, to y. Each warp transposes its 16 rows through shared memory of its
-    // own, so that no warp waits for another, and stores the 32 bytes of a token by two threads.
-    auto store = [&](const float* sums, const u32 (&row_words)[2], int tile_row, int token) {
-      const int row = tile_row + row_offset;
-      float scale[2], shift[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scale[h] = __uint_as_float(row_words[h] >> 16 << 23);
-        shift[h] = widen(u16(row_words[h]));
-      }
-      __syncwarp();
-#pragma unroll
-      for (int pair = 0; pair < SLICE / 16; ++pair) {
-        u32 words[4];
-#pragma unroll
-        for (int g = 0; g < 2; ++g) {
-          const float* sum = sums + (pair * 16 + g * 8) / 2;
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-            words[g * 2 + h] = pack(sum[h * 2] * scale[h] + shift[h], sum[h * 2 + 1] * scale[h] + shift[h]);
-        }
-        ptx::store_matrices_transposed(output + staged(pair * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2), words[0],
-                                       words[1], words[2], words[3]);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int pair = 0; pair < SLICE / 16; ++pair) {
-        const int line = pair * 16 + lane / 2, column = row + lane % 2 * 8;
-        u32 words[4];
-        ptx::load_shared(words, output + staged(line, lane % 2));
-        if (token + line >= M || column >= N) continue;
-        u16* to = y + size_t(token + line) * N + column;
-        if (wide) {
-          *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            if (column + i < N) to[i] = u16(words[i / 2] >> i % 2 * 16);
-        }
-      }
-    };
+    Output output(y, row_exponent, bias, M, N, wide, base, warpgroup, thread);
+    Pair pair(base, warpgroup * 4 + warp, lane, rank);
 
     // Who gathers a slice of a tile that parts share. A worker with one part keeps its own sums in registers.
     auto gathers = [&](int slice, const Segment& segment, const Corner& at) {
@@ -290,8 +202,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     for (int index = 0; index < schedule.count; ++index) {
       const Segment segment = schedule.segment(index);
       const Corner at = own(corner(segment.tile));
-      u32 row_words[2];
-      ask(row_words, at.row);
+      output.begin(at.row);
 
       u32 weights[SETS][16];
       int previous = 0;
@@ -362,18 +273,27 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       ptx::wgmma_wait<0>();
       ptx::hold(sums);
       release_x(previous);
-      if constexpr (SLICED_K == 2)
-        exchange(sums, output + lane * 16, base + OUTPUT_OFFSET + ((warpgroup ^ 1) * 4 + warp) * WARP_BYTES + lane * 16,
-                 k_slice == 1, CONSUMERS + 1 + warp);
+      if constexpr (SLICED_K == 2) {
+        auto buffer = [&](u32 owner) { return base + OUTPUT_OFFSET + (owner * 4 + warp) * WARP_BYTES + lane * 16; };
+        exchange_in_turns(sums, buffer(warpgroup), buffer(warpgroup ^ 1), k_slice == 1, WARP_PAIRS + warp);
+      }
+      if constexpr (CLUSTER_K > 1) {
+        if (segment.part >= 0) {
+          const int end = min(SLICES, (M - at.token + SLICE - 1) / SLICE);
+          pair.exchange(sums, at.skip, end,
+                        [&](int slice) { output.store(sums + slice * SLICE_SUMS, at.token + slice * SLICE); });
+          continue;
+        }
+      }
 
       float4* to = segment.part < 0 ? nullptr : scratch(segment.part, segment.tile);
 #pragma unroll
       for (int slice = 0; slice < SLICES; ++slice) {
         const int token = at.token + slice * SLICE;
         if (slice < at.skip || token >= M) continue;
-        const float* sum = sums + slice * (SLICE / 2);
+        const float* sum = sums + slice * SLICE_SUMS;
         if (!to) {
-          store(sum, row_words, at.row, token);
+          output.store(sum, token);
           continue;
         }
         if (kept && gathers(slice, segment, at)) continue;
@@ -390,11 +310,10 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     }
 
     // Of each tile that this worker computed a part of, every `parts`-th slice: its own part, then the others in order.
-    for (int index = schedule.whole_count; index < schedule.count; ++index) {
+    for (int index = schedule.whole_count; CLUSTER_K == 1 && index < schedule.count; ++index) {
       const Segment segment = schedule.segment(index);
       const Corner at = own(corner(segment.tile));
-      u32 row_words[2];
-      ask(row_words, at.row);
+      output.begin(at.row);
       auto mine = [&](int slice) {
         return slice >= at.skip && at.token + slice * SLICE < M && gathers(slice, segment, at);
       };
@@ -406,7 +325,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
 #pragma unroll
           for (int i = 0; i < SLICE / 8; ++i) {
             const float4 value = __ldcg(from + (slice * (SLICE / 8) + i) * 128);
-            float* sum = sums + slice * (SLICE / 2) + i * 4;
+            float* sum = sums + slice * SLICE_SUMS + i * 4;
             sum[0] = first ? value.x : sum[0] + value.x;
             sum[1] = first ? value.y : sum[1] + value.y;
             sum[2] = first ? value.z : sum[2] + value.z;
@@ -421,12 +340,12 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         if (part != segment.part) add(part, false);
 #pragma unroll
       for (int slice = 0; slice < SLICES; ++slice)
-        if (mine(slice)) store(sums + slice * (SLICE / 2), row_words, at.row, at.token + slice * SLICE);
+        if (mine(slice)) output.store(sums + slice * SLICE_SUMS, at.token + slice * SLICE);
       // All have waited once all have counted themselves again: the last leaves the counter at zero.
       if (thread == 0) ptx::count_leave(counter(segment.tile), 2 * parts);
     }
   }
-  // Others of the cluster still signal here until they are through.
+  // Others that share a panel with this CTA still signal here until they are through.
   __syncwarp();
-  if constexpr (CLUSTER > 1) ptx::cluster_sync();
+  if constexpr (CLUSTER > 1 && CLUSTER_K == 1) ptx::cluster_sync();
 }

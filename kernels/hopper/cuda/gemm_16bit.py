@@ -40,8 +40,9 @@ class Config:
     A tile has 64 weight rows for each of its `warpgroups` by `tokens`, a multiple of 16; with sliced_k 2 two
     warpgroups have 64 rows together, take turns in K, and `tokens` is a multiple of 32. cluster_tokens,
     cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor. split: parts into which K is
-    cut in the tiles that do not fill a wave, and in those of `waves` full waves beside them. group: token
-    tiles that run side by side.
+    cut in the tiles that do not fill a wave, and in those of `waves` full waves beside them; cluster_k 2:
+    there are two, and the CTAs of a cluster, which have nothing else in common then, exchange their sums
+    directly. group: token tiles that run side by side.
     """
 
     tokens: int
@@ -53,6 +54,7 @@ class Config:
     waves: int = 0
     group: int = 8
     sliced_k: int = 1
+    cluster_k: int = 1
 
     @property
     def rows(self) -> int:
@@ -60,12 +62,13 @@ class Config:
 
     @property
     def cluster(self) -> int:
-        return self.cluster_tokens * self.cluster_rows
+        return self.cluster_tokens * self.cluster_rows * self.cluster_k
 
     @property
     def slice(self) -> int:
-        """Tokens of the output that are staged at once."""
-        return gcd(self.tokens // self.sliced_k, 32)
+        """Tokens of the output that a warpgroup stages at once; from three warpgroups on, one more stage of
+        weights is worth more than longer slices."""
+        return gcd(self.tokens // self.sliced_k, 32 if self.warpgroups < 3 else 16)
 
     @property
     def _x_bytes(self) -> int:
@@ -77,17 +80,24 @@ class Config:
 
     @property
     def _warp_bytes(self) -> int:
-        """What a warp stages at once: 16 rows of a slice, and of sums that it exchanges 2 KiB."""
-        return 32 * self.slice if self.sliced_k == 1 else 2048
+        """A warp's share of two staged slices; of sums that it exchanges it takes 2 KiB."""
+        return 64 * self.slice if self.sliced_k == 1 else 2048
 
     @property
     def _output_bytes(self) -> int:
         return 4 * self.warpgroups * self._warp_bytes
 
     @property
+    def _pair_bytes(self) -> int:
+        """Barriers of CTAs that exchange sums: for a warp's slices, every second one, and two more."""
+        slices = ceil_div(self.tokens // self.sliced_k // self.slice, 2)
+        return 8 * (4 * self.warpgroups * slices + 2) if self.cluster_k > 1 else 0
+
+    @property
     def stages(self) -> tuple[int, int]:
         """Of x, 64 of K each, and of weights, 128 each: equally far ahead, what is left to either."""
-        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._output_bytes - 32 * _MOST_STAGES
+        fixed = _SYSTEM_SHARE + self._output_bytes + self._pair_bytes + 32 * _MOST_STAGES
+        room = SHARED_MEMORY // self.ctas - fixed
         weights = min(room // (self._weight_bytes + 2 * self._x_bytes), _MOST_STAGES // 2)
         room -= weights * (self._weight_bytes + 2 * self._x_bytes)
         more = weights < _MOST_STAGES // 2 and room >= self._weight_bytes
@@ -96,7 +106,8 @@ class Config:
     @property
     def shared_memory(self) -> int:
         x, weights = self.stages
-        return x * (self._x_bytes + 16) + weights * (self._weight_bytes + 16) + self._output_bytes
+        stages = x * (self._x_bytes + 16) + weights * (self._weight_bytes + 16)
+        return stages + self._output_bytes + self._pair_bytes
 
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of gemm_16bit.cu."""
@@ -113,6 +124,7 @@ class Config:
             "SETS": 2 if self.sliced_k == 1 and self.tokens <= _TWO_SETS[self.warpgroups] else 1,
             "CLUSTER_TOKENS": self.cluster_tokens,
             "CLUSTER_ROWS": self.cluster_rows,
+            "CLUSTER_K": self.cluster_k,
             "CTAS": self.ctas,
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,
@@ -137,12 +149,19 @@ class Plan:
 def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
     """For a device that holds `resident` clusters at once; no parts without work, or without scratch."""
     tiles = cluster_tiles(config, M, N)
-    cut = min(tiles % resident + config.waves * resident, tiles)
-    tile_floats = config.cluster * config.rows * config.tokens
-    parts = min(config.split, K // _UNIT, SCRATCH_FLOATS // (tile_floats * max(cut, 1)))
-    if parts < 2 or cut * config.cluster * config.warpgroups > SCRATCH_COUNTERS:
-        return Plan(min(tiles, resident), 0, 1)
-    return Plan(min(resident, max(cut * parts, tiles - cut)), cut, parts)
+    # CTAs that share K are in one cluster and take tiles of their own.
+    wave = resident * config.cluster_k
+    cut = min(tiles % wave + config.waves * wave, tiles)
+    if config.cluster_k > 1:
+        cut = cut if config.cluster_k <= K // _UNIT else 0
+        parts = config.cluster_k if cut else 1
+    else:
+        tile_floats = config.cluster * config.rows * config.tokens
+        parts = min(config.split, K // _UNIT, SCRATCH_FLOATS // (tile_floats * max(cut, 1)))
+        if parts < 2 or cut * config.cluster * config.warpgroups > SCRATCH_COUNTERS:
+            cut, parts = 0, 1
+    busy = max(ceil_div(cut * parts, config.cluster_k), ceil_div(tiles - cut, config.cluster_k))
+    return Plan(min(resident, busy), cut, parts)
 
 
 def cluster_tiles(config: Config, M: int, N: int) -> int:

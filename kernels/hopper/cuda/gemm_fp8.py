@@ -8,6 +8,7 @@ import ctypes
 import os
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -68,11 +69,15 @@ class Config:
         return (self.tokens + self.rows) * _CHUNK * self.chunks
 
     @property
+    def slice(self) -> int:
+        """Columns of the output that a warp stages at once: whole lines of 128 bytes where it can."""
+        return max(gcd(self.rows, 64), 16) if self.rows > 64 else 16
+
+    @property
     def _fixed_bytes(self) -> int:
         """Beside the stages: staged output, factors and biases of columns, scales of rows, scratch of the
         quantiser."""
-        slice_columns = 32 if self.rows % 32 == 0 and self.rows > 64 else 16
-        return self.warpgroups * (64 * slice_columns * 2 + self.rows * 4 + self.blocks * 64 * 4 + 32)
+        return self.warpgroups * (64 * self.slice * 2 + self.rows * 4 + self.blocks * 64 * 4 + 32)
 
     @property
     def stages(self) -> int:
@@ -94,6 +99,7 @@ class Config:
             "BLOCK_N": self.rows,
             "CHUNKS": self.chunks,
             "STAGES": self.stages,
+            "SLICE": self.slice,
             "CLUSTER_M": self.cluster_tokens,
             "CLUSTER_N": self.cluster_rows,
             "CTAS": self.ctas,

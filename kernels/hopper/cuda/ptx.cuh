@@ -77,6 +77,24 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
       : "memory");
 }
 
+// The address in CTA `rank` of the cluster of what lies at `address` in this one.
+__device__ __forceinline__ u32 address_at(u32 address, u32 rank) {
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+
+// Sixteen bytes to another CTA's shared memory, counted at a barrier of that CTA.
+__device__ __forceinline__ void store_remote(u32 to, const float* values, u32 barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(barrier)
+      : "memory");
+}
+
+// What this thread has read and written in shared memory comes before copies issued after it has signalled.
+__device__ __forceinline__ void copies_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // --- bulk copies; a policy is an L2 eviction priority ---
 
 constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
@@ -176,6 +194,9 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// The second half of `cluster_sync`.
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 // This thread of its block, this block, and how many there are; read anew instead of kept in registers.
 __device__ __forceinline__ u32 thread() {
   u32 thread;
@@ -209,11 +230,13 @@ __device__ __forceinline__ void registers_less() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// After one thread has made the barriers: the CTA, or the cluster, meets, and the next kernel may start.
-template <int CLUSTER>
+// After one thread has made the barriers: the CTA meets, or the cluster, and the next kernel may start. A cluster that
+// is not AWAITED only says that this CTA is there, and has to `cluster_wait` before it reaches into another.
+template <int CLUSTER, bool AWAITED = true>
 __device__ __forceinline__ void meet_and_let_next_start() {
-  if constexpr (CLUSTER > 1)
-    cluster_sync();
+  if constexpr (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  if constexpr (CLUSTER > 1 && AWAITED)
+    cluster_wait();
   else
     __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -7,6 +7,9 @@
 // scratch and counts it for its tile; after its last segment, of each tile that it computed a part of it adds a share
 // of all parts. It waits there for parts alone, and no part waits for anything: waits end if all workers are resident,
 // whatever the order in which they run.
+//
+// With CLUSTER_K = 2 the two parts of a tile belong to the two CTAs of a cluster, workers 2 c and 2 c + 1, which run
+// them at the same time and exchange their sums directly (exchange_16bit.cuh).
 #pragma once
 
 struct Segment {
@@ -20,15 +23,17 @@ struct Schedule {
   __device__ __forceinline__ Schedule(int worker, int workers, int tiles, int cut, int parts, int tile_units)
       : worker(worker), workers(workers), cut(cut), parts(parts), tile_units(tile_units) {
     whole_count = max(tiles - cut - worker + workers - 1, 0) / workers;
-    part_count = max(cut * parts - worker + workers - 1, 0) / workers;
+    part_count = CLUSTER_K > 1 ? max(cut - worker / CLUSTER_K + workers / CLUSTER_K - 1, 0) / (workers / CLUSTER_K)
+                               : max(cut * parts - worker + workers - 1, 0) / workers;
     count = whole_count + part_count;
   }
 
   __device__ __forceinline__ Segment segment(int index) const {
     if (index < whole_count) return {cut + worker + index * workers, -1, 0, tile_units};
-    const int number = worker + (index - whole_count) * workers;
-    const int part = number / cut;
-    return {number - part * cut, part, tile_units * part / parts, tile_units * (part + 1) / parts};
+    const int turn = index - whole_count, number = worker + turn * workers;
+    const int part = CLUSTER_K > 1 ? worker % CLUSTER_K : number / cut;
+    const int tile = CLUSTER_K > 1 ? (worker + turn * workers) / CLUSTER_K : number - part * cut;
+    return {tile, part, tile_units * part / parts, tile_units * (part + 1) / parts};
   }
 };
 

@@ -1,4 +1,4 @@
-"""What only Hopper's products do: warpgroups that take turns in K, and asking for what comes next."""
+"""What only Hopper's products do: warpgroups and CTAs that share K, and asking for what comes next."""
 
 import pytest
 import torch
@@ -17,19 +17,25 @@ pytestmark = [
     ),
 ]
 
-SLICED = [
+SHARED_K = [
     Config(64, sliced_k=2),
     Config(96, sliced_k=2, split=4, waves=1),
     Config(128, sliced_k=2, split=2),
     Config(128, cluster_tokens=2, sliced_k=2),
     Config(256, cluster_rows=2, sliced_k=2, split=3),
+    Config(16, 1, cluster_k=2),
+    Config(64, sliced_k=2, cluster_k=2),
+    Config(96, 4, cluster_k=2, waves=1),
+    Config(176, 3, cluster_k=2),
+    Config(256, cluster_k=2),
+    Config(256, cluster_k=2, waves=1),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(("N", "K"), [(200, 128), (4096, 256), (1000, 4096), (5120, 1280)])
-@pytest.mark.parametrize("config", SLICED, ids=repr)
-def test_warpgroups_that_take_turns_in_k(config: Config, N: int, K: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", SHARED_K, ids=repr)
+def test_warpgroups_and_ctas_that_share_k(config: Config, N: int, K: int, dtype: torch.dtype) -> None:
     w, nested = weight(N, K, dtype)
     for M in (1, 17, 64, 100, 255, 300, 513):
         if config.tokens * (config.cluster_tokens - 1) >= M:

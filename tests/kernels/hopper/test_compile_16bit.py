@@ -33,6 +33,10 @@ SOME = [
     Config(16, warpgroups=1),
     Config(64, sliced_k=2),
     Config(256, cluster_tokens=2, cluster_rows=2, sliced_k=2),
+    Config(256, cluster_k=2),
+    Config(176, warpgroups=3, cluster_k=2),
+    Config(128, sliced_k=2, cluster_k=2),
+    Config(16, warpgroups=1, cluster_k=2),
 ]
 SHAPES = [(4096, 4096), (65536, 5120), (5120, 32768), (77, 128), (16, 256)]
 TOKENS = [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384]
@@ -56,7 +60,8 @@ def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     assert sass.count("WARPGROUP.DEPBAR") <= 3, "ptxas runs products one at a time"
     # Rebuilding four weights subtracts twice: not on the pipe that its other instructions need.
     assert re.findall(r"(\w+)[.\w]* R\d+, [^;]*-0x400040", sass) == ["IMAD"] * (32 // config.sliced_k)
-    assert ("UTMALDG.2D.MULTICAST" in sass) == (config.cluster > 1)
+    assert ("UTMALDG.2D.MULTICAST" in sass) == (config.cluster > config.cluster_k)
+    assert ("STAS" in sass) == (config.cluster_k > 1), "CTAs that share K store to one another"
     x, weights = config.stages
     assert x >= 3
     assert weights >= 2
@@ -72,13 +77,14 @@ def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
         resident = 132 * config.ctas // config.cluster
         work = plan(config, M, N, K, resident)
         tiles = cluster_tiles(config, M, N)
-        assert tiles * config.cluster * config.rows * config.tokens >= M * N
+        assert tiles * config.cluster // config.cluster_k * config.rows * config.tokens >= M * N
         assert 1 <= work.clusters <= resident
         assert 0 <= work.cut <= tiles
         assert 1 <= work.parts <= max(1, K // 128), "a part holds some of K"
         assert (work.cut == 0) == (work.parts == 1)
-        assert work.cut * work.parts * config.cluster * config.rows * config.tokens <= SCRATCH_FLOATS
-        assert work.cut * config.cluster * config.warpgroups <= SCRATCH_COUNTERS
+        if config.cluster_k == 1:
+            assert work.cut * work.parts * config.cluster * config.rows * config.tokens <= SCRATCH_FLOATS
+            assert work.cut * config.cluster * config.warpgroups <= SCRATCH_COUNTERS
 
 
 def test_only_tiles_beyond_full_waves_are_cut() -> None:
@@ -90,15 +96,25 @@ def test_only_tiles_beyond_full_waves_are_cut() -> None:
     assert plan(replace(config, split=1), 128, 65536, 4096, 132) == Plan(132, 0, 1)
 
 
-def segments(
-    worker: int, workers: int, tiles: int, cut: int, parts: int, units: int
-) -> list[tuple[int, ...]]:
+def test_a_cluster_that_shares_k_takes_a_cut_tile_and_its_ctas_whole_ones() -> None:
+    config = Config(256, cluster_k=2)
+    assert plan(config, 512, 4096, 4096, 66) == Plan(64, 64, 2)
+    assert plan(config, 1024, 5120, 4096, 66) == Plan(66, 28, 2)
+    assert plan(config, 1024, 5120, 128, 66) == Plan(66, 0, 1), "one unit of K has no parts"
+    assert plan(config, 1, 128, 128, 66) == Plan(1, 0, 1)
+    assert plan(replace(config, waves=1), 1024, 5120, 4096, 66) == Plan(66, 160, 2)
+
+
+def segments(config: Config, worker: int, work: Plan, tiles: int, units: int) -> list[tuple[int, ...]]:
     """(tile, part, first, last) in turn, as schedule.cuh walks them."""
+    cut, parts, workers = work.cut, work.parts, work.clusters * config.cluster_k
     whole = [(tile, -1, 0, units) for tile in range(cut + worker, tiles, workers)]
-    numbers = range(worker, cut * parts, workers)
-    return whole + [
-        (n % cut, n // cut, units * (n // cut) // parts, units * (n // cut + 1) // parts) for n in numbers
-    ]
+    if config.cluster_k > 1:
+        share = range(worker // config.cluster_k, cut, work.clusters)
+        cuts = [(tile, worker % config.cluster_k) for tile in share]
+    else:
+        cuts = [(number % cut, number // cut) for number in range(worker, cut * parts, workers)]
+    return whole + [(tile, p, units * p // parts, units * (p + 1) // parts) for tile, p in cuts]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +124,9 @@ def segments(
         (300, 28672, 4096, Config(128, 3, split=5, waves=1)),
         (64, 4096, 14336, Config(64, 1, split=3, ctas=2)),
         (256, 4096, 4096, Config(128, cluster_tokens=2, split=2, sliced_k=2)),
+        (512, 4096, 4096, Config(256, cluster_k=2)),
+        (2048, 5120, 1408, Config(256, cluster_k=2, waves=1)),
+        (1024, 28672, 128, Config(192, 3, cluster_k=2)),
     ],
 )
 def test_workers_cover_every_step_of_every_tile_once(M: int, N: int, K: int, config: Config) -> None:
@@ -115,8 +134,8 @@ def test_workers_cover_every_step_of_every_tile_once(M: int, N: int, K: int, con
     work, tiles = plan(config, M, N, K, resident), cluster_tiles(config, M, N)
     covered = [
         (tile, unit)
-        for worker in range(work.clusters)
-        for tile, _, first, last in segments(worker, work.clusters, tiles, work.cut, work.parts, K // 128)
+        for worker in range(work.clusters * config.cluster_k)
+        for tile, _, first, last in segments(config, worker, work, tiles, K // 128)
         for unit in range(first, last)
     ]
     assert len(covered) == len(set(covered)) == tiles * (K // 128)

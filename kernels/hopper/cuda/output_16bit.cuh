@@ -1,0 +1,94 @@
+// The last step of gemm_16bit.cu: sums of 64 weight rows, scaled, shifted and stored.
+#pragma once
+#include "elements.cuh"
+#include "layout_16bit.cuh"
+
+namespace {
+
+// A thread's part in what its warpgroup stores.
+//
+// The 64 rows of a slice of tokens are transposed through shared memory, so that y is written in whole lines of 128
+// bytes: a warp's own 16 rows are 32 bytes of each token, and a store of so many short pieces takes as many cycles as
+// it touches lines. Two buffers by turns need one barrier a slice.
+class Output {
+ public:
+  __device__ __forceinline__ Output(u16* y, const signed char* row_exponent, const u16* bias, int M, int N, bool wide,
+                                    u32 base, u32 warpgroup, u32 thread)
+      : y_(y), row_exponent_(row_exponent), bias_(bias), M_(M), N_(N), wide_(wide), warpgroup_(warpgroup),
+        thread_(thread), buffer_(base + OUTPUT_OFFSET + warpgroup * 4 * WARP_BYTES),
+        both_buffers_(buffer_ * 2 + SLICE * 128) {}
+
+  // Of a tile's rows. The exponent, biased as a float's, and the bias of this thread's two rows are asked for before
+  // the product, so that the epilogue waits for neither.
+  __device__ __forceinline__ void begin(int tile_row) {
+    row_ = tile_row + int(warpgroup_ / SLICED_K) * 64;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_ + int(thread_ / 32 * 16 + h * 8 + thread_ % 32 / 4);
+      const u32 exponent = row < N_ ? u32(int(__ldg(row_exponent_ + row)) + 127) : 0;
+      words_[h] = exponent << 16 | (row < N_ && bias_ ? __ldg(bias_ + row) : 0);
+    }
+  }
+
+  // A slice from `token` on, by all threads of the warpgroup.
+  __device__ __forceinline__ void store(const float* sums, int token) {
+    const u32 lane = thread_ % 32, warp = thread_ / 32;
+    float scale[2], shift[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      scale[h] = __uint_as_float(words_[h] >> 16 << 23);
+      shift[h] = widen(u16(words_[h]));
+    }
+#pragma unroll
+    for (int pair = 0; pair < SLICE / 16; ++pair) {
+      u32 words[4];
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+        const float* sum = sums + (pair * 16 + g * 8) / 2;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          words[g * 2 + h] = pack(sum[h * 2] * scale[h] + shift[h], sum[h * 2 + 1] * scale[h] + shift[h]);
+      }
+      ptx::store_matrices_transposed(
+          buffer_ + staged(pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words[0], words[1], words[2],
+          words[3]);
+    }
+    ptx::warpgroup_sync(warpgroup_ + 1);
+    const int column = row_ + int(thread_ % 8) * 8;
+#pragma unroll
+    for (int first = 0; first < SLICE; first += 16) {
+      const int line = first + int(thread_ / 8);
+      u32 words[4];
+      ptx::load_shared(words, buffer_ + staged(line, thread_ % 8));
+      if (token + line >= M_ || column >= N_) continue;
+      u16* to = y_ + size_t(token + line) * N_ + column;
+      if (wide_) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          if (column + i < N_) to[i] = u16(words[i / 2] >> i % 2 * 16);
+      }
+    }
+    buffer_ = both_buffers_ - buffer_;
+  }
+
+ private:
+  // Where eight (16 bytes) of the 64 rows of `token` lie: those of eight tokens in turn are in different banks.
+  __device__ __forceinline__ static u32 staged(u32 token, u32 eight) {
+    return token * 128 + ((eight ^ (token & 7)) << 4);
+  }
+
+  u16* y_;
+  const signed char* row_exponent_;
+  const u16* bias_;
+  const int M_, N_;
+  const bool wide_;
+  const u32 warpgroup_, thread_;
+  u32 buffer_;
+  const u32 both_buffers_;
+  int row_ = 0;
+  u32 words_[2] = {};
+};
+
+}  // namespace
