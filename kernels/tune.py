@@ -1,15 +1,16 @@
 """`nestedfp tune kernels`: times each backend's candidates on this GPU and writes the table dispatch reads.
 
 A table is `{"header": ..., "rows": [...]}`, one row a shape: {mode, dtype, M, N, K, us, config}, the fastest
-configuration and its microseconds a call, FP8 with the quantiser. Candidates are timed once; those near the
-best again, by turns. One that is wrong or does not run is reported and left out.
+configuration and its microseconds a call, FP8 with the quantiser. Candidates are the kernel's own and what
+the package's table holds already; they are timed once, those near the best again, by turns. One that is wrong
+or does not run is reported and left out.
 
 A run that was cut off goes on where it stopped: what the file holds is kept, unless `--anew`.
 """
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from statistics import median
@@ -22,11 +23,12 @@ from triton.errors import TritonError
 from nestedfp.kernels import contest, gpu, rowfile
 from nestedfp.kernels.compile_ahead import Job, compile_ahead
 from nestedfp.kernels.contest import Operands
-from nestedfp.kernels.dispatch import Backend, Config, Mode
+from nestedfp.kernels.dispatch import Backend, Config, Mode, table
 from nestedfp.kernels.shapes import SHAPES, TOKENS, by_size, parse_shapes, parse_tokens
 from nestedfp.kernels.timing import Contender, measure
 
 _KEY = ("mode", "dtype", "M", "N", "K")
+Cell = tuple[str, str, int, int, int]
 _GPU_BACKENDS = [str(Backend.HOPPER), str(Backend.PORTABLE)]
 _ROUGH_US = 200.0
 # Candidates within this of the best of the first pass are timed again.
@@ -59,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     todo = [cell for cell in cells(args) if cell not in known]
     print(f"{len(todo)} cells to tune, {len(known)} in {out}", flush=True)
     backend = import_module(f"nestedfp.kernels.{args.backend}")
-    for complaint in compile_ahead(_jobs(backend, Backend(args.backend), todo)):
+    tried = {cell: _candidates(backend, Backend(args.backend), *cell) for cell in todo}
+    for complaint in compile_ahead(_jobs(Backend(args.backend), tried)):
         print("compilation:", complaint)
     print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
     operands: Operands | None = None
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
                 operands = None
                 torch.cuda.empty_cache()
                 operands = Operands(N, K, dtype, max(args.tokens))
-            configs = backend.candidates(Mode(mode), M, N, K, dtype)
+            configs = tried[mode, dtype, M, N, K]
             best = fastest(backend, Mode(mode), configs, operands, M, args.passes)
             if best is None:
                 print(f"{mode} {dtype} {M}x{N}x{K}: no candidate runs", flush=True)
@@ -92,7 +95,7 @@ def default_path(backend: Backend) -> Path:
     return Path(__file__).parent / "tables" / f"{backend}-sm{major}{minor}.json"
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, int, int]]:
+def cells(args: argparse.Namespace) -> Iterator[Cell]:
     """(mode, dtype, M, N, K) to tune; those that share operands follow one another."""
     for N, K in by_size(args.shapes):
         for dtype in args.dtypes:
@@ -101,11 +104,24 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, int, int, int]]:
                     yield mode, dtype, M, N, K
 
 
-def _jobs(backend: ModuleType, kind: Backend, todo: list[tuple[str, str, int, int, int]]) -> list[Job]:
+def _candidates(
+    module: ModuleType, backend: Backend, mode: str, dtype: str, M: int, N: int, K: int
+) -> list[Config]:
+    """The kernel's own, and what the package's table holds for this cell."""
+    configs: list[Config] = module.candidates(Mode(mode), M, N, K, dtype)
+    known = [
+        dict(row.config)
+        for row in table(backend, torch.cuda.get_device_capability())
+        if (row.mode, row.dtype, row.M, row.N, row.K) == (mode, dtype, M, N, K)
+    ]
+    return configs + [config for config in known if config not in configs]
+
+
+def _jobs(backend: Backend, tried: Mapping[Cell, list[Config]]) -> list[Job]:
     return [
-        Job(kind, Mode(mode), dtype, M, N, K, config)
-        for mode, dtype, M, N, K in todo
-        for config in backend.candidates(Mode(mode), M, N, K, dtype)
+        Job(backend, Mode(mode), dtype, M, N, K, config)
+        for (mode, dtype, M, N, K), configs in tried.items()
+        for config in configs
     ]
 
 

@@ -17,12 +17,14 @@ _MULTIPROCESSORS = 132
 _MOST_TOKENS = {1: 256, 2: 256, 3: 192, 4: 96}
 _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
-# An H100's cycles, measured: of a rebuild of 64 x 64 weights beside wgmma; bytes a cycle into a
-# multiprocessor, in and out of shared memory, out of the L2 and out of memory; of a launch, with clusters,
-# of a tile beside its steps, of a float32 of a part written and read, of waiting for the parts.
-_REBUILD = 130
-_INTO, _SHARED, _L2, _MEMORY = 70, 128, 5300, 1480
+# An H100's cycles, measured: of a rebuild of 64 x 64 weights, while other warpgroups multiply; bytes a cycle
+# into a multiprocessor, out of the L2 and out of memory; of a launch, with clusters, of a tile beside its
+# steps, of a float32 of a part written and read through the L2, of waiting for the parts, and the same two
+# between the CTAs of a cluster.
+_REBUILD = 360
+_INTO, _L2, _MEMORY = 60, 6700, 1480
 _LAUNCH, _CLUSTER_LAUNCH, _TILE, _PART_FLOAT, _GATHER = 3000, 1000, 2200, 0.2, 2500
+_PAIR_FLOAT, _PAIR = 0.085, 1500
 
 
 def linear_16bit(
@@ -56,15 +58,16 @@ def rule(M: int, N: int, K: int) -> Config:
     return min(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
 
 
-def candidates(M: int, N: int, K: int, most: int = 24) -> list[Settings]:
+def candidates(M: int, N: int, K: int, most: int = 32) -> list[Settings]:
     """What the tuner times for a shape: the `most` that a model of the multiprocessor finds fastest."""
     ranked = sorted(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
     chosen: list[Config] = []
     seen: dict[tuple[int, ...], int] = {}
     for config in ranked:
-        # A few ways to cluster and to split each tile: what they save differs more than the model knows.
-        kind = (config.tokens, config.warpgroups, config.sliced_k, config.ctas)
-        if seen.get(kind, 0) < 4:
+        # Two ways to split each tile in each cluster: what they save differs more than the model knows.
+        tile = (config.tokens, config.warpgroups, config.sliced_k, config.ctas)
+        kind = (*tile, config.cluster_tokens, config.cluster_rows, config.cluster_k)
+        if seen.get(kind, 0) < 2:
             seen[kind] = seen.get(kind, 0) + 1
             chosen.append(config)
     chosen = chosen[:most]
@@ -93,6 +96,10 @@ def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
     yield tile
     if tiles % resident == 0 or tiles > 16 * resident:
         return
+    if tile.cluster == 1 and tile.ctas == 1 and K >= 1024:
+        yield replace(tile, cluster_k=2)
+        if tiles > resident:
+            yield replace(tile, cluster_k=2, waves=1)
     for parts in range(2, _MOST_PARTS + 1):
         if parts * 512 <= K:
             yield replace(tile, split=parts)
@@ -113,23 +120,22 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     multiply = config.tokens * 2
     row_groups = config.warpgroups // config.sliced_k
     panel_bytes = (config.tokens + config.rows) * 128
-    # What comes in, the weights read once, the tokens once by every group of 64 rows.
-    shared_bytes = panel_bytes + (config.rows + config.tokens * row_groups) * 128
     l2_bytes = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128
     step = max(
         multiply * row_groups * config.ctas,
-        _REBUILD * row_groups * config.ctas,
+        # A warpgroup rebuilds once its products before have been handed to the tensor cores.
         (multiply + _REBUILD) / config.sliced_k,
         panel_bytes * config.ctas / _INTO,
-        shared_bytes * config.ctas / _SHARED,
         l2_bytes * active / _L2,
         config.rows * 128 * active / ceil_div(M, config.tokens) / _MEMORY,
     )
     steps = K / 64
-    parts = ceil_div(work.cut * work.parts, work.clusters)
-    whole = ceil_div(tiles - work.cut, work.clusters)
+    workers = work.clusters * config.cluster_k
+    parts = ceil_div(work.cut * work.parts, workers)
+    whole = ceil_div(tiles - work.cut, workers)
     floats = config.rows * config.tokens * config.ctas
+    part_float, gather = (_PAIR_FLOAT, _PAIR) if config.cluster_k > 1 else (_PART_FLOAT, _GATHER)
     cycles = _LAUNCH + (_CLUSTER_LAUNCH if config.cluster > 1 else 0)
     cycles += whole * (steps * step + _TILE)
-    cycles += parts * (steps / work.parts * step + _TILE + _PART_FLOAT * floats)
-    return cycles + (_GATHER if parts else 0)
+    cycles += parts * (steps / work.parts * step + _TILE + part_float * floats)
+    return cycles + (gather if parts else 0)
