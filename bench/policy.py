@@ -28,7 +28,7 @@ from nestedfp.policies.config import PolicyConfig, Prediction, Slo
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.roofline import latency_model
-from nestedfp.policies.simulation.calibration import calibrate, cells_of, errors_of
+from nestedfp.policies.simulation.calibration import calibrate, cells_of, errors_of, limits_of
 from nestedfp.policies.simulation.cluster import Outcome, simulate
 from nestedfp.policies.simulation.oracle import LEVELS, TIGHT_LEVELS, schedule_of, search, share_bound
 from nestedfp.policies.simulation.state import EngineSettings, poisson
@@ -274,24 +274,27 @@ def calibration() -> list[dict[str, Any]]:
     report = []
     for path in sorted(DATA.parent.glob("engine-*.json")):
         benchmark = json.loads(path.read_text())
-        chunk = benchmark["settings"]["max_num_batched_tokens"]
-        for contender, mode in (("nestedfp-16bit", FP16), ("nestedfp-fp8", FP8)):
-            cells = cells_of(benchmark, contender)
-            if not cells:
-                continue
-            assumed = errors_of(latency_model().of(mode), cells, chunk)
-            fitted = calibrate(assumed.costs, cells, chunk)
-            report.append(
-                {
-                    "file": path.name,
-                    "mode": mode,
-                    "cells": [[cell.batch, cell.prompt_tokens, cell.output_tokens] for cell in cells],
-                    "errors_of": ["tokens_per_s", "ttft", "tpot"],
-                    "roofline_errors": assumed.errors,
-                    "fitted_errors": fitted.errors,
-                    "fitted_costs": asdict(fitted.costs),
-                }
-            )
+        limits = limits_of(benchmark)
+        for dtype in ("float16", "bfloat16"):
+            for contender, mode in (("nestedfp-16bit", FP16), ("nestedfp-fp8", FP8)):
+                cells = cells_of(benchmark, contender, dtype)
+                if not cells:
+                    continue
+                assumed = errors_of(latency_model().of(mode), cells, limits)
+                fitted = calibrate(assumed.costs, cells, limits)
+                report.append(
+                    {
+                        "file": path.name,
+                        "dtype": dtype,
+                        "mode": mode,
+                        "cells": [[cell.batch, cell.prompt_tokens, cell.output_tokens] for cell in cells],
+                        "errors_of": ["tokens_per_s", "ttft", "tpot"],
+                        "roofline_errors": assumed.errors,
+                        "fitted_errors": fitted.errors,
+                        "fitted_costs": asdict(fitted.costs),
+                        "fitted_first_token_s": fitted.first_token_s,
+                    }
+                )
     return report
 
 

@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replicas", type=int, default=1, help="simulated H100 replicas, 1 to 1,000")
     parser.add_argument("--seed", type=int, default=0, help="of routing and of the step times' noise")
     parser.add_argument("--rate", type=float, help="mean requests per second to scale the trace to")
+    parser.add_argument(
+        "--engine",
+        type=Path,
+        help="file of `nestedfp bench engine` to fit the replicas' step times to, which takes half a minute"
+        " (default: an H100's roofline)",
+    )
     parser.add_argument("--settings", type=Path, help="JSON file with policy settings")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -36,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, read_trace: ReadTrace) -> int:
     """Simulate and print; returns the exit status, 2 where the input cannot be used."""
     # The compiled engine takes a second to load, which `--help` need not wait for.
+    from nestedfp.policies.simulation.calibration import measured_engine
     from nestedfp.policies.simulation.cluster import simulate
     from nestedfp.policies.simulation.state import rescaled
     from nestedfp.policies.simulation.summary import summarize
@@ -47,6 +54,8 @@ def run(arguments: argparse.Namespace, read_trace: ReadTrace) -> int:
         if arguments.rate is not None:
             workload = rescaled(workload, arguments.rate)
         settings = EngineSettings()
+        if arguments.engine:
+            settings = measured_engine(json.loads(arguments.engine.read_text()))
         started = time.perf_counter()
         outcome = simulate(
             workload, Policy(config), replicas=arguments.replicas, seed=arguments.seed, settings=settings

@@ -1,7 +1,8 @@
 """The simulated engine against measured ones: step costs fitted to the cells of an engine benchmark.
 
-A cell is a batch of equal requests sent at once, with its throughput, mean TTFT and mean TPOT. The simulator
-serves the same batch; the costs are fitted so that its three figures meet the measured ones.
+A cell is a batch of equal requests sent at once, with its throughput and the medians of its requests' TTFT
+and TPOT. The simulator serves the same batch with the same limits; the costs are fitted so that its three
+figures meet the measured ones.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import Slo
 from nestedfp.policies.latency import LatencyModel, StepCosts
 from nestedfp.policies.protocol import FP8, FP16
+from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.simulation.cluster import Cluster
 from nestedfp.policies.simulation.state import Columns, EngineSettings
 from nestedfp.policies.simulation.summary import tpot_s, ttft_s
 
-FITTED: Final = ("overhead_s", "weights_s", "token_s", "sequence_s")
-_FIRST_STEP, _LAST_STEP = 1.4, 1.01
+_COSTS: Final = ("overhead_s", "weights_s", "token_s", "sequence_s", "context_token_s", "pair_s")
+_FIRST_STEP, _LAST_STEP = 1.4, 1.02
+_FIRST_TOKEN_S: Final = 0.005
+_BLOCK_TOKENS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +45,22 @@ class Cell:
         return self.tokens_per_s, self.ttft_s, self.tpot_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Of the measured engine: tokens of a step, of its KV cache, and requests in a batch."""
+
+    chunk_tokens: int
+    kv_tokens: int = 400_000
+    max_sequences: int = 512
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Costs, and the relative error of each cell's throughput, TTFT and TPOT, model over measured - 1."""
+    """Costs, what a first token takes beside its steps, and by cell the relative error of throughput, TTFT
+    and TPOT: model over measured, less one."""
 
     costs: StepCosts
+    first_token_s: float
     errors: tuple[tuple[float, float, float], ...]
 
     @property
@@ -53,8 +68,18 @@ class Fit:
         return max(abs(error) for cell in self.errors for error in cell)
 
 
-def cells_of(benchmark: Mapping[str, Any], contender: str) -> list[Cell]:
-    """The cells of one contender in a file of ``nestedfp bench engine``, without those that lack a figure."""
+def limits_of(benchmark: Mapping[str, Any]) -> Limits:
+    """The limits in a file of ``nestedfp bench engine``."""
+    settings = benchmark["settings"]
+    blocks = settings.get("num_gpu_blocks_override")
+    known = {"kv_tokens": _BLOCK_TOKENS * blocks} if blocks else {}
+    return Limits(
+        chunk_tokens=settings["max_num_batched_tokens"], max_sequences=settings["max_num_seqs"], **known
+    )
+
+
+def cells_of(benchmark: Mapping[str, Any], contender: str, dtype: str) -> list[Cell]:
+    """The cells of one contender and dtype in such a file, without those that lack a figure."""
     return [
         Cell(
             batch=int(checks.integer("batch", row["batch"], minimum=1)),
@@ -65,34 +90,37 @@ def cells_of(benchmark: Mapping[str, Any], contender: str) -> list[Cell]:
             tpot_s=1e-3 * row["tpot_ms"],
         )
         for row in benchmark["rows"]
-        if row["contender"] == contender
+        if (row["contender"], row["dtype"]) == (contender, dtype)
         and row.get("ttft_ms")
         and row.get("tpot_ms")
         and row["output_len"] > 1
     ]
 
 
-def errors_of(costs: StepCosts, cells: Sequence[Cell], chunk_tokens: int) -> Fit:
+def errors_of(costs: StepCosts, cells: Sequence[Cell], limits: Limits, first_token_s: float = 0.0) -> Fit:
     """How far the simulated engine is from the measured cells with these costs."""
-    return Fit(costs, tuple(_errors(costs, cell, chunk_tokens) for cell in cells))
+    return Fit(costs, first_token_s, tuple(_errors(costs, cell, limits, first_token_s) for cell in cells))
 
 
-def calibrate(start: StepCosts, cells: Sequence[Cell], chunk_tokens: int) -> Fit:
-    """Costs that bring the simulated engine closest to the cells, by coordinate descent on their logarithms.
+def calibrate(start: StepCosts, cells: Sequence[Cell], limits: Limits) -> Fit:
+    """What brings the simulated engine closest to the cells, by coordinate descent on logarithms.
 
-    Context and attention terms keep the values of ``start``: cells of one length cannot tell them apart.
     Raises :class:`InvalidField` without cells.
     """
     if not cells:
         raise InvalidField("cells", 0, "give at least one measured cell")
-    best = errors_of(start, cells, chunk_tokens)
+    best = errors_of(start, cells, limits, _FIRST_TOKEN_S)
     step = _FIRST_STEP
     while step > _LAST_STEP:
         improved = False
-        for name in FITTED:
+        for name in (*_COSTS, None):
             for factor in (step, 1.0 / step):
-                costs = replace(best.costs, **{name: getattr(best.costs, name) * factor})
-                trial = errors_of(costs, cells, chunk_tokens)
+                costs, first_token_s = best.costs, best.first_token_s
+                if name is None:
+                    first_token_s *= factor
+                else:
+                    costs = replace(costs, **{name: getattr(costs, name) * factor})
+                trial = errors_of(costs, cells, limits, first_token_s)
                 if _loss(trial) < _loss(best):
                     best, improved = trial, True
         if not improved:
@@ -100,13 +128,37 @@ def calibrate(start: StepCosts, cells: Sequence[Cell], chunk_tokens: int) -> Fit
     return best
 
 
+def measured_engine(benchmark: Mapping[str, Any], dtype: str = "float16") -> EngineSettings:
+    """A simulated engine with the step times of the measured one; other limits stay the simulator's own.
+
+    Raises :class:`InvalidField` where the file has no cells of both precisions in ``dtype``.
+    """
+    limits = limits_of(benchmark)
+    costs: dict[str, StepCosts] = {}
+    for mode, contender in ((FP16, "nestedfp-16bit"), (FP8, "nestedfp-fp8")):
+        cells = cells_of(benchmark, contender, dtype)
+        if not cells:
+            raise InvalidField(f"rows of {contender} in {dtype}", 0, "measure them: nestedfp bench engine")
+        costs[mode] = calibrate(latency_model().of(mode), cells, limits).costs
+    names = sorted({row["model"] for row in benchmark["rows"]})
+    source = f"{', '.join(names)} on {benchmark['device']}, {benchmark['date'][:10]}"
+    label = f"simulated: step times fitted to {source}"
+    return EngineSettings(model=LatencyModel(costs=costs), label=label)
+
+
 def _loss(fit: Fit) -> float:
     return sum(error * error for cell in fit.errors for error in cell)
 
 
-def _errors(costs: StepCosts, cell: Cell, chunk_tokens: int) -> tuple[float, float, float]:
-    model = LatencyModel(costs={FP16: costs, FP8: costs}, chunk_tokens=chunk_tokens)
-    settings = EngineSettings(model=model, max_sequences=max(256, cell.batch), noise=0.0, flip_s=0.0)
+def _errors(costs: StepCosts, cell: Cell, limits: Limits, first_token_s: float) -> tuple[float, float, float]:
+    model = LatencyModel(costs={FP16: costs, FP8: costs}, chunk_tokens=limits.chunk_tokens)
+    settings = EngineSettings(
+        model=model,
+        max_sequences=limits.max_sequences,
+        kv_tokens=limits.kv_tokens,
+        noise=0.0,
+        flip_s=0.0,
+    )
     load = Columns(
         np.zeros(cell.batch),
         np.full(cell.batch, cell.prompt_tokens, dtype=np.int32),
@@ -117,7 +169,11 @@ def _errors(costs: StepCosts, cell: Cell, chunk_tokens: int) -> tuple[float, flo
     while cluster.busy:
         cluster.tick(cluster.now + 60.0)
     requests = cluster.requests
-    made = cell.batch * cell.output_tokens / float(requests["finish_s"].max())
-    figures = (made, float(ttft_s(requests).mean()), float(tpot_s(requests).mean()))
+    seconds = first_token_s + float(requests["finish_s"].max())
+    figures = (
+        cell.batch * cell.output_tokens / seconds,
+        first_token_s + float(np.median(ttft_s(requests))),
+        float(np.median(tpot_s(requests))),
+    )
     first, second, third = (ours / theirs - 1.0 for ours, theirs in zip(figures, cell.figures(), strict=True))
     return first, second, third

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.simulate_command import add_arguments, run
+from nestedfp.policies.simulation.calibration import Cell, Limits, errors_of
 from nestedfp.policies.simulation.state import Columns
 
 
@@ -68,6 +70,50 @@ def test_the_table_says_that_it_is_simulated(trace: str, capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert "simulated: H100 roofline" in text
     assert "SLO attainment" in text
+
+
+def measured(tmp_path: Path, factor: float, contenders: tuple[str, ...]) -> str:
+    """A benchmark's file of an engine whose steps take `factor` times the roofline's."""
+    rows = []
+    for contender in contenders:
+        costs = latency_model().of("fp16" if contender == "nestedfp-16bit" else "fp8").scaled(factor)
+        for batch, prompt, tokens in ((1, 128, 64), (64, 128, 64), (16, 1024, 32)):
+            unit = Cell(
+                batch=batch,
+                prompt_tokens=prompt,
+                output_tokens=tokens,
+                tokens_per_s=1.0,
+                ttft_s=1.0,
+                tpot_s=1.0,
+            )
+            speed, ttft, tpot = errors_of(costs, [unit], Limits(chunk_tokens=8192)).errors[0]
+            rows.append(
+                {"model": "some-8b", "dtype": "float16", "contender": contender, "batch": batch}
+                | {"input_len": prompt, "output_len": tokens, "tokens_per_s": 1 + speed}
+                | {"ttft_ms": 1e3 * (1 + ttft), "tpot_ms": 1e3 * (1 + tpot)}
+            )
+    path = tmp_path / "engine.json"
+    settings = {"max_num_batched_tokens": 8192, "max_num_seqs": 512}
+    path.write_text(
+        json.dumps({"device": "GPU", "date": "2026-01-02T03", "settings": settings, "rows": rows})
+    )
+    return str(path)
+
+
+def test_step_times_of_a_measured_engine(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--trace", trace, "--policy", "static-fp8", "--json")
+    assert call(*words) == 0
+    usual = output(capsys)
+    path = measured(tmp_path, 2.0, ("nestedfp-16bit", "nestedfp-fp8"))
+    assert call(*words, "--engine", path) == 0
+    slower = output(capsys)
+    assert slower["tpot_ms"]["p50"] == pytest.approx(2 * usual["tpot_ms"]["p50"], rel=0.15)
+    assert "some-8b on GPU, 2026-01-02" in slower["label"]
+    path = measured(tmp_path, 2.0, ("nestedfp-fp8",))
+    assert call(*words, "--engine", path) == 2
+    assert "nestedfp-16bit in float16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

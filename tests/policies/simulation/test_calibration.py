@@ -8,9 +8,18 @@ import pytest
 
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.roofline import latency_model
-from nestedfp.policies.simulation.calibration import Cell, calibrate, cells_of, errors_of
+from nestedfp.policies.simulation.calibration import (
+    Cell,
+    Limits,
+    calibrate,
+    cells_of,
+    errors_of,
+    limits_of,
+)
 
 TRUE = latency_model().of("fp16")
+LIMITS = Limits(chunk_tokens=2048)
+FIRST_TOKEN_S = 0.003
 SHAPES = ((1, 128, 64), (32, 128, 64), (128, 256, 32), (16, 1024, 32))
 
 
@@ -21,26 +30,47 @@ def cells() -> list[Cell]:
         unit = Cell(
             batch=batch, prompt_tokens=prompt, output_tokens=output, tokens_per_s=1.0, ttft_s=1.0, tpot_s=1.0
         )
-        speed, ttft, tpot = (1.0 + error for error in errors_of(TRUE, [unit], 2048).errors[0])
+        speed, ttft, tpot = (
+            1.0 + error for error in errors_of(TRUE, [unit], LIMITS, FIRST_TOKEN_S).errors[0]
+        )
         made.append(replace(unit, tokens_per_s=speed, ttft_s=ttft, tpot_s=tpot))
     return made
 
 
 def test_the_right_costs_have_no_error_and_wrong_ones_do() -> None:
-    assert errors_of(TRUE, cells(), 2048).worst == pytest.approx(0.0, abs=1e-12)
-    assert errors_of(TRUE.scaled(1.3), cells(), 2048).worst > 0.2
+    assert errors_of(TRUE, cells(), LIMITS, FIRST_TOKEN_S).worst == pytest.approx(0.0, abs=1e-12)
+    assert errors_of(TRUE, cells(), LIMITS).worst > 0.2, "a first token takes more than its steps"
+    assert errors_of(TRUE.scaled(1.3), cells(), LIMITS, FIRST_TOKEN_S).worst > 0.2
 
 
 def test_a_wrong_start_is_corrected() -> None:
     start = replace(TRUE, overhead_s=3e-3, weights_s=3e-3, token_s=1.5 * TRUE.token_s)
-    fit = calibrate(start, cells(), 2048)
-    assert fit.worst < min(0.1, 0.3 * errors_of(start, cells(), 2048).worst)
+    fit = calibrate(start, cells(), LIMITS)
+    assert fit.worst < min(0.1, 0.3 * errors_of(start, cells(), LIMITS).worst)
     assert fit.costs.token_s == pytest.approx(TRUE.token_s, rel=0.1)
+
+
+def test_a_batch_that_the_kv_cache_does_not_hold_waits() -> None:
+    cell = Cell(batch=32, prompt_tokens=64, output_tokens=256, tokens_per_s=1.0, ttft_s=1.0, tpot_s=1.0)
+    roomy, tight = (
+        errors_of(TRUE, [cell], Limits(chunk_tokens=2048, kv_tokens=tokens)).errors[0]
+        for tokens in (16_384, 4_096)
+    )
+    assert tight[0] < 0.7 * roomy[0]
+    assert tight[1] > 2 * roomy[1]
+
+
+def test_limits_are_the_benchmarks() -> None:
+    settings = {"max_num_batched_tokens": 8192, "max_num_seqs": 64}
+    assert limits_of({"settings": settings}) == Limits(chunk_tokens=8192, max_sequences=64)
+    shared = {**settings, "num_gpu_blocks_override": 100}
+    assert limits_of({"settings": shared}).kv_tokens == 1600
 
 
 def test_cells_come_from_a_benchmark_and_none_is_refused() -> None:
     row = {
         "contender": "nestedfp-fp8",
+        "dtype": "float16",
         "batch": 4,
         "input_len": 128,
         "output_len": 64,
@@ -49,8 +79,17 @@ def test_cells_come_from_a_benchmark_and_none_is_refused() -> None:
         "tpot_ms": 5.0,
     }
     (cell,) = cells_of(
-        {"rows": [row, {**row, "contender": "other"}, {**row, "ttft_ms": None}]}, "nestedfp-fp8"
+        {
+            "rows": [
+                row,
+                {**row, "contender": "other"},
+                {**row, "dtype": "bfloat16"},
+                {**row, "ttft_ms": None},
+            ]
+        },
+        "nestedfp-fp8",
+        "float16",
     )
     assert cell.figures() == (700.0, 0.02, 0.005)
     with pytest.raises(InvalidField, match="cells"):
-        calibrate(TRUE, [], 2048)
+        calibrate(TRUE, [], LIMITS)
