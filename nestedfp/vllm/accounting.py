@@ -97,11 +97,13 @@ class StepCounts:
         self.last_flip_seconds: float | None = None
         self.last_flip_reason: str | None = None
         self.mixed_steps: int | None = None
+        self.loads = 0
         self._last_output_at = 0.0
 
     def add(self, tag: StepTag, report: StepReport, tokens: int, requests: int, now: float) -> None:
         """Counts one executed step: `tokens` scheduled for `requests`, whose output arrived at `now`."""
         plan = report.plan
+        self.loads = report.loads
         self.steps[plan] += 1
         self.tokens[plan] += tokens
         if plan != self.current:
