@@ -21,7 +21,7 @@ from nestedfp.deployments.signals import RequestWindow, report_signals
 from nestedfp.policies.misses import LostTime
 from nestedfp.policies.protocol import AUTO, FP16
 from nestedfp.policies.replica import Order
-from nestedfp.policies.roofline import latency_model
+from nestedfp.policies.roofline import described, latency_model
 from nestedfp.vllm import engine_arguments
 from nestedfp.vllm.control import EngineControl
 from nestedfp.vllm.status import EngineStatus
@@ -105,6 +105,11 @@ class EngineApp:
     def status(self) -> EngineStatus | None:
         """The engine's last known status; None for plain vLLM, or before the first answer."""
         return self._status
+
+    @property
+    def latency_model(self) -> dict[str, Any]:
+        """What step times are predicted by: whose costs, and by mode the factor on them learned so far."""
+        return {"costs": described(self._latency), "correction": dict(self._lost.model.correction)}
 
     @property
     def asgi(self) -> App:

@@ -110,7 +110,8 @@ class PolicyConfig:
     """Decide and log, but leave every replica in the mode it has."""
     prediction: Prediction = Prediction()
     latency: LatencyModel | None = None
-    """Step costs for the predictive controller; None: those of an H100 serving Llama-3.1-8B."""
+    """Step costs that predictions begin with, corrected online; None: those of an H100 serving Llama-3.1-8B,
+    on whatever engine."""
     plans: tuple[str, ...] = ()
     """Named plans the engines know besides ``fp16``, ``fp8`` and ``auto``."""
 

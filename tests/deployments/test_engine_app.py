@@ -15,6 +15,7 @@ from nestedfp.deployments.engine_app import EngineApp
 from nestedfp.deployments.replica import with_user_config
 from nestedfp.deployments.signals import RequestWindow
 from nestedfp.policies.replica import Order
+from nestedfp.policies.roofline import NAME
 from nestedfp.vllm.status import EngineStatus
 
 from .asgi_client import ask
@@ -158,9 +159,12 @@ async def test_a_report_tells_misses_for_16_bits_from_others(monkeypatch: pytest
     window._add(window._ttft_s, (1.9, 2.1))
     signals = await app.signals()
     assert (signals["slo_miss_share"], signals["slo_cost_share"]) == (1.0, 0.5)
+    alike = {"fp16": pytest.approx(1.0), "fp8": pytest.approx(1.0)}
+    assert app.latency_model == {"costs": "policy.latency", "correction": alike}
     app.adopt(with_user_config(settings, {"policy": {"slo": {"ttft_s": 2.0}, "latency": {"costs": costs}}}))
     assert (await app.signals())["slo_cost_share"] == 0.5
     # Of another model's steps nothing is known yet.
     app.adopt(with_user_config(settings, {"policy": {"slo": {"ttft_s": 2.0}}}))
     signals = await app.signals()
     assert (signals["slo_miss_share"], signals["slo_cost_share"]) == (0.5, 0.0)
+    assert app.latency_model == {"costs": NAME, "correction": {}}
