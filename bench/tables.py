@@ -152,21 +152,24 @@ Cells = dict[tuple[int, int, int], dict[str, float]]
 def engine(data: Mapping[str, Any]) -> str:
     """Throughput of the contenders by batch, then what else was seen, from `nestedfp bench engine`."""
     runs: dict[tuple[str, str], Cells] = {}
+    spreads: dict[tuple[str, str], Cells] = {}
     for row in data["rows"]:
-        cells = runs.setdefault((row["model"], row["dtype"]), {})
-        cell = (row["input_len"], row["output_len"], row["batch"])
-        cells.setdefault(cell, {})[row["contender"]] = row["tokens_per_s"]
+        run, cell = (row["model"], row["dtype"]), (row["input_len"], row["output_len"], row["batch"])
+        runs.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = row["tokens_per_s"]
+        if (spread := _spread(row)) is not None:
+            spreads.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = spread
     seen = {name for cells in runs.values() for found in cells.values() for name in found}
     names = [name for name in ENGINE_CONTENDERS if name in seen]
     missing = [name for name in ENGINE_CONTENDERS if name not in names]
     pairs = [pair for pair in ENGINE_RATIOS if pair[0] in names and pair[1] in names]
     rows: list[list[str]] = []
     for (model, dtype), cells in sorted(runs.items(), key=lambda run: run[0][::-1], reverse=True):
+        within = spreads.get((model, dtype), {})
         label = f"{model}, {dtype}" if len({model for model, _ in runs}) > 1 else dtype
         rows += [
             [
                 f"{label}, {into}/{out}, batch {batch}",
-                *(_rate(found.get(name)) for name in names),
+                *(_rate(found.get(name), within.get((into, out, batch), {}).get(name)) for name in names),
                 *(_ratio(found, *pair) for pair in pairs),
             ]
             for (into, out, batch), found in sorted(cells.items())
@@ -184,6 +187,7 @@ def engine(data: Mapping[str, Any]) -> str:
         f"**Engine** ({models}, {data['device']}, {versions}, {data['date'][:10]}"
         + _cards(data)
         + "). Output tokens/s, input/output length"
+        + ("; medians, ± half the range of the passes over the median" if spreads else "")
         + (f"; not measured in this run: {', '.join(missing)}" if missing else "")
         + ".\n\n"
         + markdown(["", *names, *(f"{ours} / {theirs}" for ours, theirs, _ in pairs)], rows)
@@ -307,8 +311,17 @@ def _of(run: Mapping[str, Any], part: str, whole: str, flag: str) -> str:
     return "" if flag not in figures else "yes" if figures[flag] else "no"
 
 
-def _rate(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:,.0f}"
+def _spread(row: Mapping[str, Any]) -> float | None:
+    """Half the range of the passes over their median; None where there was but one, or it is not known."""
+    if row.get("passes", 1) < 2:
+        return None
+    return float(row["tokens_per_s_max"] - row["tokens_per_s_min"]) / 2 / float(row["tokens_per_s"])
+
+
+def _rate(value: float | None, spread: float | None = None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if spread is None else f"{value:,.0f} ±{spread:.1%}".replace("%", " %")
 
 
 def cpu_decode(data: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any, Final
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus, ReplicaState  # type: ignore[attr-defined]
 
 from nestedfp import models
@@ -94,8 +96,8 @@ def running(
 ) -> Iterator[RunningApp]:
     """Start Ray and the application, yield when every replica is ready, and stop both.
 
-    Raises :class:`StartFailed` where the port is taken, the machine is too small or a replica fails to start.
-    Only one at a time in a process.
+    Raises :class:`StartFailed` where the port is taken, the machine is too small, or Ray or a replica fails
+    to start. Only one at a time in a process.
     """
     _check_port(file.host, file.port)
     models.resolve(file.settings.engine.model)
@@ -123,7 +125,9 @@ def running(
 
 
 def _start_ray(file: ServeFile, temp_dir: Path | None) -> None:
-    with _own_signal_handlers():
+    folder = temp_dir or Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray"
+    logs = folder / "session_latest" / "logs"
+    with _own_signal_handlers(), _waiting_for("Ray's own processes", logs):
         ray.init(
             address="local",
             include_dashboard=False,
@@ -133,14 +137,33 @@ def _start_ray(file: ServeFile, temp_dir: Path | None) -> None:
             _node_ip_address="127.0.0.1",
             _temp_dir=None if temp_dir is None else str(temp_dir),
         )
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={
-            "host": file.host,
-            "port": file.port,
-            "request_timeout_s": file.request_timeout_s,
-        },
-    )
+    with _waiting_for(f"Serve's HTTP proxy on {file.host}:{file.port}", logs / "serve"):
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={
+                "host": file.host,
+                "port": file.port,
+                "request_timeout_s": file.request_timeout_s,
+            },
+        )
+
+
+@contextmanager
+def _waiting_for(what: str, logs: Path) -> Iterator[None]:
+    """Raises :class:`StartFailed` where Ray gives up waiting for `what`, which logs to `logs`."""
+    started_s = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        # Ray raises RuntimeError or a bare Exception where its own processes do not answer in time.
+        if not (isinstance(error, (TimeoutError, RayError)) or type(error) in (Exception, RuntimeError)):
+            raise
+        waited_s = time.monotonic() - started_s
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise StartFailed(
+            f"{what} did not come up in {waited_s:.0f} s ({reason}); "
+            f"free processors or memory of this machine and start again, or see {logs}"
+        ) from error
 
 
 def _delete(file: ServeFile, say: Say) -> None:

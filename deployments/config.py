@@ -37,12 +37,6 @@ CPU_ENVIRONMENT: Final = {
 SIMULATED_ENVIRONMENT: Final = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def _take_integer(place: str, block: object, name: str, *, minimum: int = 0) -> None:
-    """Check a field of a frozen block and keep it as an int: YAML reads `8.0` or `1e3` as a float."""
-    whole = checks.integer(f"{place}.{name}", getattr(block, name), minimum=minimum)
-    object.__setattr__(block, name, whole)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """What a replica runs."""
@@ -128,7 +122,8 @@ class SimulatedArguments:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
-            _take_integer("engine.arguments", self, entry.name, minimum=0 if entry.name == "seed" else 1)
+            minimum = 0 if entry.name == "seed" else 1
+            checks.take_integer(self, entry.name, place="engine.arguments", minimum=minimum)
 
     @classmethod
     def from_dict(cls, arguments: Mapping[str, Any]) -> SimulatedArguments:
@@ -161,7 +156,7 @@ class ReplicaSettings:
 
     def __post_init__(self) -> None:
         for name in ("count", "max_ongoing_requests", "max_queued_requests", "start_attempts"):
-            _take_integer("replicas", self, name, minimum=1)
+            checks.take_integer(self, name, place="replicas", minimum=1)
         checks.number("replicas.num_cpus", self.num_cpus)
         if self.num_gpus is not None:
             checks.number("replicas.num_gpus", self.num_gpus)
@@ -192,9 +187,9 @@ class HttpSettings:
     """How long one more of them waits for a place before it is refused; without it, the TTFT objective."""
 
     def __post_init__(self) -> None:
-        _take_integer("http", self, "max_body_bytes", minimum=1024)
-        _take_integer("http", self, "retry_after_s", minimum=1)
-        _take_integer("http", self, "max_strict_requests")
+        checks.take_integer(self, "max_body_bytes", place="http", minimum=1024)
+        checks.take_integer(self, "retry_after_s", place="http", minimum=1)
+        checks.take_integer(self, "max_strict_requests", place="http")
         checks.text("http.api_keys_variable", self.api_keys_variable)
         if self.strict_wait_s is not None:
             checks.number("http.strict_wait_s", self.strict_wait_s)
@@ -222,6 +217,8 @@ class AutoscalingSettings:
         except InvalidField as error:
             place = "autoscaling.rule" if error.field in _RULE_SETTINGS else "autoscaling"
             raise InvalidField(f"{place}.{error.field}", error.value, error.remedy) from None
+        for name in ("min_replicas", "max_replicas"):
+            checks.take_integer(self, name, place="autoscaling", minimum=1)
 
     @property
     def scaling(self) -> dict[str, Any]:

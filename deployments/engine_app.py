@@ -18,8 +18,10 @@ from nestedfp.deployments.config import DeploymentSettings, EngineSettings
 from nestedfp.deployments.door import Door
 from nestedfp.deployments.precision_report import Served
 from nestedfp.deployments.signals import RequestWindow, report_signals
+from nestedfp.policies.misses import LostTime
 from nestedfp.policies.protocol import AUTO, FP16
 from nestedfp.policies.replica import Order
+from nestedfp.policies.roofline import described, latency_model
 from nestedfp.vllm import engine_arguments
 from nestedfp.vllm.control import EngineControl
 from nestedfp.vllm.status import EngineStatus
@@ -44,6 +46,8 @@ class EngineApp:
         self._window = window
         self._mode = FP16
         self._slo = settings.policy.slo
+        self._latency = settings.policy.latency
+        self._lost = LostTime(self._latency or latency_model())
         self._queue_bound = math.inf
         self._answered_s = time.monotonic()
         self._status: EngineStatus | None = None
@@ -92,12 +96,20 @@ class EngineApp:
     def adopt(self, settings: DeploymentSettings) -> None:
         """Take over settings whose policy has changed."""
         self._slo = settings.policy.slo
+        if settings.policy.latency != self._latency:
+            self._latency = settings.policy.latency
+            self._lost = LostTime(self._latency or latency_model())
         self._door.adopt(settings)
 
     @property
     def status(self) -> EngineStatus | None:
         """The engine's last known status; None for plain vLLM, or before the first answer."""
         return self._status
+
+    @property
+    def latency_model(self) -> dict[str, Any]:
+        """What step times are predicted by: whose costs, and by mode the factor on them learned so far."""
+        return {"costs": described(self._latency), "correction": dict(self._lost.model.correction)}
 
     @property
     def asgi(self) -> App:
@@ -133,14 +145,22 @@ class EngineApp:
         except TimeoutError:
             logger.warning("the engine has not answered for %g s", _ANSWER_TIMEOUT_S)
             return False
-        self._answered_s = time.monotonic()
+        self._answered_s = now = time.monotonic()
+        self._lost.note(
+            now,
+            self._status.step_sizes,
+            context=self._status.context_tokens or 0,
+            queued_s=self._status.queued_s,
+        )
         return True
 
     async def signals(self) -> dict[str, Any]:
         """The signals of a report; without an answer from the engine only what this process knows."""
         asked_s = time.monotonic()
         status = self._status if await self.refresh() else None
-        signals = report_signals(self._window, self._slo, status, age_s=time.monotonic() - asked_s)
+        age_s = time.monotonic() - asked_s
+        lost = None if status is None else self._lost
+        signals = report_signals(self._window, self._slo, status, age_s=age_s, lost=lost)
         # Those that the engine holds are all in its batch or queue; these wait before it.
         return {**signals, "strict_waiting": self._door.strict_waiting}
 

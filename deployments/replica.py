@@ -23,6 +23,7 @@ from nestedfp.deployments.policy_actor import PolicyLink
 from nestedfp.deployments.router import PRECISION_STAT
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.roofline import described
 
 _ENGINE_DEAD: Final = 70
 _HUNG_S: Final = 120.0
@@ -48,6 +49,7 @@ class EngineReplica:
         self._loop: ControlLoop | None = None
         self._following: asyncio.Task[None] | None = None
         self._healthy = False
+        self._latency_told = ""
         await self._follow()
 
     async def __serve_build_asgi_app__(self) -> App:
@@ -99,6 +101,7 @@ class EngineReplica:
             "simulated": self._settings.engine.device == SIMULATED,
             "pid": os.getpid(),
             "control": None if self._loop is None else self._loop.status(),
+            "latency_model": self._engine.latency_model,
             "engine": None if status is None else status.to_dict(),
         }
 
@@ -116,11 +119,17 @@ class EngineReplica:
             # Two loops at once would give the engine orders in turn.
             self._following.cancel()
             await asyncio.wait((self._following,))
+        self._tell_latency_model(described(policy.latency))
         link = PolicyLink(self._app_name, policy)
         found = None if self._loop is None else self._loop.applied
         self._loop = ControlLoop(self._replica, policy, self._engine, link.sync, self._metrics, found=found)
         self._following = asyncio.create_task(self._loop.run())
         self._following.add_done_callback(_log_failure)
+
+    def _tell_latency_model(self, model: str) -> None:
+        if model != self._latency_told:
+            logger.info("step costs at first: %s, corrected online by this engine's steps", model)
+        self._latency_told = model
 
     async def _exit_with_the_engine(self) -> None:
         await self._engine.died()

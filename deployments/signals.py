@@ -6,15 +6,28 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from itertools import repeat
+from typing import Any, Final, NamedTuple
 
+import numpy as np
+
+from nestedfp.policies import misses
 from nestedfp.policies.config import Slo
+from nestedfp.policies.misses import Floats, LostTime
 from nestedfp.policies.protocol import FP8, FP16, SHORT_OUTPUT_PERCENTILE
 from nestedfp.vllm.status import EngineStatus
 
 ARRIVAL_WINDOW_S: Final = 5.0
 OUTPUTS_KEPT: Final = 256
 """Finished requests whose lengths are remembered, however long ago they finished."""
+
+
+class _Seen(NamedTuple):
+    """A value, when it was seen, and the steps it is the mean of."""
+
+    at_s: float
+    value: float
+    steps: float = 1.0
 
 
 class RequestWindow:
@@ -30,11 +43,11 @@ class RequestWindow:
         self._arrival_window_s = min(window_s, ARRIVAL_WINDOW_S)
         self._clock = clock
         self._started_s = clock()
-        self._arrivals: deque[tuple[float, float]] = deque()
-        self._prompt_tokens: deque[tuple[float, float]] = deque()
-        self._ttft_s: deque[tuple[float, float]] = deque()
-        self._tpot_s: deque[tuple[float, float]] = deque()
-        self._step_itl_s: deque[tuple[float, float]] = deque()
+        self._arrivals: deque[_Seen] = deque()
+        self._prompt_tokens: deque[_Seen] = deque()
+        self._ttft_s: deque[_Seen] = deque()
+        self._tpot_s: deque[_Seen] = deque()
+        self._step_itl_s: deque[_Seen] = deque()
         self._output_tokens: deque[float] = deque(maxlen=OUTPUTS_KEPT)
 
     def arrived(self) -> None:
@@ -54,7 +67,11 @@ class RequestWindow:
         finished = [
             request for request in iteration_stats.finished_requests if request.num_generation_tokens > 1
         ]
-        self._add(self._tpot_s, [request.mean_time_per_output_token for request in finished])
+        self._add(
+            self._tpot_s,
+            [request.mean_time_per_output_token for request in finished],
+            [request.num_generation_tokens - 1 for request in finished],
+        )
         self._output_tokens.extend(float(request.num_generation_tokens) for request in finished)
         intervals = iteration_stats.inter_token_latencies_iter
         if intervals:
@@ -85,14 +102,18 @@ class RequestWindow:
         ]
         return max(known, default=None)
 
-    def missed_share(self, slo: Slo) -> float | None:
-        """Share of the window's requests over a limit of `slo`, 0 to 1; None where there were none."""
-        ttft, tpot = self._recent(self._ttft_s), self._recent(self._tpot_s)
-        if not ttft and not tpot:
-            return None
-        late = sum(value > slo.ttft_s for value in ttft) / max(1, len(ttft))
-        slow = sum(value > slo.tpot_s for value in tpot) / max(1, len(tpot))
-        return min(1.0, late + slow)
+    def misses(self, slo: Slo, lost: LostTime | None = None) -> tuple[float | None, float | None]:
+        """Share of the window's requests over a limit of `slo`, and the share that would have met it without
+        what 16-bit steps `lost`, each 0 to 1.
+
+        None where there were no requests; the second also where it is not known what was lost.
+        """
+        ttft, ttft_lost = self._with_lost(self._ttft_s, lost, queued=True)
+        tpot, tpot_lost = self._with_lost(self._tpot_s, lost)
+        missed, cost = misses.shares(ttft, ttft_lost, tpot, tpot_lost, slo.ttft_s, slo.tpot_s)
+        if math.isnan(missed):
+            return None, None
+        return missed, None if lost is None else cost
 
     def short_output_tokens(self) -> float | None:
         """Output tokens that only few of the latest requests stayed below, of those with two or more."""
@@ -101,34 +122,54 @@ class RequestWindow:
     def _span_s(self) -> float:
         return min(self._arrival_window_s, max(1.0, self._clock() - self._started_s))
 
-    def _arrived(self, series: deque[tuple[float, float]]) -> list[float]:
+    def _arrived(self, series: deque[_Seen]) -> list[float]:
         since_s = self._clock() - self._arrival_window_s
-        return [value for at, value in series if at >= since_s]
+        return [seen.value for seen in series if seen.at_s >= since_s]
 
-    def _add(self, series: deque[tuple[float, float]], values: Iterable[float]) -> None:
+    def _add(
+        self, series: deque[_Seen], values: Iterable[float], steps: Iterable[float] = repeat(1.0)
+    ) -> None:
         now = self._clock()
-        series.extend((now, value) for value in values)
+        # `steps` ends with the values, or never.
+        series.extend(_Seen(now, value, count) for value, count in zip(values, steps, strict=False))
         self._drop_old(series, now)
 
-    def _recent(self, series: deque[tuple[float, float]]) -> list[float]:
+    def _recent(self, series: deque[_Seen]) -> list[float]:
         self._drop_old(series, self._clock())
-        return [value for _, value in series]
+        return [seen.value for seen in series]
 
-    def _drop_old(self, series: deque[tuple[float, float]], now: float) -> None:
-        while series and series[0][0] < now - self._window_s:
+    def _with_lost(
+        self, series: deque[_Seen], lost: LostTime | None, *, queued: bool = False
+    ) -> tuple[Floats, Floats]:
+        """The window's values, and what 16-bit steps added to each."""
+        self._drop_old(series, self._clock())
+        at, values, steps = np.array(series, dtype=np.float64).reshape(-1, 3).T
+        if lost is None:
+            return values, np.zeros_like(values)
+        return values, lost.within(at, values * steps, queued=queued) / steps
+
+    def _drop_old(self, series: deque[_Seen], now: float) -> None:
+        while series and series[0].at_s < now - self._window_s:
             series.popleft()
 
 
 def report_signals(
-    window: RequestWindow, slo: Slo, status: EngineStatus | None, *, age_s: float
+    window: RequestWindow,
+    slo: Slo,
+    status: EngineStatus | None,
+    *,
+    age_s: float,
+    lost: LostTime | None = None,
 ) -> dict[str, Any]:
     """The signals of a report; without a `status` (`age_s` old) only what the window knows."""
+    missed, cost = window.misses(slo, lost)
     signals: dict[str, Any] = {
         "arrivals_per_s": window.arrivals_per_s(),
         "arriving_prompt_tokens_per_s": window.prompt_tokens_per_s(),
         "ttft_p90_s": window.ttft_s(slo.percentile),
         "tpot_p90_s": window.tpot_s(slo.percentile),
-        "slo_miss_share": window.missed_share(slo),
+        "slo_miss_share": missed,
+        "slo_cost_share": cost,
         "short_output_tokens": window.short_output_tokens(),
     }
     if status is None:

@@ -19,7 +19,7 @@ from nestedfp.deployments.signals import RequestWindow, report_signals
 from nestedfp.deployments.simulated_engine import SimulatedEngine, StepStatistics, compile_steps
 from nestedfp.deployments.simulated_openai import SimulatedOpenAI
 from nestedfp.policies.replica import Order
-from nestedfp.policies.roofline import LABEL, latency_model
+from nestedfp.policies.roofline import LABEL, described, latency_model
 from nestedfp.policies.simulation.state import EngineSettings
 from nestedfp.vllm.status import EngineStatus
 
@@ -32,6 +32,7 @@ class SimulatedApp:
         self._window_s = settings.replicas.signal_window_s
         self._window = RequestWindow(self._window_s)
         self._slo = settings.policy.slo
+        self._costs = described(settings.policy.latency)
         self._engine = SimulatedEngine(
             EngineSettings(
                 model=settings.policy.latency or latency_model(given.max_num_batched_tokens),
@@ -68,6 +69,11 @@ class SimulatedApp:
         app = cls(settings, replica=replica, served=served)
         await asyncio.to_thread(compile_steps)
         return app
+
+    @property
+    def latency_model(self) -> dict[str, Any]:
+        """Whose step costs these steps have; nothing corrects them, as they are what it measures."""
+        return {"costs": self._costs, "correction": {}}
 
     @property
     def asgi(self) -> App:

@@ -23,6 +23,7 @@ from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.protocol import ReplicaReport, Target
+from nestedfp.policies.roofline import described
 from nestedfp.policies.snapshot import Override, ReplicaView, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,10 @@ class PolicyActor:
     ) -> None:
         self._config = config if isinstance(config, PolicyConfig) else PolicyConfig.from_dict(config)
         self._policy = Policy(self._config)
+        self._latency = described(self._config.latency)
+        logger.info(
+            "controller %s; step costs at first: %s, corrected online", self._config.controller, self._latency
+        )
         self._state = self._policy.start()
         self._now = SteadyClock(clock)
         self._wall = wall
@@ -152,6 +157,7 @@ class PolicyActor:
         return {
             "owner": self._owner,
             "controller": self._config.controller,
+            "latency_model": self._latency,
             "dry_run": self._config.dry_run,
             "override": {"mode": override.mode, "left_s": override.until_s - now}
             if override and active

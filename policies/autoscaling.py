@@ -46,8 +46,8 @@ class ScalingConfig:
     """Share of the TPOT limit that predictions may use up."""
 
     def __post_init__(self) -> None:
-        checks.integer("min_replicas", self.min_replicas, minimum=1)
-        checks.integer("max_replicas", self.max_replicas, minimum=1)
+        checks.take_integer(self, "min_replicas", minimum=1)
+        checks.take_integer(self, "max_replicas", minimum=1)
         if self.max_replicas < self.min_replicas:
             remedy = f"give at least min_replicas, {self.min_replicas}"
             raise InvalidField("max_replicas", self.max_replicas, remedy)

@@ -62,6 +62,14 @@ def integer(field: str, value: object, *, minimum: int = 0) -> int:
     raise InvalidField(field, value, f"give a whole number of at least {minimum}")
 
 
+def take_integer(block: object, name: str, *, place: str = "", minimum: int = 0) -> None:
+    """Check field ``name`` of a frozen dataclass and keep it as an int: YAML reads ``8.0`` or ``1e3`` as a
+    float. ``place`` is the dotted name of the block.
+    """
+    field = f"{place}.{name}" if place else name
+    object.__setattr__(block, name, integer(field, getattr(block, name), minimum=minimum))
+
+
 def text(field: str, value: object) -> str:
     """``value`` as a non-empty string of at most 256 characters."""
     if not isinstance(value, str) or not value or len(value) > _MAX_TEXT:

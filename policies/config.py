@@ -110,7 +110,8 @@ class PolicyConfig:
     """Decide and log, but leave every replica in the mode it has."""
     prediction: Prediction = Prediction()
     latency: LatencyModel | None = None
-    """Step costs for the predictive controller; None: those of an H100 serving Llama-3.1-8B."""
+    """Step costs that predictions begin with, corrected online; None: those of an H100 serving Llama-3.1-8B,
+    on whatever engine."""
     plans: tuple[str, ...] = ()
     """Named plans the engines know besides ``fp16``, ``fp8`` and ``auto``."""
 
@@ -121,7 +122,7 @@ class PolicyConfig:
         for field in ("lease_s", "sync_wait_s", "decide_interval_s", "max_signal_age_s"):
             checks.number(field, getattr(self, field), above=0.0)
         checks.number("panic_factor", self.panic_factor, minimum=1.0)
-        checks.integer("max_flips_per_minute", self.max_flips_per_minute, minimum=2)
+        checks.take_integer(self, "max_flips_per_minute", minimum=2)
         checks.flag("dry_run", self.dry_run)
         if self.sync_wait_s > self.lease_s / 3:
             raise InvalidField(

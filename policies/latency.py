@@ -117,7 +117,7 @@ class LatencyModel:
         for mode in (FP16, FP8):
             if mode not in self.costs:
                 raise InvalidField(f"costs.{mode}", None, "give the step costs of fp16 and fp8")
-        checks.integer("chunk_tokens", self.chunk_tokens, minimum=1)
+        checks.take_integer(self, "chunk_tokens", minimum=1)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> LatencyModel:

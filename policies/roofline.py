@@ -26,7 +26,8 @@ from typing import Final
 from nestedfp.policies.latency import LatencyModel, StepCosts
 from nestedfp.policies.protocol import FP8, FP16
 
-LABEL: Final = "simulated: H100 roofline, Llama-3.1-8B"
+NAME: Final = "H100 roofline, Llama-3.1-8B"
+LABEL: Final = f"simulated: {NAME}"
 
 LINEAR_WEIGHTS: Final = 32 * (6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336)
 HEAD_WEIGHTS: Final = 128256 * 4096
@@ -59,3 +60,8 @@ def latency_model(chunk_tokens: int = 2048) -> LatencyModel:
     """The roofline as a latency model for ``fp16`` and ``fp8``."""
     costs = {FP16: _costs(2, FP16_FLOP_PER_S), FP8: _costs(1, FP8_FLOP_PER_S)}
     return LatencyModel(costs=costs, chunk_tokens=chunk_tokens)
+
+
+def described(model: LatencyModel | None) -> str:
+    """Where the step costs come from that a policy begins with: the settings, or this file without them."""
+    return NAME if model is None or model.costs == latency_model().costs else "policy.latency"

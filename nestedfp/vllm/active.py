@@ -61,6 +61,8 @@ class ActivePlan:
         """By layer name: `nested`, or the reason it stayed plain."""
         self.inexact_rows: dict[str, int] = {}
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
+        self.loads = 0
+        """Layers noted so far, again at each reload: where it has grown, what is known of them may be new."""
         self._kinds: dict[int, str] = {}
         self._after: dict[int, tuple[str, ref[Tensor], ref[Tensor]]] = {}
         """By layer, the kind and planes of the one after it; weak, as the layers own their bytes."""
@@ -74,6 +76,7 @@ class ActivePlan:
     def note_layer(self, name: str, state: str) -> None:
         """Notes a layer's state at load."""
         self.layers[name] = state
+        self.loads += 1
 
     def note_nested(self, name: str, upper: Tensor, lower: Tensor, row_exponent: Tensor) -> None:
         """Notes a nested layer, which the address of its row exponents identifies from here on.

@@ -26,19 +26,25 @@ def nestedfp_control(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
         if command == "take_request_tokens":
             return {"result": scheduler.request_tokens.take(arguments["request_id"])}
         if command == "status":
-            return {"result": scheduler.precision_status(_worker_facts(engine)).to_dict()}
+            facts = _worker_facts(engine, scheduler.counts.loads)
+            return {"result": scheduler.precision_status(facts).to_dict()}
     except ValueError as error:
         return {"error": str(error)}
     return {"error": f"unknown command {command!r}, expected set_target, status or take_request_tokens"}
 
 
-def _worker_facts(engine: Any) -> dict[str, Any]:
-    """Facts that do not change after the start, asked of the first rank once."""
-    facts: dict[str, Any] | None = getattr(engine, _FACTS, None)
-    if facts is None:
-        facts = engine.collective_rpc("precision_facts")[0]
-        setattr(engine, _FACTS, facts)
-    return facts
+def _worker_facts(engine: Any, loads: int) -> dict[str, Any]:
+    """Facts that change with the weights alone, asked of the first rank once a load.
+
+    The call waits for the step in progress. `loads` is what the last executed step said: a reload shows from
+    the first step after it.
+    """
+    known: tuple[int, dict[str, Any]] | None = getattr(engine, _FACTS, None)
+    if known is None or known[0] < loads:
+        facts = dict(engine.collective_rpc("precision_facts")[0])
+        known = facts.pop("loads"), facts
+        setattr(engine, _FACTS, known)
+    return known[1]
 
 
 def install(engine_core: Any) -> None:

@@ -43,6 +43,7 @@ class PrecisionMixin:
         self.progress = Progress()
         self.counts = StepCounts(settings.plans)
         self.request_tokens = RequestTokens()
+        self._queued_since: float | None = None
 
     def add_request(self, request: Any) -> None:
         self.request_tokens.open(request.request_id)
@@ -52,6 +53,10 @@ class PrecisionMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        if not self.get_request_counts()[1]:  # type: ignore[attr-defined]
+            self._queued_since = None
+        elif self._queued_since is None:
+            self._queued_since = time.monotonic()
         self.selection.unpin(output.finished_req_ids)
         self.progress.forget(output.finished_req_ids)
         if output.total_num_scheduled_tokens:
@@ -72,14 +77,15 @@ class PrecisionMixin:
                     "worker_cls of nestedfp.vllm.engine_arguments()"
                 )
             scheduled = scheduler_output.num_scheduled_tokens
-            self.counts.add(tag, report, scheduler_output.total_num_scheduled_tokens, time.monotonic())
+            tokens = scheduler_output.total_num_scheduled_tokens
+            self.counts.add(tag, report, tokens, len(scheduled), time.monotonic())
             self.request_tokens.add(scheduled, report.plan)
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
     def precision_status(self, worker_facts: Mapping[str, Any]) -> EngineStatus:
         """The state now; `worker_facts` is what the worker told about its layers and graphs."""
         running, waiting = self.get_request_counts()  # type: ignore[attr-defined]
-        now = time.time()
+        now, at = time.time(), time.monotonic()
         arrivals = [request.arrival_time for request in self.waiting]
         prompt_tokens = sum(
             max(0, request.num_prompt_tokens - request.num_computed_tokens) for request in self.waiting
@@ -103,7 +109,11 @@ class PrecisionMixin:
             step_time_s=dict(counts.step_time_s),
             batch_tokens=dict(counts.batch_tokens),
             strict_running=self.selection.strict_count,
-            at=time.monotonic(),
+            at=at,
+            step_sizes={
+                plan: [list(totals) for totals in sizes] for plan, sizes in counts.step_sizes.items()
+            },
+            queued_s=0.0 if self._queued_since is None else at - self._queued_since,
             context_tokens=sum(request.num_computed_tokens for request in self.running),
             **worker_facts,
         )

@@ -45,6 +45,10 @@ class EngineStatus:
     at: float
     batch_tokens: dict[str, float | None] = field(default_factory=dict)
     """Exponentially weighted mean of a step's tokens, by plan, over the same steps as `step_time_s`."""
+    step_sizes: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Totals by plan and by the number of bits of a step's tokens: steps, tokens, requests, seconds."""
+    queued_s: float = 0.0
+    """How long steps have left requests in the queue; 0 where the last one left none."""
     context_tokens: int | None = None
     """Tokens in the KV cache of the running requests together."""
     inexact_rows: int = 0

@@ -21,8 +21,10 @@ class StepTag:
 @dataclass(frozen=True)
 class StepReport:
     """What the worker did: the plan that was in force, the time of a flip (None without one), and the
-    number of layers that ran something else (None where steps are not checked)."""
+    number of layers that ran something else (None where steps are not checked). `loads` grows with each
+    reload of weights, after which the worker's facts may be others."""
 
     plan: str
     flip_seconds: float | None
     mismatches: int | None
+    loads: int = 0

@@ -3,6 +3,7 @@
 import copy
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 from zlib import crc32
 
@@ -63,7 +64,7 @@ class PrecisionMixin:
             start = time.perf_counter()
             self.flip(plan)
             flip_seconds = time.perf_counter() - start
-        self._report = StepReport(plan.name, flip_seconds, None)
+        self._report = StepReport(plan.name, flip_seconds, None, ACTIVE.loads)
         return self._with_report(super().execute_model(scheduler_output))  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,9 +75,14 @@ class PrecisionMixin:
         ACTIVE.plan = plan
 
     def precision_facts(self) -> dict[str, Any]:
-        """What only the worker knows, for the engine's status."""
+        """What only the worker knows, for the engine's status, and as of how many `loads`."""
         layers, reasons = ACTIVE.layer_counts()
-        return {"layers": layers, "plain_reasons": reasons, "inexact_rows": sum(ACTIVE.inexact_rows.values())}
+        return {
+            "layers": layers,
+            "plain_reasons": reasons,
+            "inexact_rows": sum(ACTIVE.inexact_rows.values()),
+            "loads": ACTIVE.loads,
+        }
 
     def checked_steps(self) -> dict[str, int]:
         """Of this rank, where steps are checked: their number, those with layers that ran something else than
@@ -100,7 +106,7 @@ class PrecisionMixin:
             return output
         report, self._report = self._report, None
         if ACTIVE.record is not None:
-            report = StepReport(report.plan, report.flip_seconds, self._check(ACTIVE.record))
+            report = replace(report, mismatches=self._check(ACTIVE.record))
         if isinstance(output, _AsyncModelRunnerOutput):
             return ReportedOutput(output, report)
         return attach(output, report)

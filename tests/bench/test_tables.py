@@ -95,6 +95,18 @@ def test_engines_are_compared_with_those_of_the_same_run(module: ModuleType) -> 
     assert "| float16, 128/64, batch 8 | 800 | 784 | 1,200 | 1,280 | 0.98 | 1.07 | 1.60 | 1.63 |" in table
     assert "0.980 (0.980); bar ≥ 0.99 (0.96)" in table
     assert "not measured" not in table
+    assert "±" not in table
+
+
+def test_a_throughput_shows_the_spread_of_its_passes_where_there_were_several(module: ModuleType) -> None:
+    data = engine_data("vllm-16bit", "nestedfp-16bit")
+    by_name = {(row["contender"], row["batch"]): row for row in data["rows"]}
+    by_name["vllm-16bit", 1] |= {"tokens_per_s_min": 97.0, "tokens_per_s_max": 101.0, "passes": 3}
+    by_name["nestedfp-16bit", 1] |= {"tokens_per_s_min": 98.0, "tokens_per_s_max": 98.0, "passes": 1}
+    table = module.engine(data)
+    assert "; medians, ± half the range of the passes over the median; not" in table
+    assert "| float16, 128/64, batch 1 | 100 ±2.0 % | 98 | 0.98 |" in table
+    assert "| float16, 128/64, batch 8 | 800 | 784 | 0.98 |" in table
 
 
 def test_an_engine_that_was_not_there_is_named_instead_of_a_column(module: ModuleType) -> None:

@@ -32,9 +32,14 @@ def test_settings_survive_the_way_to_the_replica() -> None:
 
 def test_whole_numbers_are_kept_as_such_however_they_are_written() -> None:
     engine = {"model": "m", "device": "simulated", "arguments": {"max_num_seqs": 4.0}}
-    settings = DeploymentSettings.from_dict({"engine": engine, "replicas": {"max_ongoing_requests": 8.0}})
+    scaled = {"min_replicas": 1.0, "max_replicas": 2.0}
+    settings = DeploymentSettings.from_dict(
+        {"engine": engine, "replicas": {"max_ongoing_requests": 8.0}, "autoscaling": scaled}
+    )
     taken = SimulatedArguments.from_dict(settings.engine.arguments).max_num_seqs
     assert [repr(number) for number in (settings.replicas.max_ongoing_requests, taken)] == ["8", "4"]
+    assert settings.autoscaling is not None
+    assert repr(settings.autoscaling.scaling) == "{'min_replicas': 1, 'max_replicas': 2}"
 
 
 def test_defaults() -> None:

@@ -9,6 +9,7 @@ import pytest
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.replica import EngineReplica, with_user_config
 from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.roofline import NAME
 
 SETTINGS = DeploymentSettings.from_dict({"engine": {"model": "m"}, "policy": {"slo": {"ttft_s": 2.0}}})
 BAD = {"policy": {"controler": "predictive"}}
@@ -44,6 +45,7 @@ def replica(engine: Engine) -> Any:
     made._settings = DeploymentSettings.from_dict(plain)
     made._engine, made._loop, made._following, made._death_watch = engine, None, None, None
     made._healthy = False
+    made._latency_told = ""
     return made
 
 
@@ -63,6 +65,16 @@ async def test_a_bad_user_config_fails_a_start_but_ends_no_replica_that_serves(
     assert "controler" in caplog.text
     assert engine.ttft_s == 2.0
     assert replica._settings.policy == SETTINGS.policy
+
+
+async def test_the_latency_model_is_told_once(replica: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="ray.serve"):
+        for model in (NAME, NAME, "policy.latency"):
+            replica._tell_latency_model(model)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"step costs at first: {model}, corrected online by this engine's steps"
+        for model in (NAME, "policy.latency")
+    ]
 
 
 async def test_an_engine_that_hangs_is_not_healthy(replica: Any, engine: Engine) -> None:

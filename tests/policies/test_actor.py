@@ -10,7 +10,9 @@ import pytest
 
 from nestedfp.policies.actor import FORGET_AFTER_S, PolicyActor, RetiredReplica
 from nestedfp.policies.checks import InvalidField
+from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.protocol import ReplicaReport
+from nestedfp.policies.roofline import NAME, latency_model
 
 Report = Callable[..., ReplicaReport]
 
@@ -263,3 +265,13 @@ async def test_a_message_without_a_sender_registers_nothing(actor: PolicyActor, 
 async def test_bad_settings_fail_when_the_actor_starts() -> None:
     with pytest.raises(InvalidField, match="controller"):
         PolicyActor({"controller": "magic"})
+
+
+def test_the_actor_says_which_step_costs_it_begins_with(caplog: pytest.LogCaptureFixture) -> None:
+    costs = {mode: {"overhead_s": 0.0, "weights_s": 0.01, "token_s": 0.0} for mode in ("fp16", "fp8")}
+    with caplog.at_level("INFO", logger="nestedfp.policies.actor"):
+        assert PolicyActor({}).status()["latency_model"] == NAME
+    assert f"step costs at first: {NAME}, corrected online" in caplog.text
+    assert PolicyActor({"latency": {"costs": costs}}).status()["latency_model"] == "policy.latency"
+    # As a deployment fills in the longest step of its engine.
+    assert PolicyActor(PolicyConfig(latency=latency_model(512))).status()["latency_model"] == NAME

@@ -172,3 +172,10 @@ def test_bad_settings_are_named() -> None:
         ScalingConfig(min_replicas=4, max_replicas=2)
     with pytest.raises(InvalidField, match="headroom"):
         ScalingConfig(headroom=1.5)
+
+
+def test_numbers_of_replicas_are_whole() -> None:
+    config = ScalingConfig(min_replicas=1.0, max_replicas=2.0)  # type: ignore[arg-type]
+    assert [repr(number) for number in (config.min_replicas, config.max_replicas)] == ["1", "2"]
+    with pytest.raises(InvalidField, match="max_replicas"):
+        ScalingConfig(max_replicas=2.5)  # type: ignore[arg-type]

@@ -25,6 +25,18 @@ def test_settings_survive_a_round_trip() -> None:
     assert "mlp-fp8" in config.modes
 
 
+def test_whole_numbers_are_kept_as_such_however_they_are_written() -> None:
+    costs = {mode: {"overhead_s": 0.0, "weights_s": 0.01, "token_s": 0.0} for mode in ("fp16", "fp8")}
+    config = PolicyConfig.from_dict(
+        {"max_flips_per_minute": 4.0, "latency": {"costs": costs, "chunk_tokens": 1e3}}
+    )
+    assert config.latency is not None
+    assert [repr(number) for number in (config.max_flips_per_minute, config.latency.chunk_tokens)] == [
+        "4",
+        "1000",
+    ]
+
+
 def test_no_thresholds_means_those_of_the_slo() -> None:
     config = PolicyConfig.from_dict({"slo": {"ttft_s": 4.0, "tpot_s": 0.2}})
     assert config.water == slo_thresholds(Slo(ttft_s=4.0, tpot_s=0.2))
@@ -50,6 +62,7 @@ def test_no_thresholds_means_those_of_the_slo() -> None:
         ({"lease_s": math.inf}, "lease_s"),
         ({"sync_wait_s": 3.0, "lease_s": 5.0}, "sync_wait_s"),
         ({"max_flips_per_minute": 1}, "max_flips_per_minute"),
+        ({"max_flips_per_minute": 2.5}, "max_flips_per_minute"),
         ({"panic_factor": 0.5}, "panic_factor"),
         ({"dry_run": "yes"}, "dry_run"),
         ({"plans": "mlp"}, "plans"),

@@ -4,18 +4,20 @@ from typing import Any
 
 import pytest
 
-from nestedfp.vllm.accounting import RequestTokens
+from nestedfp.vllm.accounting import RequestTokens, StepCounts
 from nestedfp.vllm.control import UTILITY, EngineControl
 from nestedfp.vllm.core import nestedfp_control
 from nestedfp.vllm.selection import PlanSelection
 from nestedfp.vllm.settings import Settings
 from nestedfp.vllm.status import EngineStatus
+from nestedfp.vllm.step import StepReport, StepTag
 
 
 class Scheduler:
     def __init__(self) -> None:
         self.selection = PlanSelection(Settings())
         self.request_tokens = RequestTokens()
+        self.counts = StepCounts(["fp16", "fp8"])
 
     def precision_status(self, facts: dict[str, Any]) -> EngineStatus:
         return EngineStatus(
@@ -46,11 +48,13 @@ class Core:
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.rpcs = 0
+        self.nested, self.loads = 4, 4
 
     def collective_rpc(self, method: str) -> list[dict[str, Any]]:
         assert method == "precision_facts"
         self.rpcs += 1
-        return [{"layers": {"nested": 4, "plain": 0}, "plain_reasons": {}}]
+        layers = {"nested": self.nested, "plain": 4 - self.nested}
+        return [{"layers": layers, "plain_reasons": {}, "loads": self.loads}]
 
     async def call_utility_async(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         assert method == UTILITY
@@ -70,6 +74,27 @@ async def test_a_target_and_the_status_travel_through() -> None:
     assert (status.mode, status.epoch, status.layers) == ("fp8", 7, {"nested": 4, "plain": 0})
     await control.status()
     assert engine.engine_core.rpcs == 1
+
+
+async def test_facts_of_the_worker_are_asked_anew_after_a_reload_of_weights() -> None:
+    engine = Engine(Scheduler())
+    core, control = engine.engine_core, EngineControl(engine)
+
+    def step() -> None:
+        core.scheduler.counts.add(
+            StepTag("fp16", "", 0.0), StepReport("fp16", None, None, core.loads), 1, 1, 1.0
+        )
+
+    assert (await control.status()).layers == {"nested": 4, "plain": 0}
+    step()
+    await control.status()
+    assert core.rpcs == 1
+    core.nested, core.loads = 3, 8
+    step()
+    assert (await control.status()).layers == {"nested": 3, "plain": 1}
+    step()
+    await control.status()
+    assert core.rpcs == 2
 
 
 async def test_a_refused_target_is_a_value_error() -> None:

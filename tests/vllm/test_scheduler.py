@@ -145,3 +145,28 @@ def test_the_status_tells_the_queue(scheduler: Scheduler) -> None:
     assert (status.running, status.waiting, status.waiting_prompt_tokens) == (0, 1, 32)
     assert status.oldest_waiting_s == pytest.approx(2.0, abs=0.5)
     assert status.kv_usage == 0.25
+
+
+def test_the_queue_is_timed_from_the_step_that_left_it(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [10.0]
+    monkeypatch.setattr("nestedfp.vllm.scheduler.time.monotonic", lambda: clock[0])
+
+    def queued_s() -> float:
+        return scheduler.precision_status({"layers": {}, "plain_reasons": {}}).queued_s
+
+    scheduler.add_request(request("a"))
+    assert queued_s() == 0.0
+    scheduler.finish(scheduler.step(b=1))
+    clock[0] = 12.0
+    scheduler.finish(scheduler.step(b=1))
+    assert queued_s() == 2.0
+    scheduler.waiting.clear()
+    scheduler.finish(scheduler.step(a=1, b=1))
+    assert queued_s() == 0.0
+    assert scheduler.precision_status({"layers": {}, "plain_reasons": {}}).step_sizes["fp16"][2][:3] == [
+        1,
+        2,
+        2,
+    ]

@@ -91,7 +91,9 @@ def test_a_step_without_tokens_has_no_tag_and_changes_nothing(worker: Worker) ->
 def test_the_report_waits_for_sampling(worker: Worker) -> None:
     worker.answer, worker.sampled = None, SimpleNamespace(tokens=[2])
     assert worker.execute_model(step("fp8")) is None
-    assert getattr(worker.sample_tokens(None), REPORT) == StepReport("fp8", pytest.approx(0, abs=1), None)
+    assert getattr(worker.sample_tokens(None), REPORT) == StepReport(
+        "fp8", pytest.approx(0, abs=1), None, ACTIVE.loads
+    )
     assert not hasattr(worker.sample_tokens(None), REPORT), "one report a step"
 
 
@@ -139,6 +141,20 @@ def test_a_new_worker_knows_nothing_of_an_engine_before_it(worker: Worker) -> No
     ACTIVE.start_recording(torch.device("cpu"))
     assert ACTIVE.record is not None
     assert len(ACTIVE.record.take()) == 1
+    ACTIVE.clear()
+
+
+def test_a_reload_of_a_layer_shows_in_the_reports_and_the_facts(worker: Worker) -> None:
+    name = "model.layers.0.mlp.down_proj"
+    planes, exponents = torch.zeros((2, 4, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int8)
+    ACTIVE.note_nested(name, *planes, exponents)
+    before = worker.precision_facts()
+    assert getattr(worker.execute_model(step("fp16")), REPORT).loads == before["loads"]
+    ACTIVE.inexact_rows[name] = 3
+    ACTIVE.note_nested(name, *planes, exponents)
+    after = worker.precision_facts()
+    assert getattr(worker.execute_model(step("fp16")), REPORT).loads == after["loads"] > before["loads"]
+    assert (before["inexact_rows"], after["inexact_rows"]) == (0, 3)
     ACTIVE.clear()
 
 

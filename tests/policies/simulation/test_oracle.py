@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -9,25 +11,15 @@ from nestedfp.policies.config import PolicyConfig, Slo
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.simulation.cluster import simulate
 from nestedfp.policies.simulation.oracle import LEVELS, figures, replay, schedule_of, search, share_bound
-from nestedfp.policies.simulation.state import Columns, EngineSettings, poisson
+from nestedfp.policies.simulation.state import Columns, EngineSettings
+
+Load = Callable[..., Columns]
 
 SETTINGS = EngineSettings(noise=0.0, flip_s=0.0)
 
 
-def load(rate: float, seconds: float = 30.0) -> Columns:
-    count = 500
-    random = np.random.default_rng(1)
-    lengths = Columns(
-        np.arange(count) * 1.0,
-        random.integers(200, 2000, count).astype(np.int32),
-        random.integers(20, 200, count).astype(np.int32),
-        np.zeros(count, dtype=np.bool_),
-    )
-    return poisson(lengths, rate, seconds, 2)
-
-
 @pytest.mark.parametrize(("policy", "level"), [("static-fp16", 0), ("static-fp8", len(LEVELS) - 1)])
-def test_the_ends_of_the_levels_are_the_static_policies(policy: str, level: int) -> None:
+def test_the_ends_of_the_levels_are_the_static_policies(load: Load, policy: str, level: int) -> None:
     workload = load(20.0)
     outcome = simulate(
         workload, Policy(PolicyConfig(controller=policy)), replicas=2, seed=3, settings=SETTINGS
@@ -39,7 +31,7 @@ def test_the_ends_of_the_levels_are_the_static_policies(policy: str, level: int)
     assert share == (1.0 if level == 0 else 0.0)
 
 
-def test_levels_trade_tokens_in_16_bits_for_attainment() -> None:
+def test_levels_trade_tokens_in_16_bits_for_attainment(load: Load) -> None:
     workload = load(40.0)
     reached = []
     for level in (0, 3, 6, len(LEVELS) - 1):
@@ -50,7 +42,7 @@ def test_levels_trade_tokens_in_16_bits_for_attainment() -> None:
     assert attainments[0] < attainments[-1]
 
 
-def test_the_search_keeps_the_attainment_and_does_not_pass_the_bound() -> None:
+def test_the_search_keeps_the_attainment_and_does_not_pass_the_bound(load: Load) -> None:
     workload = load(40.0)
     policy = Policy(PolicyConfig(controller="predictive"))
     outcome = simulate(workload, policy, replicas=2, seed=1, settings=SETTINGS)
@@ -74,7 +66,7 @@ def test_the_search_keeps_the_attainment_and_does_not_pass_the_bound() -> None:
     assert found.share <= bound <= 1.0
 
 
-def test_the_bound_falls_with_the_load() -> None:
+def test_the_bound_falls_with_the_load(load: Load) -> None:
     bounds = [
         share_bound(load(rate), 1.0, replicas=2, settings=SETTINGS, slo=Slo()) for rate in (5.0, 100.0, 150.0)
     ]

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from nestedfp.policies.config import Slo
 from nestedfp.policies.simulation.oracle import LEVELS, figures, replay
-from nestedfp.policies.simulation.state import Columns, EngineSettings, poisson
+from nestedfp.policies.simulation.state import Columns, EngineSettings
 from nestedfp.policies.simulation.unseen import DRAWS, hold
 
 SETTINGS = EngineSettings(noise=0.05)
 
 
-@pytest.fixture(scope="module")
-def workload() -> Columns:
-    count = 300
-    random = np.random.default_rng(1)
-    lengths = Columns(
-        np.arange(count) * 1.0,
-        random.integers(200, 2000, count).astype(np.int32),
-        random.integers(20, 200, count).astype(np.int32),
-        np.zeros(count, dtype=np.bool_),
-    )
-    return poisson(lengths, 40.0, 20.0, 2)
+@pytest.fixture
+def workload(load: Callable[..., Columns]) -> Columns:
+    return load(60.0, 20.0)
 
 
 def test_the_draws_of_noise_differ_and_a_draw_is_repeatable(workload: Columns) -> None:
