@@ -6,7 +6,8 @@ Parts: `loads` (every policy on every load, with the oracle), `held-out` (the sa
 `steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json),
 `classes` (requests that insist on 16 bits; shedding).
 A part that is not named keeps the figures it has. With `--policies predictive` the loads keep their
-capacities and the figures of the other policies too, which no change of the predictive policy touches.
+capacities and the figures of the other policies too, which no change of the predictive policy touches; with
+`--loads azure-code-2023,...` the loads that are not named keep all of theirs.
 """
 
 import argparse
@@ -307,6 +308,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20_000, help="first requests of each trace to use")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
+    parser.add_argument("--loads", help="comma-separated names; all if left out")
     parser.add_argument("--tries", type=int, default=TRIES, help="simulations of the oracle's search")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
@@ -335,9 +337,13 @@ def main() -> None:
         if part in parts:
             rows = []
             name = part.replace("-", "_")
-            before = {(row["load"], row["share"]): row for row in report.get(name, [])} if fewer else {}
+            before = {(row["load"], row["share"]): row for row in report.get(name, [])}
+            before = before if fewer or arguments.loads else {}
             capacities = {load: row["capacity_rps"] for (load, _), row in before.items()}
             for load in loads(folder, arguments.limit, replicas, its_seed, capacities):
+                if arguments.loads and load.name not in arguments.loads.split(","):
+                    rows.append(before[load.name, load.share])
+                    continue
                 kept = before[load.name, load.share]["policies"] if before else {}
                 kept = {policy: summary for policy, summary in kept.items() if policy not in named}
                 rows.append(compare(load, replicas, its_seed, arguments.tries, kept))

@@ -7,6 +7,7 @@ far each running request is.
 Two rules. By default thresholds with hysteresis on size, queue and cache. Where the policy sends a
 `pace_s`, FP8 is spent only on the steps that need it: those that in 16 bits would leave a running request
 further than `debt_s` behind its pace, and those that meet a queue or a prompt that has waited too long.
+What is lost, with a first token later than `late_s`, is not among the facts and needs none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ PACE_LIMITS = (
     "debt_s",
     "queue_tokens",
     "wait_s",
+    "late_s",
     "overhead_s",
     "weights_s",
     "token_s",
@@ -53,6 +55,8 @@ class Limits:
     """Queued prompt tokens from which on steps are in FP8."""
     wait_s: float = float("inf")
     """Age of the oldest prompt without a first token from which on steps are in FP8."""
+    late_s: float = float("inf")
+    """Age from which on a request without a first token is lost, and asks for nothing."""
     overhead_s: float = 0.0
     weights_s: float = 0.0
     token_s: float = 0.0
@@ -97,10 +101,11 @@ class StepFacts:
     waiting: int
     kv_usage: float
     running: Sequence[tuple[int, float]] = ()
-    """Of each request that decodes: output tokens and seconds since it was first seen."""
+    """Of each request that decodes and is not lost: output tokens and seconds since it was first seen."""
     waiting_prompt_tokens: int = 0
+    """Of the queue, unless all of it is lost."""
     oldest_wait_s: float = 0.0
-    """Age of the oldest prompt without a first token, queued or in the step."""
+    """Age of the oldest prompt without a first token, in such a queue or, unless it is lost, in the step."""
 
 
 @dataclass(frozen=True)

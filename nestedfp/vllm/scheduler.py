@@ -14,7 +14,7 @@ from nestedfp.vllm.accounting import RequestTokens, StepCounts
 from nestedfp.vllm.choice import StepFacts
 from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.control import PRECISION_ARGUMENT
-from nestedfp.vllm.progress import Progress, queued_tokens
+from nestedfp.vllm.progress import Progress, all_late, queued_tokens
 from nestedfp.vllm.selection import PlanSelection
 from nestedfp.vllm.status import EngineStatus
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
@@ -126,16 +126,17 @@ class PrecisionMixin:
             self.progress.clear()
             return StepFacts(tokens, waiting, usage)
         wall = time.time()
-        running, oldest_s = self.progress.of(scheduled, self.requests, time.monotonic(), wall)
-        first = next(iter(self.waiting), None)
-        if first is not None:
-            oldest_s = max(oldest_s, wall - first.arrival_time)
+        running, oldest_s = self.progress.of(scheduled, self.requests, time.monotonic(), wall, limits.late_s)
+        queued = 0
+        if not all_late(self.waiting, wall - limits.late_s):
+            queued = queued_tokens(self.waiting, limits.queue_tokens)
+            oldest_s = max(oldest_s, wall - next(iter(self.waiting)).arrival_time)
         return StepFacts(
             tokens,
             waiting,
             usage,
             running=running,
-            waiting_prompt_tokens=queued_tokens(self.waiting, limits.queue_tokens),
+            waiting_prompt_tokens=queued,
             oldest_wait_s=oldest_s,
         )
 

@@ -16,7 +16,8 @@ So FP8 is spent on the steps that need it, and a few numbers say how many do:
   put them ahead lets a long step run in 16 bits. There all of this falls at less load, the debt to nothing;
 - requests that FP8 alone would have met take the debt away, up to the tolerance. They say nothing of the
   batches that 16 bits let grow, which are the load's business;
-- where many requests are missed, whatever for, FP8 has nothing to give away: everything is tight.
+- where many requests are missed, whatever for, FP8 has nothing to give away: everything is tight;
+- a request whose first token is late is lost. It asks for no FP8, and a queue in which all are late does not.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ class Room(NamedTuple):
     """The same in FP8."""
     offered: float
     """The 16-bit load of what arrived over some seconds, mean of all replicas."""
+    short: bool
+    """Whether answers are short."""
 
 
 def watch(
@@ -180,6 +183,7 @@ def room(
         load=load,
         fast_load=fast_load,
         offered=float((facts.arrivals * work_s).mean()),
+        short=short,
     )
 
 
@@ -222,9 +226,9 @@ def auto_limits(
     """The limits sent to one replica; coarse, so that they change seldom.
 
     ``pace_s``, ``memory_pace_s`` and ``debt_s`` as in the module's text, ``queue_tokens`` and ``wait_s`` (of
-    the oldest prompt) from which on steps are in FP8, less of both with ``doubt``, and the terms of a 16-bit
-    step, by which the engine looks ahead. These are as configured: corrections would change every limit with
-    every step.
+    the oldest prompt) from which on steps are in FP8, less of both with ``doubt``, ``late_s``, after which a
+    request without a first token is lost, and the terms of a 16-bit step, by which the engine looks ahead.
+    These are as configured: corrections would change every limit with every step.
     """
     costs = model.costs[FP16]
     queue_tokens = (1.0 - doubt) * QUEUE_SHARE * slo.ttft_s / max(costs.token_s, 1e-9)
@@ -235,6 +239,7 @@ def auto_limits(
         # At 0 tokens an empty queue would be enough.
         "queue_tokens": max(1.0, float(int(queue_tokens))),
         "wait_s": (1.0 - doubt * (1.0 - DOUBTFUL_AGE)) * AGE_SHARE * slo.ttft_s,
+        "late_s": slo.ttft_s,
         "overhead_s": costs.overhead_s,
         "weights_s": costs.weights_s,
         "token_s": costs.token_s,

@@ -62,6 +62,8 @@ LIGHT: Final = (0.4, 0.3)
 """16-bit pressure from which ``auto`` takes over, and up to which it gives way."""
 OVERLOAD_S: Final = 5.0
 """How long no pace must have left a reserve before FP8 is ordered outright: bursts pass within ``auto``."""
+SHORT_OVERLOAD_S: Final = 20.0
+"""The same where answers are short: what is late when a burst ends is served in 16 bits only in ``auto``."""
 _MAX_REASON_PRESSURE: Final = 99.0
 
 
@@ -212,7 +214,7 @@ class PredictiveController(Controller):
             auto = np.where(overloaded, 1.0, np.where(loaded, 0.5, 0.0))
             return [
                 _Rung(FP16, slow_pressure, LIGHT[0], LIGHT[1], settings.rest_s),
-                _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, OVERLOAD_S),
+                _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, SHORT_OVERLOAD_S if freedom.short else OVERLOAD_S),
                 last,
             ]
         factor = _factor(memory.misses.confidence)

@@ -297,20 +297,29 @@ def _too_slow(
     That is: the queue beyond the step holds ``queue_tokens``, a prompt has waited ``wait_s`` for its first
     token, or a running request would end the step more than ``debt_s`` behind its pace; where the step is
     bound by reading the weights, behind ``memory_pace_s`` if that is less.
+
+    A request whose first token is later than ``late_s`` is lost and breaks no limit. A queue breaks none when
+    all of it is lost; before that, what is lost counts too, as others wait behind it.
     """
     replica = cluster.replicas[i]
-    if replica.waiting_tokens >= replica.queue_tokens:
-        return True
-    if replica.head >= 0 and now - requests[replica.head].arrival_s >= replica.wait_s:
-        return True
+    late_s = replica.late_s
+    # The last of the queue came last, so that with it all are late.
+    if replica.tail >= 0 and now - requests[replica.tail].arrival_s <= late_s:
+        if replica.waiting_tokens >= replica.queue_tokens:
+            return True
+        if now - requests[replica.head].arrival_s >= replica.wait_s:
+            return True
     pace_s = min(replica.pace_s, replica.memory_pace_s) if memory_bound else replica.pace_s
     end_s = now + duration
     for k in range(replica.running):
         r = cluster.slots[i, k]
         made = requests[r].generated
         if made == 0:
-            if now - requests[r].arrival_s >= replica.wait_s:
+            waited_s = now - requests[r].arrival_s
+            if replica.wait_s <= waited_s <= late_s:
                 return True
+        elif requests[r].first_s - requests[r].arrival_s > late_s:
+            continue
         elif end_s - requests[r].first_s > made * pace_s + replica.debt_s:
             return True
     return False

@@ -33,29 +33,30 @@ from nestedfp.policies.simulation.summary import attained
 
 QUEUE_TOKENS: Final = 4000.0
 WAIT_S: Final = 0.2
+LATE_S: Final = 1.0
 TIGHT_S: Final = 0.2 * 0.033
-FREE: Final = (math.inf, math.inf, math.inf, math.inf, math.inf)
-NEVER: Final = (0.0, 0.0, -1e9, 0.0, 0.0)
+FREE: Final = (math.inf, math.inf, math.inf, math.inf, math.inf, math.inf)
+NEVER: Final = (0.0, 0.0, -1e9, 0.0, 0.0, math.inf)
 Levels = tuple[tuple[float, ...], ...]
-"""Limits of ``auto`` (pace, memory-bound pace, debt, queue, wait), from 16 bits always to FP8 always."""
+"""Limits of ``auto`` (its ``AUTO_LIMITS``), from 16 bits always to FP8 always."""
 _INDEBTED: Final[Levels] = tuple(
-    (0.033, 0.033, debt, QUEUE_TOKENS, WAIT_S) for debt in (0.25, 0.12, 0.06, 0.03, 0.015, 0.0)
+    (0.033, 0.033, debt, QUEUE_TOKENS, WAIT_S, LATE_S) for debt in (0.25, 0.12, 0.06, 0.03, 0.015, 0.0)
 )
 LEVELS: Final[Levels] = (
     FREE,
     *_INDEBTED,
-    *((0.033 * pace, 0.033 * pace, 0.0, QUEUE_TOKENS, WAIT_S) for pace in (0.8, 0.6, 0.45)),
-    (0.033 * 0.3, 0.033 * 0.3, 0.0, 1.0, 0.5 * WAIT_S),
+    *((0.033 * pace, 0.033 * pace, 0.0, QUEUE_TOKENS, WAIT_S, LATE_S) for pace in (0.8, 0.6, 0.45)),
+    (0.033 * 0.3, 0.033 * 0.3, 0.0, 1.0, 0.5 * WAIT_S, LATE_S),
     NEVER,
 )
 TIGHT_LEVELS: Final[Levels] = (
     FREE,
     *_INDEBTED,
     *(
-        (0.033 * pace, TIGHT_S, debt, QUEUE_TOKENS, WAIT_S)
+        (0.033 * pace, TIGHT_S, debt, QUEUE_TOKENS, WAIT_S, LATE_S)
         for pace, debt in ((0.8, 0.0), (0.6, 0.12), (0.6, 0.0), (0.45, 0.12), (0.45, 0.0))
     ),
-    (0.033 * 0.3, TIGHT_S, 0.0, 1.0, 0.5 * WAIT_S),
+    (0.033 * 0.3, TIGHT_S, 0.0, 1.0, 0.5 * WAIT_S, LATE_S),
     NEVER,
 )
 """The same with a tighter pace for memory-bound steps. Neither table is the better one on every load."""

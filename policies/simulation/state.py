@@ -21,7 +21,7 @@ Bools = NDArray[np.bool_]
 
 MODES: Final = (FP16, FP8, AUTO)
 """Modes by their number in the columns."""
-AUTO_LIMITS: Final = ("pace_s", "memory_pace_s", "debt_s", "queue_tokens", "wait_s")
+AUTO_LIMITS: Final = ("pace_s", "memory_pace_s", "debt_s", "queue_tokens", "wait_s", "late_s")
 """Limits of ``auto``; without them it runs in 16 bits."""
 WINDOW: Final = 256
 """Latest TTFT and TPOT values kept per replica for its percentiles."""
@@ -90,11 +90,12 @@ REPLICA: Final = np.dtype(
     [
         ("mode", np.int64),  # mode ordered, an index of MODES
         ("active", np.bool_),  # takes new requests
-        ("pace_s", np.float64),  # limits of `auto`, as are the four that follow
+        ("pace_s", np.float64),  # limits of `auto`, as are the five that follow
         ("memory_pace_s", np.float64),
         ("debt_s", np.float64),
         ("queue_tokens", np.float64),
         ("wait_s", np.float64),
+        ("late_s", np.float64),
         ("shed_above", np.float64),  # queued prompt tokens above which an arrival is refused
         ("step_end_s", np.float64),  # end of the step in progress; infinite when idle
         ("step_mode", np.int64),  # of the latest step, as are the five that follow

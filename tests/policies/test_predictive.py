@@ -295,12 +295,18 @@ def test_freedom_returns_within_a_minute_of_the_last_of_many_misses(view: MakeVi
     assert good["pace_s"] == pytest.approx(0.8 * 0.033)
 
 
-def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
+@pytest.mark.parametrize(("output_tokens", "lasts_s"), [(100.0, 5), (4.0, 20)])
+def test_fp8_is_ordered_only_after_a_lasting_overload(
+    view: MakeView, output_tokens: float, lasts_s: int
+) -> None:
+    """Later where answers are short: a burst of them passes within `auto`, and what is late in 16 bits."""
     run = Run("auto")
-    modes = [run.at(step * 0.1, view(**HEAVY))["a"].mode for step in range(80)]
-    assert modes[0] == modes[40] == "auto"
+    heavy = view(**HEAVY, short_output_tokens=output_tokens)
+    modes = [run.at(step * 0.1, heavy)["a"].mode for step in range(10 * lasts_s + 30)]
+    assert set(modes[: 10 * lasts_s - 5]) == {"auto"}
     assert modes[-1] == "fp8"
-    modes = [run.at(8.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(80)]
+    later_s = lasts_s + 3.0
+    modes = [run.at(later_s + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(80)]
     assert modes[0] == "fp8"
     assert modes[-1] == "auto"
 

@@ -1,10 +1,11 @@
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
-from nestedfp.vllm.progress import Progress, queued_tokens
+from nestedfp.vllm.progress import Progress, all_late, queued_tokens
 
 PACE = Limits(
     pace_s=0.033,
@@ -71,6 +72,26 @@ def test_a_queue_is_counted_only_as_far_as_it_matters() -> None:
     queue = [SimpleNamespace(num_prompt_tokens=1000, num_computed_tokens=0)] * 50
     assert queued_tokens(queue[:2], 4000) == 2000
     assert queued_tokens(queue, 4000) == 4000
+
+
+def test_a_request_whose_first_token_is_late_asks_for_nothing() -> None:
+    progress = Progress()
+    assert progress.of(["a"], requests(a=0), 10.0, 91.5, late_s=1.0) == ([], 0.0)
+    for tokens in (1, 2):
+        assert progress.of(["a"], requests(a=tokens), 10.5, 92.0, late_s=1.0)[0] == []
+    assert progress.of(["b"], requests(b=1), 10.5, 90.9, late_s=1.0)[0] == [(0, 0.0)]
+    assert progress.of(["b"], requests(b=2), 12.5, 92.9, late_s=1.0)[0] == [(1, 2.0)], (
+        "its first token was not"
+    )
+    assert progress.of(["c"], requests(c=7), 10.5, 95.0, late_s=1.0)[0] == [(0, 0.0)], "when was its first?"
+
+
+def test_a_queue_is_lost_when_all_of_it_is_late() -> None:
+    queue = [SimpleNamespace(arrival_time=at) for at in (1.0, 2.0, 3.0)]
+    assert all_late(queue, 3.5)
+    assert not all_late(queue, 3.0)
+    assert not all_late(queue, -math.inf)
+    assert all_late([], 3.5)
 
 
 def test_a_negative_limit_is_named() -> None:

@@ -124,6 +124,9 @@ def test_a_pace_puts_only_steps_in_fp8_that_would_break_it(scheduler: Scheduler)
     scheduler.selection.set_target("auto", 2, limits={"pace_s": 0.03, "token_s": 1e-4, "wait_s": 1.0})
     scheduler.waiting.append(request("b"))
     assert "oldest_wait_s" in getattr(scheduler.step(a=1), TAG).reason
+    late = {"pace_s": 0.03, "token_s": 1e-4, "wait_s": 1.0, "queue_tokens": 1.0, "late_s": 1.5}
+    scheduler.selection.set_target("auto", 3, limits=late)
+    assert getattr(scheduler.step(a=1), TAG).plan == "fp16", "the queue is lost"
 
 
 def test_an_unknown_precision_class_is_no_pin(scheduler: Scheduler) -> None:

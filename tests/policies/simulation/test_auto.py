@@ -14,6 +14,7 @@ from nestedfp.policies.simulation.state import Columns, EngineSettings
 from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
 
 LIMITS: dict[str, float] = {"pace_s": 0.02, "debt_s": 0.01, "queue_tokens": 3000.0, "wait_s": 0.1}
+LATE_S = 0.3
 TIGHT_S = 0.01
 
 
@@ -31,10 +32,10 @@ def cluster(rate: float, mode: str, limits: dict[str, float] | None = None) -> C
     return made
 
 
-@pytest.mark.parametrize("rate", [4.0, 12.0, 20.0])
+@pytest.mark.parametrize("rate", [4.0, 12.0, 20.0, 40.0])
 def test_the_simulator_chooses_as_the_engine_does(rate: float) -> None:
     """At many moments of a run both are asked about a step of the same length, bound by memory or not."""
-    given = {**LIMITS, "memory_pace_s": TIGHT_S}
+    given = {**LIMITS, "memory_pace_s": TIGHT_S, "late_s": LATE_S}
     made = cluster(rate, "auto", given)
     limits = Limits.from_dict(given)
     answers = []
@@ -42,10 +43,14 @@ def test_the_simulator_chooses_as_the_engine_does(rate: float) -> None:
         made.tick(0.05 * tick)
         replica, requests = made.engines.replicas[0], made.requests
         slots = made.engines.slots[0, : int(replica["running"])]
-        decoding = slots[requests["generated"][slots] > 0]
+        first_s = np.where(requests["generated"] > 0, requests["first_s"], made.now)
+        in_time = slots[(first_s - requests["arrival_s"])[slots] <= LATE_S]
+        decoding = in_time[requests["generated"][in_time] > 0]
+        queue = int(replica["tail"])
+        lost = queue < 0 or made.now - requests["arrival_s"][queue] > LATE_S
         prompts = [
-            *slots[requests["generated"][slots] == 0],
-            *([replica["head"]] if replica["head"] >= 0 else []),
+            *in_time[requests["generated"][in_time] == 0],
+            *([] if lost else [replica["head"]]),
         ]
         step_s = float(0.005 + 0.03 * (tick % 3))
         facts = StepFacts(
@@ -56,7 +61,7 @@ def test_the_simulator_chooses_as_the_engine_does(rate: float) -> None:
                 (int(requests["generated"][r]) - 1, made.now - float(requests["first_s"][r]))
                 for r in decoding
             ],
-            waiting_prompt_tokens=int(replica["waiting_tokens"]),
+            waiting_prompt_tokens=0 if lost else int(replica["waiting_tokens"]),
             oldest_wait_s=max((made.now - float(requests["arrival_s"][r]) for r in prompts), default=0.0),
         )
         memory_bound = tick % 2 == 0
@@ -93,6 +98,19 @@ def test_a_tighter_pace_of_memory_bound_steps_spends_fewer_tokens_than_one_of_al
     memory = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": 0.033, "memory_pace_s": TIGHT_S}))
     every = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": TIGHT_S}))
     assert loose[1] < memory[1] < every[1]
+
+
+def test_what_is_late_is_served_in_16_bits_and_what_is_not_is_not() -> None:
+    """A burst far beyond FP8: without a queue that can still be met, 16 bits take nothing from anyone."""
+    counted = tokens(cluster(80.0, "auto", {**LIMITS, "pace_s": 0.001, "debt_s": 0.0}))
+    late = tokens(cluster(80.0, "auto", {**LIMITS, "pace_s": 0.001, "debt_s": 0.0, "late_s": 1.0}))
+    made = cluster(80.0, "auto", {**LIMITS, "pace_s": 0.001, "debt_s": 0.0, "late_s": 1.0})
+    while made.busy:
+        made.tick(made.now + 1.0)
+    requests = made.requests
+    met = requests["first_s"] - requests["arrival_s"] <= 1.0
+    assert late[0] > counted[0]
+    assert requests["fp16"][~met].sum() > 10 * requests["fp16"][met].sum()
 
 
 def test_a_strict_request_has_no_token_in_fp8_within_auto() -> None:
