@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
+from nestedfp.policies import misses
 from nestedfp.policies.simulation.state import (
     OUTPUT,
     TPOT,
@@ -39,6 +40,7 @@ def njit(function: F) -> F:
     return cast(F, numba.njit(cache=True)(function))
 
 
+_over = njit(misses.over)
 SHED = -2
 NEVER_FITS = -3
 AUTO_NUMBER = 2
@@ -87,14 +89,6 @@ def misses(
             slow, slow_cost = _over(recent[TPOT][done], recent[TPOT_LOST][done], tpot_s)
             share[i] = min(1.0, late + slow)
             cost[i] = min(1.0, late_cost + slow_cost)
-
-
-@njit
-def _over(values: Floats, lost: Floats, limit: float) -> tuple[float, float]:
-    """The share of values over the limit, and of those which would not be without what was lost."""
-    over = values > limit
-    count = max(1, values.size)
-    return float(over.sum() / count), float((over & (values - lost <= limit)).sum() / count)
 
 
 @njit
