@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-from nestedfp.policies import misses
+from nestedfp.policies.misses import over
 from nestedfp.policies.simulation.state import (
     OUTPUT,
     TPOT,
@@ -40,7 +40,7 @@ def njit(function: F) -> F:
     return cast(F, numba.njit(cache=True)(function))
 
 
-_over = njit(misses.over)
+_over = njit(over)
 SHED = -2
 NEVER_FITS = -3
 AUTO_NUMBER = 2
