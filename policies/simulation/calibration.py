@@ -19,7 +19,7 @@ from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import Slo
 from nestedfp.policies.latency import LatencyModel, StepCosts
 from nestedfp.policies.protocol import FP8, FP16
-from nestedfp.policies.roofline import latency_model
+from nestedfp.policies.roofline import KV_CAPACITY_TOKENS, latency_model
 from nestedfp.policies.simulation.cluster import Cluster
 from nestedfp.policies.simulation.state import Columns, EngineSettings
 from nestedfp.policies.simulation.summary import tpot_s, ttft_s
@@ -50,7 +50,7 @@ class Limits:
     """Of the measured engine: tokens of a step, of its KV cache, and requests in a batch."""
 
     chunk_tokens: int
-    kv_tokens: int = 400_000
+    kv_tokens: int = KV_CAPACITY_TOKENS
     max_sequences: int = 512
 
 
