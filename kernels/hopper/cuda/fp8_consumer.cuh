@@ -25,7 +25,7 @@ __device__ __forceinline__ u32 power_of_two(int exponent) {
   return biased > 0 ? biased << 7 : 0x40 >> -biased;
 }
 
-// Where a staged element lies: eight columns together, in a swizzle that repeats after eight rows.
+// Where a staged element lies: eight columns together, swizzled as the copy engine does it for rows of SLICE columns.
 __device__ __forceinline__ u32 staged(int row, int column) {
   const u32 offset = (row * SLICE + column) * 2;
   return offset ^ (offset >> 7 & SWIZZLE) << 4;
@@ -34,20 +34,32 @@ __device__ __forceinline__ u32 staged(int row, int column) {
 // A warp's 16 rows of a tile of y, and those 64 below: copies staged slices there.
 class Output {
  public:
-  __device__ __forceinline__ Output(const Arguments& a, int m, int n, u32 staging, u32 lane) : N_(a.N) {
+  __device__ __forceinline__ Output(const Arguments& a, int m, int n, u32 staging, u32 lane)
+      : map_(a.y_map), m_(m), n_(n), lane_(lane), N_(a.N) {
     const int row = lane / LANES, column = lane % LANES * 8;
     from_ = staging + staged(row, column);
     to_ = a.y + size_t(m + row) * a.N + n + column;
     rows_ = a.M - m - row, columns_ = a.N - n - column;
   }
 
-  // The slice at rows `below` and columns `right`.
-  __device__ __forceinline__ void copy(int below, int right) const {
+  // By the copy engine the slice at rows `below` and columns `right`, staged at `place`: a group of the first lane's.
+  __device__ __forceinline__ void send(int below, int right, int place) const {
+    ptx::copies_fence();
+    __syncwarp();
+    if (lane_ != 0) return;
+    if (below < rows_ && right < columns_)
+      ptx::store_2d(map_, n_ + right, m_ + below, from_ + place * SLICE_BYTES);
+    ptx::stores_commit();
+  }
+
+  // The same by all lanes.
+  __device__ __forceinline__ void copy(int below, int right, int place) const {
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < 16; i += 32 / LANES) {
       u32 words[4];
       // Rows of 128 bytes take four rows a turn, whose swizzle differs in one bit.
-      ptx::load_shared(words, (SLICE == 64 ? from_ ^ (i & 4) << 4 : from_) + i * SLICE * 2);
+      ptx::load_shared(words, (SLICE == 64 ? from_ ^ (i & 4) << 4 : from_) + place * SLICE_BYTES + i * SLICE * 2);
       const int row = ptx::here(below + i);
       if (row < rows_ && right < columns_) put(to_ + (row * N_ + right), words, columns_ - right);
     }
@@ -71,6 +83,9 @@ class Output {
     }
   }
 
+  const TensorMap* map_;
+  const int m_, n_;
+  const u32 lane_;
   u16* to_;
   u32 from_;
   int N_, rows_, columns_;
@@ -133,8 +148,9 @@ class Consumer {
         share = Share::of(part);
         exchange(sums, part, share);
       }
-      store(sums, m, unit.n, share);
+      store(sums, m, unit.n, share, index + schedule_.workers() < schedule_.units);
     }
+    ptx::stores_wait<0>();
   }
 
  private:
@@ -150,11 +166,13 @@ class Consumer {
   __device__ __forceinline__ static u32 thread() { return ptx::thread() % 128; }
   __device__ __forceinline__ static u32 lane() { return ptx::thread() % 32; }
   __device__ __forceinline__ static u32 warp() { return ptx::thread() / 32 % 4; }
-  // In shared memory, this warpgroup's scales and this warp's staged slice.
+  // In shared memory, this warpgroup's scales and this warp's staged slices.
   __device__ __forceinline__ u32 columns() const {
     return base_ + SCALE_OFFSET + ptx::thread() / 128 * (COLUMN_BYTES + ROW_BYTES);
   }
-  __device__ __forceinline__ u32 staging() const { return base_ + OUTPUT_OFFSET + ptx::thread() / 32 * SLICE_BYTES; }
+  __device__ __forceinline__ u32 staging() const {
+    return base_ + OUTPUT_OFFSET + ptx::thread() / 32 * SLICES * SLICE_BYTES;
+  }
 
   __device__ __forceinline__ static void sync() { ptx::warpgroup_sync(ptx::thread() / 128 + 1); }
 
@@ -300,9 +318,14 @@ class Consumer {
     }
   }
 
-  // Scales, adds the bias and stores the pieces of `share`.
-  __device__ __forceinline__ void store(const float (&sums)[BLOCKS][SUMS], int m, int n, const Share& share) const {
-    sync();  // the scales are there
+  // Scales, adds the bias and stores the pieces of `share`. If a tile follows, the copy engine stores them beside its
+  // products. Nothing would hide the engine's delay after the last tile, nor where each slice waits for the one before;
+  // and it takes no rows off 16-byte boundaries.
+  __device__ __forceinline__ void store(const float (&sums)[BLOCKS][SUMS], int m, int n, const Share& share,
+                                        bool followed) const {
+    const bool sent = SLICES > 1 && followed && arguments_.N % 8 == 0;
+    ptx::stores_wait_read<0>();
+    sync();  // the scales are there, and all places free
     const u32 lane = Consumer::lane(), row = warp() * 16, staging = Consumer::staging(), columns = Consumer::columns();
     const Output out(arguments_, m + row, n, staging, lane);
     float scales[BLOCKS][2];
@@ -318,14 +341,17 @@ class Consumer {
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) {
       if (SPLITS && !share(piece)) continue;
-      const int column = piece / BLOCKS * SLICE, block = piece % BLOCKS;
-      __syncwarp();  // the last slice has been read
+      const int column = piece / BLOCKS * SLICE, block = piece % BLOCKS, place = piece % SLICES;
+      if (piece >= SLICES) ptx::stores_wait_read<SLICES - 1>();
+      __syncwarp();  // the slice that was here has been read
 #pragma unroll
       for (int at = 0; at < SLICE; at += 16)
         stage(piece_of(sums, piece) + at / 2, scales[block], columns + (column + at) * 4 + lane % 4 * 8,
-              staging + staged(lane % 16, at + lane / 16 * 8));
-      __syncwarp();
-      out.copy(block * 64, column);
+              staging + place * SLICE_BYTES + staged(lane % 16, at + lane / 16 * 8));
+      if (sent)
+        out.send(block * 64, column, place);
+      else
+        out.copy(block * 64, column, place);
     }
   }
 

@@ -17,8 +17,10 @@
 //   cluster that share a panel each fetch a part of it and multicast it to the others;
 // * CONSUMERS warpgroups multiply (wgmma, both operands from shared memory, BLOCKS * 64 tokens of the tile each), one
 //   step in flight while the next is issued;
-// * scales, factors and biases reach shared memory during the first step; each warp stages its sums a slice at a time
-//   and stores them in rows, 16 bytes a thread: two barriers of a warpgroup a tile, however many slices it has.
+// * scales, factors and biases reach shared memory during the first step; each warp stages its sums a slice at a time,
+//   in SLICES places by turns: two barriers of a warpgroup a tile, however many slices it has. TMA stores the slices of
+//   a tile that another follows, beside the products of that one, if there are places for two and N is a multiple of 8;
+//   others are stored in rows, 16 bytes a thread.
 //
 // Whole waves. The first `whole` tiles, full waves of all workers, are multiplied whole. The K of each tile left is
 // cut into `split` equal parts, one a worker. A part writes its sums to `partials`, except for its own share of the
@@ -40,14 +42,16 @@
 #include "fp8_producer.cuh"
 
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
-    gemm_fp8(const __grid_constant__ TensorMap codes_map, const __grid_constant__ TensorMap upper_map, u16* y,
-             const u8* x, u8* codes, float* x_scale, const signed char* row_exponent, const u16* bias, float* partials,
-             u32* flags, int M, int N, int K, int x_pitch, int token_bytes, int panels, int front, int team_warps,
-             const Schedule schedule, const Ahead ahead) {
+    gemm_fp8(const __grid_constant__ TensorMap codes_map, const __grid_constant__ TensorMap upper_map,
+             const __grid_constant__ TensorMap y_map, u16* y, const u8* x, u8* codes, float* x_scale,
+             const signed char* row_exponent, const u16* bias, float* partials, u32* flags, int M, int N, int K,
+             int x_pitch, int token_bytes, int panels, int front, int team_warps, const Schedule schedule,
+             const Ahead ahead) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
-  const Arguments arguments = {&codes_map, &upper_map, y, x, codes,   x_scale,      row_exponent, bias, partials,
-                               flags,      M,          N, K, x_pitch, token_bytes, panels != 0, front,        team_warps};
+  const Arguments arguments = {&codes_map,  &upper_map, &y_map,   y,     x, codes, x_scale, row_exponent,
+                               bias,        partials,   flags,    M,     N, K,     x_pitch, token_bytes,
+                               panels != 0, front,      team_warps};
   const u32 warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
   const u32 thread = threadIdx.x % 128;
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, ahead_of, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, ahead_of, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import workspace
 from nestedfp.kernels.layout import KOrder
@@ -25,6 +25,8 @@ SHARED_MEMORY = 228 * 1024
 _SYSTEM_SHARE = 1024
 _CHUNK = 128
 _MOST_STAGES = 16
+# Of each 64 that a warpgroup multiplies.
+_ROWS_A_WARP = 16
 # Columns of a token that a warp keeps in registers while it quantises: eight times sixteen a thread.
 _HELD_A_WARP = 8 * 16 * 32
 # As gemm_fp8.cu lays out its flags: counts of token tiles, of CTAs, of parts of split tiles.
@@ -74,19 +76,35 @@ class Config:
         return max(gcd(self.rows, 64), 16) if self.rows > 64 else 16
 
     @property
+    def _slice_bytes(self) -> int:
+        """Of all warps."""
+        return self.warpgroups * 64 * self.slice * 2
+
+    @property
     def _fixed_bytes(self) -> int:
-        """Beside the stages: staged output, factors and biases of columns, scales of rows, scratch of the
-        quantiser."""
-        return self.warpgroups * (64 * self.slice * 2 + self.rows * 4 + self.blocks * 64 * 4 + 32)
+        """Beside stages and slices: factors and biases of columns, scales of rows, scratch of the quantiser,
+        barriers."""
+        return self.warpgroups * (self.rows * 4 + self.blocks * 64 * 4 + 32) + 16 * _MOST_STAGES
+
+    @property
+    def _room(self) -> int:
+        """For stages and slices."""
+        return SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._fixed_bytes
 
     @property
     def stages(self) -> int:
-        room = SHARED_MEMORY // self.ctas - _SYSTEM_SHARE - self._fixed_bytes - 16 * _MOST_STAGES
-        return min(room // self._stage_bytes, _MOST_STAGES)
+        return min((self._room - self._slice_bytes) // self._stage_bytes, _MOST_STAGES)
+
+    @property
+    def slices(self) -> int:
+        """Slices of a tile that a warp can stage before it waits for the first of them to be gone: what the
+        stages leave room for."""
+        left = self._room - self.stages * self._stage_bytes
+        return min(left // self._slice_bytes, self.blocks * self.rows // self.slice)
 
     @property
     def shared_memory(self) -> int:
-        return self.stages * (self._stage_bytes + 16) + self._fixed_bytes
+        return self._fixed_bytes + self.stages * self._stage_bytes + self.slices * self._slice_bytes
 
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of gemm_fp8.cu."""
@@ -100,6 +118,7 @@ class Config:
             "CHUNKS": self.chunks,
             "STAGES": self.stages,
             "SLICE": self.slice,
+            "SLICES": self.slices,
             "CLUSTER_M": self.cluster_tokens,
             "CLUSTER_N": self.cluster_rows,
             "CTAS": self.ctas,
@@ -218,13 +237,15 @@ def _scratch(device: torch.device) -> _Scratch:
 
 class _Launch(NamedTuple):
     """All of a launch but the operands. height: rows of the codes; numbers, schedule: the kernel's parameters
-    before and behind the pitch of x; boxes in rows."""
+    before and behind the pitch of x; boxes in rows, those of y in columns, 0 where the copy engine stores
+    nothing."""
 
     kernel: Kernel
     clusters: int
     height: int
     x_box: int
     weight_box: int
+    y_box: int
     numbers: tuple[ctypes.c_int, ...]
     schedule: tuple[Any, ...]
 
@@ -236,12 +257,14 @@ def _launch(config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.d
     box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
     rest = (box * config.cluster_rows * _CHUNK, int(panels), cut.front, cut.team_warps)
     tiles = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
+    sent = config.slices > 1 and cut.units > cut.clusters and N % 8 == 0
     return _Launch(
         kernel,
         cut.clusters,
         cut.tiles_m * config.tokens * config.cluster_tokens,
         box,
         config.rows // config.cluster_tokens,
+        config.slice if sent else 0,
         tuple(map(ctypes.c_int, (M, N, K))),
         (*map(ctypes.c_int, rest), (ctypes.c_int * len(tiles))(*tiles)),
     )
@@ -257,7 +280,7 @@ def product(
     config: Config,
     ahead: tuple[Tensor, ...] = (),
 ) -> None:
-    """Writes y [M, N], contiguous, in x's dtype.
+    """Writes y [M, N], contiguous, in x's dtype, on a 16-byte boundary if N is a multiple of 8.
 
     x [M, K] has unit stride in K and rows on 16-byte boundaries; K is a multiple of 16. ahead: one plane or
     two that the next product reads.
@@ -287,11 +310,15 @@ def _product(
     scratch = _scratch(device)
     codes = scratch.codes(launch.height * K)
     stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
+    y_map = TensorMap()
+    if launch.y_box:
+        y_map = tensor_map(x.dtype, y.data_ptr(), M, N, N, _ROWS_A_WARP, launch.y_box)
     launch.kernel(
         launch.clusters,
         (
             tensor_map(torch.uint8, codes.data_ptr(), launch.height, K, K, launch.x_box, _CHUNK),
             tensor_map(torch.uint8, upper.data_ptr(), *stored, launch.weight_box, _CHUNK),
+            y_map,
             *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
             *launch.numbers,
             ctypes.c_int((x.stride(0) if M > 1 else K) * x.element_size()),

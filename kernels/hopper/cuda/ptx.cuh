@@ -117,6 +117,28 @@ __device__ __forceinline__ void load_2d_multicast(u32 to, const TensorMap* map, 
       : "memory");
 }
 
+// From shared memory, without what lies outside the tensor.
+__device__ __forceinline__ void store_2d(const TensorMap* map, int c0, int c1, u32 from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(c0),
+               "r"(c1), "r"(from)
+               : "memory");
+}
+
+// What this thread has stored so since it last did this, as a group.
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all of this thread's groups but the last COUNT have left shared memory.
+template <int COUNT>
+__device__ __forceinline__ void stores_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(COUNT) : "memory");
+}
+
+// Until all of this thread's groups but the last COUNT have been written.
+template <int COUNT>
+__device__ __forceinline__ void stores_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(COUNT) : "memory");
+}
+
 // Into the L2 cache; address and bytes are multiples of 16.
 __device__ __forceinline__ void prefetch_l2(const u8* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
