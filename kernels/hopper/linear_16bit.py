@@ -14,7 +14,9 @@ from nestedfp.kernels.layout import KOrder
 
 _MULTIPROCESSORS = 132
 # The most tokens of a tile by warpgroups: what ptxas (CUDA 13.0) compiles without spilling, clustered or not.
-_MOST_TOKENS = {1: 256, 2: 256, 3: 192, 4: 96}
+_MOST_TOKENS = {1: 256, 2: 352, 3: 192, 4: 96}
+# And in clusters along the tokens, or with K in turns.
+_MOST_TOKENS_CLUSTERED = 256
 _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
 # An H100's cycles, measured: of a rebuild of 64 x 64 weights, while other warpgroups multiply; bytes a cycle
@@ -25,6 +27,8 @@ _REBUILD = 360
 _INTO, _L2, _MEMORY = 60, 6700, 1480
 _LAUNCH, _CLUSTER_LAUNCH, _TILE, _PART_FLOAT, _GATHER = 3000, 1000, 2200, 0.2, 2500
 _PAIR_FLOAT, _PAIR = 0.085, 1500
+# What the power limit of 700 W makes of a cycle of all tensor cores, and what a rebuild adds to it by tokens.
+_POWER, _REBUILD_POWER = 1.2, 14
 
 
 def linear_16bit(
@@ -58,22 +62,19 @@ def rule(M: int, N: int, K: int) -> Config:
     return min(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
 
 
-def candidates(M: int, N: int, K: int, most: int = 32) -> list[Settings]:
+def candidates(M: int, N: int, K: int, most: int = 40) -> list[Settings]:
     """What the tuner times for a shape: the `most` that a model of the multiprocessor finds fastest."""
     ranked = sorted(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
-    chosen: list[Config] = []
-    seen: dict[tuple[int, ...], int] = {}
+    chosen: dict[tuple[int | bool, ...], Config] = {}
     for config in ranked:
-        # Two ways to split each tile in each cluster: what they save differs more than the model knows.
+        # Each tile in each cluster, whole and split: what either saves differs more than the model knows.
         tile = (config.tokens, config.warpgroups, config.sliced_k, config.ctas)
-        kind = (*tile, config.cluster_tokens, config.cluster_rows, config.cluster_k)
-        if seen.get(kind, 0) < 2:
-            seen[kind] = seen.get(kind, 0) + 1
-            chosen.append(config)
-    chosen = chosen[:most]
+        cluster = (config.cluster_tokens, config.cluster_rows, config.cluster_k)
+        chosen.setdefault((*tile, *cluster, config.split > 1), config)
+    found = list(chosen.values())[:most]
     if M >= 1024:
-        chosen += [replace(config, group=group) for config in chosen[:2] for group in (4, 16)]
-    return [config.to_dict() for config in chosen]
+        found += [replace(config, group=group) for config in found[:4] for group in (4, 16)]
+    return [config.to_dict() for config in found]
 
 
 def _space(M: int, N: int, K: int) -> Iterator[Config]:
@@ -84,8 +85,10 @@ def _space(M: int, N: int, K: int) -> Iterator[Config]:
                 tile = Config(tokens, warpgroups, cluster_tokens, cluster_rows)
                 if tokens % (8 * cluster_rows) or tokens * (cluster_tokens - 1) >= M:
                     continue
+                if tokens > _MOST_TOKENS_CLUSTERED and cluster_tokens > 1:
+                    continue
                 yield from _splits(tile, M, N, K)
-                if warpgroups == 2 and tokens % 32 == 0:
+                if warpgroups == 2 and tokens % 32 == 0 and tokens <= _MOST_TOKENS_CLUSTERED:
                     yield from _splits(replace(tile, sliced_k=2), M, N, K)
                 if warpgroups == 1 and tokens <= 64 and tile.cluster == 1:
                     yield from _splits(replace(tile, ctas=2), M, N, K)
@@ -113,7 +116,8 @@ def _resident(config: Config) -> int:
 
 def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     """Cycles of the busiest multiprocessor: the slowest of tensor cores, rebuild, copies, L2 and memory in
-    each step of K, and what a tile costs beside its steps. It ranks configurations; it predicts no times."""
+    each step of K, and what a tile costs beside its steps; or what the power limit leaves to all of them. It
+    ranks configurations; it predicts no times."""
     tiles = cluster_tiles(config, M, N)
     work = plan(config, M, N, K, _resident(config))
     active = work.clusters * config.cluster
@@ -138,4 +142,6 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     cycles = _LAUNCH + (_CLUSTER_LAUNCH if config.cluster > 1 else 0)
     cycles += whole * (steps * step + _TILE)
     cycles += parts * (steps / work.parts * step + _TILE + part_float * floats)
-    return cycles + (gather if parts else 0)
+    cycles += gather if parts else 0
+    products = tiles * config.cluster // config.cluster_k * multiply * row_groups * steps / _MULTIPROCESSORS
+    return max(cycles, products * (_POWER + _REBUILD_POWER / config.tokens))

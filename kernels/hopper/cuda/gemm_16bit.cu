@@ -50,9 +50,9 @@ struct Corner {
 
 extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     gemm_16bit(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap upper_map,
-               const __grid_constant__ TensorMap lower_map, u16* y,
+               const __grid_constant__ TensorMap lower_map, const __grid_constant__ TensorMap y_map, u16* y,
                const signed char* row_exponent, const u16* bias, float* partials, u32* counters, int M, int N, int K,
-               int group, int cut, int parts, int x_bytes, int wide, const Ahead ahead) {
+               int group, int cut, int parts, int x_bytes, int stores, const Ahead ahead) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
   const u32 x_full = base + X_FULL, x_empty = base + X_EMPTY;
@@ -128,7 +128,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       if (schedule.count > 0) ptx::barrier_wait(last_full, last_parity);
       ask_ahead(ahead);
     } else if (thread == 32) {
-      constexpr int PART = TOKENS / CLUSTER_ROWS;
       u16 ctas = 0;
       for (int i = 0; i < CLUSTER_ROWS; ++i) ctas |= 1 << (rank_token + i * CLUSTER_TOKENS);
       ptx::wait_for_previous_kernel();
@@ -136,15 +135,20 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       for (int index = 0; index < schedule.count; ++index) {
         if constexpr (CLUSTER_K > 1) Pair::await_taken(base, index - schedule.whole_count);
         const Segment segment = schedule.segment(index);
-        const int token = corner(segment.tile).token + rank_row * PART;
+        const int first_token = corner(segment.tile).token;
         for (int step = segment.first * 2; step < segment.last * 2; ++step) {
-          const u32 barrier = x_full + ring.stage * 8, to = base + ring.stage * X_BYTES + rank_row * PART * STEP * 2;
+          const u32 barrier = x_full + ring.stage * 8;
           ptx::barrier_wait(x_empty + ring.stage * 8, ring.parity ^ 1);
           ptx::barrier_expect(barrier, x_bytes);
-          if constexpr (CLUSTER_ROWS > 1)
-            ptx::load_2d_multicast(to, &x_map, step * STEP, token, barrier, ctas, ptx::EVICT_NORMAL);
-          else
-            ptx::load_2d(to, &x_map, step * STEP, token, barrier, ptx::EVICT_NORMAL);
+#pragma unroll
+          for (int box = 0; box < X_BOXES; ++box) {
+            const int token = (rank_row * X_BOXES + box) * X_BOX;
+            const u32 to = base + ring.stage * X_BYTES + token * STEP * 2;
+            if constexpr (CLUSTER_ROWS > 1)
+              ptx::load_2d_multicast(to, &x_map, step * STEP, first_token + token, barrier, ctas, ptx::EVICT_NORMAL);
+            else
+              ptx::load_2d(to, &x_map, step * STEP, first_token + token, barrier, ptx::EVICT_NORMAL);
+          }
           ring.advance();
         }
       }
@@ -181,7 +185,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     };
     auto counter = [&](int tile) { return counters + (tile * CLUSTER + rank) * CONSUMERS + warpgroup; };
 
-    Output output(y, row_exponent, bias, M, N, wide, base, warpgroup, thread);
+    Output output(&y_map, y, row_exponent, bias, M, N, stores, base, warpgroup, thread);
     Pair pair(base, warpgroup * 4 + warp, lane, rank);
 
     // Who gathers a slice of a tile that parts share. A worker with one part keeps its own sums in registers.
@@ -211,7 +215,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         const u64 x_panel = ptx::panel_descriptor(base + x_ring.stage * X_BYTES);
         ptx::wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma(sums, operand + k * 4, x_panel + k * 2, k > 0 || !first);
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int i = 0; i < MMAS; ++i)
+            wgmma(reinterpret_cast<float (&)[MMA_TOKENS / 2]>(sums[i * MMA_TOKENS / 2]), operand + k * 4,
+                  x_panel + k * 2 + i * (MMA_TOKENS * STEP * 2 >> 4), k > 0 || !first);
         ptx::wgmma_commit();
         if constexpr (SETS == 2) {
           // The step before is through: its registers may be written, and its x.
@@ -274,6 +282,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       ptx::hold(sums);
       release_x(previous);
       if constexpr (SLICED_K == 2) {
+        output.await_read();
         auto buffer = [&](u32 owner) { return base + OUTPUT_OFFSET + (owner * 4 + warp) * WARP_BYTES + lane * 16; };
         exchange_in_turns(sums, buffer(warpgroup), buffer(warpgroup ^ 1), k_slice == 1, WARP_PAIRS + warp);
       }
@@ -344,6 +353,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       // All have waited once all have counted themselves again: the last leaves the counter at zero.
       if (thread == 0) ptx::count_leave(counter(segment.tile), 2 * parts);
     }
+    output.await_stored();
   }
   // Others that share a panel with this CTA still signal here until they are through.
   __syncwarp();

@@ -7,6 +7,7 @@ an error: for trying out changes, since other work on the device may rightly mak
 import ctypes
 import os
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from functools import cache, lru_cache
 from math import gcd
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, ahead_of, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, ahead_of, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, workspace
 
@@ -25,8 +26,16 @@ _SYSTEM_SHARE = 1024
 _STEP = 64
 _UNIT = 128
 _MOST_STAGES = 16
+# Of y that a warpgroup stores: a line of 128 bytes.
+_ROWS = 64
+_NO_MAP = TensorMap()
+# Measured: from here on the copy engine stores y as fast as threads or faster.
+_LEAST_TOKENS_SENT = 512
 # Of the 65,536 registers: what (producer, consumer) threads get, by consumer warpgroups, at one CTA.
 _REGISTERS = {1: (0, 0), 2: (40, 232), 3: (32, 160), 4: (24, 112)}
+# The same for two warpgroups with the sums of more tokens than one product takes.
+_MOST_REGISTERS = (24, 240)
+_MOST_TOKENS_A_PRODUCT = 256
 # Tokens up to which two sets of weights fit a consumer's registers beside its sums.
 _TWO_SETS = {1: 256, 2: 256, 3: 144, 4: 0}
 # Tokens up to which a lone warpgroup gains from loading bytes ahead.
@@ -37,12 +46,12 @@ _MOST_TOKENS_AHEAD = 96
 class Config:
     """One way to cut the product.
 
-    A tile has 64 weight rows for each of its `warpgroups` by `tokens`, a multiple of 16; with sliced_k 2 two
-    warpgroups have 64 rows together, take turns in K, and `tokens` is a multiple of 32. cluster_tokens,
-    cluster_rows: CTAs of a cluster along each. ctas: programs a multiprocessor. split: parts into which K is
-    cut in the tiles that do not fill a wave, and in those of `waves` full waves beside them; cluster_k 2:
-    there are two, and the CTAs of a cluster, which have nothing else in common then, exchange their sums
-    directly. group: token tiles that run side by side.
+    A tile has 64 weight rows for each of its `warpgroups` by `tokens`, a multiple of 16, above 256 for two
+    warpgroups alone; with sliced_k 2 two warpgroups have 64 rows together, take turns in K, and `tokens` is a
+    multiple of 32. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a
+    multiprocessor. split: parts into which K is cut in the tiles that do not fill a wave, and in those of
+    `waves` full waves beside them; cluster_k 2: there are two, and the CTAs of a cluster, which have nothing
+    else in common then, exchange their sums directly. group: token tiles that run side by side.
     """
 
     tokens: int
@@ -71,6 +80,16 @@ class Config:
         return gcd(self.tokens // self.sliced_k, 32 if self.warpgroups < 3 else 16)
 
     @property
+    def products(self) -> int:
+        """wgmma instructions that share the 16 of K and 64 rows of a step: one takes 256 tokens at most."""
+        return ceil_div(self.tokens, _MOST_TOKENS_A_PRODUCT)
+
+    @property
+    def x_boxes(self) -> int:
+        """Copies that a CTA makes for a stage of x, of 256 tokens at most."""
+        return ceil_div(self.tokens // self.cluster_rows, _MOST_TOKENS_A_PRODUCT)
+
+    @property
     def _x_bytes(self) -> int:
         return 2 * _STEP * self.tokens
 
@@ -79,13 +98,14 @@ class Config:
         return 2 * _UNIT * self.rows
 
     @property
-    def _warp_bytes(self) -> int:
-        """A warp's share of two staged slices; of sums that it exchanges it takes 2 KiB."""
-        return 64 * self.slice if self.sliced_k == 1 else 2048
+    def _slice_bytes(self) -> int:
+        """Of a staged slice of every warpgroup."""
+        return 128 * self.slice * self.warpgroups
 
     @property
-    def _output_bytes(self) -> int:
-        return 4 * self.warpgroups * self._warp_bytes
+    def _least_slices(self) -> int:
+        """That a warpgroup stages; to exchange sums of K in turns each warp takes 2 KiB of it."""
+        return 2 if self.sliced_k == 1 else 64 // self.slice
 
     @property
     def _pair_bytes(self) -> int:
@@ -94,33 +114,52 @@ class Config:
         return 8 * (4 * self.warpgroups * slices + 2) if self.cluster_k > 1 else 0
 
     @property
+    def _room(self) -> int:
+        """For stages and slices."""
+        fixed = _SYSTEM_SHARE + self._pair_bytes + 32 * _MOST_STAGES
+        return SHARED_MEMORY // self.ctas - fixed
+
+    @property
     def stages(self) -> tuple[int, int]:
         """Of x, 64 of K each, and of weights, 128 each: equally far ahead, what is left to either."""
-        fixed = _SYSTEM_SHARE + self._output_bytes + self._pair_bytes + 32 * _MOST_STAGES
-        room = SHARED_MEMORY // self.ctas - fixed
+        room = self._room - self._least_slices * self._slice_bytes
         weights = min(room // (self._weight_bytes + 2 * self._x_bytes), _MOST_STAGES // 2)
         room -= weights * (self._weight_bytes + 2 * self._x_bytes)
         more = weights < _MOST_STAGES // 2 and room >= self._weight_bytes
-        return 2 * weights + (not more and room >= self._x_bytes), weights + more
+        room -= more * self._weight_bytes
+        return 2 * weights + (room >= self._x_bytes), weights + more
+
+    @property
+    def slices(self) -> int:
+        """That a warpgroup has room to stage: what the stages leave, up to all of a tile's."""
+        x, weights = self.stages
+        left = self._room - x * self._x_bytes - weights * self._weight_bytes
+        return max(
+            min(left // self._slice_bytes, self.tokens // self.sliced_k // self.slice), self._least_slices
+        )
 
     @property
     def shared_memory(self) -> int:
         x, weights = self.stages
         stages = x * (self._x_bytes + 16) + weights * (self._weight_bytes + 16)
-        return stages + self._output_bytes + self._pair_bytes
+        return stages + self.slices * self._slice_bytes + self._pair_bytes
 
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of gemm_16bit.cu."""
         x_stages, weight_stages = self.stages
         producer, consumer = _REGISTERS[self.warpgroups] if self.ctas == 1 else (0, 0)
+        if self.products > 1:
+            producer, consumer = _MOST_REGISTERS
         return {
             "CONSUMERS": self.warpgroups,
             "TOKENS": self.tokens,
             "SLICE": self.slice,
             "SLICED_K": self.sliced_k,
-            "WARP_BYTES": self._warp_bytes,
+            "WARP_BYTES": 32 * self.slice * self.slices,
             "X_STAGES": x_stages,
             "WEIGHT_STAGES": weight_stages,
+            "MMAS": self.products,
+            "X_BOXES": self.x_boxes,
             "SETS": 2 if self.sliced_k == 1 and self.tokens <= _TWO_SETS[self.warpgroups] else 1,
             "CLUSTER_TOKENS": self.cluster_tokens,
             "CLUSTER_ROWS": self.cluster_rows,
@@ -173,7 +212,7 @@ def cluster_tiles(config: Config, M: int, N: int) -> int:
 def code(config: Config, dtype: torch.dtype) -> bytes:
     """The cubin of `config` for activations of `dtype`."""
     kind = "bf16" if dtype is torch.bfloat16 else "f16"
-    headers = {"wgmma.cuh": wgmma_header(config.tokens, kind, a_in_registers=True)}
+    headers = {"wgmma.cuh": wgmma_header(config.tokens // config.products, kind, a_in_registers=True)}
     return cubin("gemm_16bit.cu", headers, config.defines(dtype))
 
 
@@ -188,13 +227,30 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
     )
 
 
+class _Stores(IntEnum):
+    """Who stores y, as in output_16bit.cuh: threads, one element at a time or eight, or the copy engine."""
+
+    NARROW = 0
+    WIDE = 1
+    SENT = 2
+
+
+def _stores(config: Config, M: int, N: int) -> _Stores:
+    """The copy engine pays where there is much to store; of few tokens it would delay the end."""
+    if N % 8:
+        return _Stores.NARROW
+    return _Stores.SENT if M >= _LEAST_TOKENS_SENT and config.slices > 2 else _Stores.WIDE
+
+
 class _Launch(NamedTuple):
-    """All of a launch but the operands. numbers: the kernel's parameters behind them; boxes in rows."""
+    """All of a launch but the operands. numbers: the kernel's parameters behind them; boxes in rows, y's 0
+    where threads store it."""
 
     kernel: Kernel
     clusters: int
     x_box: int
     weight_box: int
+    y_box: int
     numbers: tuple[ctypes.c_int, ...]
 
 
@@ -203,11 +259,14 @@ def _launch(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: 
     kernel = _kernel(config, dtype, device)
     cut = plan(config, M, N, K, kernel.resident_clusters)
     # The copy engine is slow where a box reaches past the last token.
-    box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
-    x_bytes = 2 * _STEP * box * config.cluster_rows
-    numbers = (M, N, K, config.group, cut.cut, cut.parts, x_bytes, int(N % 8 == 0))
+    boxes = config.cluster_rows * config.x_boxes
+    box = config.tokens // boxes if boxes > 1 else min(config.tokens, M)
+    x_bytes = 2 * _STEP * box * boxes
+    stores = _stores(config, M, N)
+    numbers = (M, N, K, config.group, cut.cut, cut.parts, x_bytes, stores)
     weight_box = config.rows // config.cluster_tokens
-    return _Launch(kernel, cut.clusters, box, weight_box, tuple(map(ctypes.c_int, numbers)))
+    y_box = config.slice if stores is _Stores.SENT else 0
+    return _Launch(kernel, cut.clusters, box, weight_box, y_box, tuple(map(ctypes.c_int, numbers)))
 
 
 def product(
@@ -236,6 +295,7 @@ def product(
             tensor_map(x.dtype, x.data_ptr(), M, K, x.stride(0), launch.x_box, _STEP),
             tensor_map(torch.uint8, upper.data_ptr(), *panels),
             tensor_map(torch.uint8, lower.data_ptr(), *panels),
+            tensor_map(y.dtype, y.data_ptr(), M, N, N, launch.y_box, _ROWS) if launch.y_box else _NO_MAP,
             *map(pointer, (y, row_exponent, bias, partials, counters)),
             *launch.numbers,
             ahead_of(ahead),

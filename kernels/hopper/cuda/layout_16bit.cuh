@@ -11,11 +11,17 @@ constexpr int UNIT = 128;  // of K: what one stage of weights holds
 constexpr int X_BYTES = TOKENS * STEP * 2;
 constexpr int PLANE_BYTES = ROWS * UNIT;
 constexpr int SUMS = TOKENS / 2;
+// Of tokens in one product (wgmma), and in one copy of x.
+constexpr int MMA_TOKENS = TOKENS / MMAS;
+constexpr int X_BOX = TOKENS / CLUSTER_ROWS / X_BOXES;
 // Of the tokens that a warpgroup stores, by slices.
 constexpr int OWN_TOKENS = TOKENS / SLICED_K;
 constexpr int OWN_SUMS = SUMS / SLICED_K;
 constexpr int SLICES = OWN_TOKENS / SLICE;
 constexpr int SLICE_SUMS = SLICE / 2;
+constexpr int SLICE_BYTES = SLICE * 128;
+// A warpgroup's, of a slice each.
+constexpr int BUFFERS = 4 * WARP_BYTES / SLICE_BYTES;
 // What two CTAs that share K give each other, of a warp: every second slice, 16 rows of float32.
 constexpr int GIVEN_SLICES = (SLICES + 1) / 2;
 constexpr int GIVEN_SLICE_BYTES = SLICE * 64;
@@ -31,12 +37,12 @@ constexpr int READY = WEIGHT_EMPTY + WEIGHT_STAGES * 8, TAKEN = READY + 8, GIVEN
 // Named barriers: 1 + w inside warpgroup w, then of the two warps that took turns in K, then of all consumers.
 constexpr u32 WARP_PAIRS = CONSUMERS + 1, ALL_CONSUMERS = CONSUMERS + 5;
 
-static_assert(TOKENS % (8 * CLUSTER_ROWS) == 0 && TOKENS <= 256);
+static_assert(X_BOX % 8 == 0 && X_BOX <= 256 && MMA_TOKENS % 8 == 0 && MMA_TOKENS <= 256);
 static_assert(ROWS % (8 * CLUSTER_TOKENS) == 0);
 static_assert(OWN_TOKENS % SLICE == 0 && SLICE % 16 == 0);
 static_assert(SLICED_K == 1 || (CONSUMERS == 2 && SLICED_K == 2 && TOKENS % 32 == 0 && SETS == 1 && !AHEAD));
 static_assert(CLUSTER_K == 1 || CLUSTER == 2);
-static_assert(4 * WARP_BYTES >= 2 * SLICE * 128);
+static_assert(BUFFERS >= 2);
 static_assert(CLUSTER_K == 1 || CONSUMERS * 4 * GIVEN_BYTES <= OUTPUT_OFFSET);
 
 }  // namespace

@@ -9,14 +9,16 @@ namespace {
 //
 // The 64 rows of a slice of tokens are transposed through shared memory, so that y is written in whole lines of 128
 // bytes: a warp's own 16 rows are 32 bytes of each token, and a store of so many short pieces takes as many cycles as
-// it touches lines. Two buffers by turns need one barrier a slice.
+// it touches lines. Buffers by turns need one barrier a slice.
+//
+// The copy engine stores what is SENT, while the next tile is multiplied; where nothing follows, and for rows of y that
+// do not begin on 16-byte boundaries, threads do.
 class Output {
  public:
-  __device__ __forceinline__ Output(u16* y, const signed char* row_exponent, const u16* bias, int M, int N, bool wide,
-                                    u32 base, u32 warpgroup, u32 thread)
-      : y_(y), row_exponent_(row_exponent), bias_(bias), M_(M), N_(N), wide_(wide), warpgroup_(warpgroup),
-        thread_(thread), buffer_(base + OUTPUT_OFFSET + warpgroup * 4 * WARP_BYTES),
-        both_buffers_(buffer_ * 2 + SLICE * 128) {}
+  __device__ __forceinline__ Output(const TensorMap* y_map, u16* y, const signed char* row_exponent, const u16* bias,
+                                    int M, int N, int stores, u32 base, u32 warpgroup, u32 thread)
+      : y_map_(y_map), y_(y), row_exponent_(row_exponent), bias_(bias), M_(M), N_(N), stores_(stores),
+        base_(base), warpgroup_(warpgroup), thread_(thread) {}
 
   // Of a tile's rows. The exponent, biased as a float's, and the bias of this thread's two rows are asked for before
   // the product, so that the epilogue waits for neither.
@@ -50,19 +52,54 @@ class Output {
           words[g * 2 + h] = pack(sum[h * 2] * scale[h] + shift[h], sum[h * 2 + 1] * scale[h] + shift[h]);
       }
       ptx::store_matrices_transposed(
-          buffer_ + staged(pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words[0], words[1], words[2],
+          buffer() + staged(pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words[0], words[1], words[2],
           words[3]);
     }
-    ptx::warpgroup_sync(warpgroup_ + 1);
+    if (stores_ == SENT) {
+      ptx::copies_fence();
+      // The next buffer is free once all have met here.
+      if (thread_ == 0) ptx::stores_wait_read<BUFFERS - 2>();
+      ptx::warpgroup_sync(warpgroup_ + 1);
+      if (thread_ == 0) {
+        ptx::store_2d(y_map_, row_, token, buffer());
+        ptx::stores_commit();
+      }
+    } else {
+      ptx::warpgroup_sync(warpgroup_ + 1);
+      copy(token);
+    }
+    turn_ = turn_ == BUFFERS - 1 ? 0 : turn_ + 1;
+  }
+
+  // Before the buffers are used for something else.
+  __device__ __forceinline__ void await_read() const {
+    if (stores_ == SENT && thread_ == 0) ptx::stores_wait_read<0>();
+  }
+
+  // Before this thread ends.
+  __device__ __forceinline__ void await_stored() const {
+    if (stores_ == SENT && thread_ == 0) ptx::stores_wait<0>();
+  }
+
+ private:
+  // As the host names them.
+  enum { NARROW, WIDE, SENT };
+
+  __device__ __forceinline__ u32 buffer() const {
+    return base_ + OUTPUT_OFFSET + (warpgroup_ * BUFFERS + turn_) * SLICE_BYTES;
+  }
+
+  // The slice in the buffer, by all threads.
+  __device__ __forceinline__ void copy(int token) const {
     const int column = row_ + int(thread_ % 8) * 8;
 #pragma unroll
     for (int first = 0; first < SLICE; first += 16) {
       const int line = first + int(thread_ / 8);
       u32 words[4];
-      ptx::load_shared(words, buffer_ + staged(line, thread_ % 8));
+      ptx::load_shared(words, buffer() + staged(line, thread_ % 8));
       if (token + line >= M_ || column >= N_) continue;
       u16* to = y_ + size_t(token + line) * N_ + column;
-      if (wide_) {
+      if (stores_ == WIDE) {
         *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
       } else {
 #pragma unroll
@@ -70,23 +107,21 @@ class Output {
           if (column + i < N_) to[i] = u16(words[i / 2] >> i % 2 * 16);
       }
     }
-    buffer_ = both_buffers_ - buffer_;
   }
 
- private:
   // Where eight (16 bytes) of the 64 rows of `token` lie: those of eight tokens in turn are in different banks.
   __device__ __forceinline__ static u32 staged(u32 token, u32 eight) {
     return token * 128 + ((eight ^ (token & 7)) << 4);
   }
 
+  const TensorMap* y_map_;
   u16* y_;
   const signed char* row_exponent_;
   const u16* bias_;
   const int M_, N_;
-  const bool wide_;
-  const u32 warpgroup_, thread_;
-  u32 buffer_;
-  const u32 both_buffers_;
+  const int stores_;
+  const u32 base_, warpgroup_, thread_;
+  u32 turn_ = 0;
   int row_ = 0;
   u32 words_[2] = {};
 };

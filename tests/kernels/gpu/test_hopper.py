@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nestedfp.kernels.dispatch import Mode
-from nestedfp.kernels.hopper.cuda.gemm_16bit import Config
+from nestedfp.kernels.hopper.cuda.gemm_16bit import Config, product
 from nestedfp.kernels.hopper.linear_16bit import linear_16bit
 
 from .cases import DTYPES, products, relative_error, truth, weight
@@ -47,6 +47,48 @@ def test_warpgroups_and_ctas_that_share_k(config: Config, N: int, K: int, dtype:
         bar = max(relative_error(torch.mm(x, w.T), exact), relative_error(exact.to(dtype), exact))
         assert relative_error(y, exact) <= 1.05 * bar + 1e-7
         assert torch.equal(y, linear_16bit(x, *planes, config=config.to_dict()))
+
+
+# Tiles that the copy engine stores, in more slices than there are places for, some of two products a step.
+SENT = [
+    Config(96, 4),
+    Config(176, 3, cluster_rows=2),
+    Config(192, 3, group=2),
+    Config(224, cluster_tokens=2),
+    Config(256, cluster_tokens=2, cluster_rows=2),
+    Config(256, cluster_rows=2, split=4),
+    Config(256, cluster_k=2, waves=1),
+    Config(256, sliced_k=2),
+    Config(272, cluster_rows=2),
+    Config(304, split=2, waves=1),
+    Config(352),
+    Config(352, cluster_rows=2),
+    Config(352, cluster_k=2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(("N", "K"), [(200, 256), (1001, 128), (8192, 384), (5120, 1280)])
+@pytest.mark.parametrize("config", SENT, ids=repr)
+def test_many_tokens(config: Config, N: int, K: int, dtype: torch.dtype) -> None:
+    """Right, the same twice, and nothing stored around y, whose rows begin on 16-byte boundaries or not."""
+    w, nested = weight(N, K, dtype)
+    for M in (300, 512, 700, 2100):
+        x = torch.randn(M, K, device="cuda", dtype=dtype)
+        exact = truth(Mode.BITS16, x, nested)
+        bar = max(relative_error(torch.mm(x, w.T), exact), relative_error(exact.to(dtype), exact))
+        margin = 8 * N
+        outputs = []
+        for poison in (float("nan"), 1e4):
+            around = torch.full((M * N + 2 * margin,), poison, device="cuda", dtype=dtype)
+            y = around[margin:-margin].view(M, N)
+            product(x, nested.upper, nested.lower, nested.row_exponent, None, y, config)
+            outputs.append(y.clone())
+            untouched = torch.full_like(around[:margin], poison)
+            for edge in (around[:margin], around[-margin:]):
+                assert torch.equal(edge.view(torch.int16), untouched.view(torch.int16))
+        assert relative_error(outputs[0], exact) <= 1.05 * bar + 1e-7
+        assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("mode", list(Mode), ids=str)

@@ -26,6 +26,10 @@ from .machine_code import disassemble
 SOME = [
     Config(256),
     Config(256, cluster_tokens=2, cluster_rows=2),
+    Config(272, cluster_rows=2),
+    Config(352),
+    Config(352, cluster_rows=2),
+    Config(352, cluster_k=2),
     Config(144, warpgroups=3),
     Config(192, warpgroups=3, cluster_rows=2),
     Config(96, warpgroups=4, cluster_tokens=4),
@@ -53,8 +57,8 @@ def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     sass = disassemble(code(config, dtype))
     products = re.findall(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, (\w+)", sass)
     # The stages of x that a warpgroup multiplies in 128 of K, four 16-wide steps each.
-    assert len(products) == 8 // config.sliced_k
-    assert all(int(tokens) == config.tokens for tokens, _ in products)
+    assert len(products) == 8 // config.sliced_k * config.products
+    assert all(int(tokens) == config.tokens // config.products for tokens, _ in products)
     assert all(operand.startswith("R") for _, operand in products), "weights must come from registers"
     assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
     assert sass.count("WARPGROUP.DEPBAR") <= 3, "ptxas runs products one at a time"
