@@ -30,11 +30,17 @@ constexpr int SUMS = BLOCK_N / 2;  // of a thread in 64 tokens
 constexpr int ALL_CONSUMERS = 4;
 
 // Parts of a tile share it by pieces, a slice of 64 tokens each.
-constexpr int PIECE_SUMS = SLICE / 2, VECTORS = PIECE_SUMS / 4;
+constexpr int PIECE_SUMS = SLICE / 2, VECTORS = PIECE_SUMS / 4, PIECE_WORDS = PIECE_SUMS / 2;
 constexpr int PIECES = BLOCK_N / SLICE * BLOCKS;
 constexpr int SLOT = 128 * BLOCKS * SUMS / 4;  // of a warpgroup's sums, in float4
 // Vectors of another part asked for at once, as many as registers and pieces allow.
 constexpr int BATCH = PIECES * VECTORS % 8 == 0 && BLOCKS * BLOCK_N <= 320 ? 8 : PIECES * VECTORS % 4 == 0 ? 4 : 2;
+
+// A piece's sums of a thread.
+template <class Sums>
+__device__ __forceinline__ auto piece_of(Sums& sums, int piece) {
+  return sums[piece % BLOCKS] + piece / BLOCKS * PIECE_SUMS;
+}
 
 static_assert(BLOCK_N % 16 == 0 && BLOCK_N <= 256 && BLOCKS <= 2 && CONSUMERS <= 3);
 static_assert(BLOCK_M % (8 * CLUSTER_N) == 0 && BLOCK_N % (8 * CLUSTER_M) == 0);

@@ -103,6 +103,13 @@ class Config:
         return min(left // self._slice_bytes, self.blocks * self.rows // self.slice)
 
     @property
+    def deferred(self) -> bool:
+        """Whether the outputs of a tile that another follows wait in registers to be stored beside its products:
+        half as many as the sums. There is no room for them beside the totals of `promote`, nor in the registers
+        of a second CTA."""
+        return not self.promote and self.ctas == 1 and self.blocks * self.rows <= 256
+
+    @property
     def shared_memory(self) -> int:
         return self._fixed_bytes + self.stages * self._stage_bytes + self.slices * self._slice_bytes
 
@@ -123,6 +130,7 @@ class Config:
             "CLUSTER_N": self.cluster_rows,
             "CTAS": self.ctas,
             "PROMOTE": self.promote,
+            "DEFERRED": int(self.deferred),
             "SPLITS": int(self.split > 1),
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,
@@ -257,7 +265,7 @@ def _launch(config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.d
     box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
     rest = (box * config.cluster_rows * _CHUNK, int(panels), cut.front, cut.team_warps)
     tiles = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
-    sent = config.slices > 1 and cut.units > cut.clusters and N % 8 == 0
+    sent = config.deferred and cut.units > cut.clusters and N % 8 == 0
     return _Launch(
         kernel,
         cut.clusters,

@@ -1,0 +1,132 @@
+// How gemm_fp8.cu stores a tile of y, a piece at a time: each warp stages its 16 rows of a slice in shared memory,
+// from where they go to y, at once (`Output`) or beside the products of the next tile (`Waiting`).
+#pragma once
+#include "fp8_scales.cuh"
+#include "fp8_schedule.cuh"
+#include "fp8_thread.cuh"
+
+namespace {
+
+// Where a staged element lies: eight columns together, swizzled as the copy engine does it for rows of SLICE columns.
+__device__ __forceinline__ u32 staged(int row, int column) {
+  const u32 offset = (row * SLICE + column) * 2;
+  return offset ^ (offset >> 7 & SWIZZLE) << 4;
+}
+
+// This warp's first place for a slice.
+__device__ __forceinline__ u32 staging_address(u32 base) {
+  return base + OUTPUT_OFFSET + ptx::thread() / 32 * SLICES * SLICE_BYTES;
+}
+
+// A piece's words of this thread, to the place at `staging`.
+__device__ __forceinline__ void stage(const u32 (&words)[PIECE_WORDS], u32 staging) {
+  const u32 lane = self::lane();
+#pragma unroll
+  for (int i = 0; i < PIECE_WORDS; i += 4)
+    ptx::store_matrices(staging + staged(lane % 16, i * 4 + lane / 16 * 8), words[i], words[i + 1], words[i + 2],
+                        words[i + 3]);
+}
+
+// A warp's rows of a tile whose pieces are stored at once.
+class Output {
+ public:
+  // m, n: where the warpgroup's rows begin.
+  __device__ __forceinline__ Output(const Arguments& a, u32 base, int m, int n) : N_(a.N) {
+    const u32 lane = self::lane();
+    const int row = self::warp() * 16 + lane / LANES, column = lane % LANES * 8;
+    staging_ = staging_address(base);
+    from_ = staging_ + staged(lane / LANES, column);
+    to_ = a.y + size_t(m + row) * N_ + n + column;
+    rows_ = a.M - m - row, columns_ = N_ - n - column;
+  }
+
+  __device__ __forceinline__ void store(const u32 (&words)[PIECE_WORDS], int piece) const {
+    const int below = piece % BLOCKS * 64, right = piece / BLOCKS * SLICE, place = piece % SLICES;
+    __syncwarp();  // the slice that was here has been read
+    stage(words, staging_ + place * SLICE_BYTES);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16; i += 32 / LANES) {
+      u32 row_words[4];
+      // Rows of 128 bytes take four rows a turn, whose swizzle differs in one bit.
+      const u32 from = SLICE == 64 ? from_ ^ (i & 4) << 4 : from_;
+      ptx::load_shared(row_words, from + place * SLICE_BYTES + i * SLICE * 2);
+      const int row = ptx::here(below + i);
+      if (row < rows_ && right < columns_) put(to_ + (row * N_ + right), row_words, columns_ - right);
+    }
+  }
+
+ private:
+  static constexpr int LANES = SLICE / 8;  // that share a row
+
+  __device__ __forceinline__ void put(u16* to, u32 (&words)[4], int columns) const {
+    if (N_ % 8 == 0) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+      return;
+    }
+    // Rows are not aligned.
+#pragma unroll 1
+    for (int i = 0; i < min(8, columns); ++i) {
+      to[i] = u16(words[0]);
+#pragma unroll
+      for (int word = 0; word < 4; ++word)
+        words[word] = __funnelshift_r(words[word], word < 3 ? words[word + 1] : 0, 16);
+    }
+  }
+
+  const int N_;
+  u16* to_;
+  u32 staging_, from_;
+  int rows_, columns_;
+};
+
+// A tile whose outputs wait in registers, for the copy engine to store them beside the products of the next one.
+class Waiting {
+ public:
+  __device__ __forceinline__ bool any() const { return DEFERRED && next_ < PIECES; }
+
+  // m, n: where the warpgroup's rows begin.
+  __device__ __forceinline__ void pack(const float (&sums)[BLOCKS][SUMS], const Arguments& a, u32 base, int m, int n) {
+    const Scaling scaling(base);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) scaling.pack(sums, piece, words_[piece]);
+    m_ = m, n_ = n, next_ = 0;
+    if (a.N % 8 == 0) return;
+    // The copy engine takes only rows on 16-byte boundaries.
+    const Output out(a, base, m, n);
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) out.store(words_[piece], piece);
+    next_ = PIECES;
+  }
+
+  // One place is enough: the engine has a step's products to read it.
+  __device__ __forceinline__ void store_one(const Arguments& a, u32 base) {
+    const u32 staging = staging_address(base);
+    ptx::stores_wait_read<0>();
+    __syncwarp();
+    stage_next(staging);
+    ptx::copies_fence();
+    __syncwarp();
+    if (self::lane() == 0) {
+      const int row = m_ + self::warp() * 16 + next_ % BLOCKS * 64, column = n_ + next_ / BLOCKS * SLICE;
+      if (row < a.M && column < a.N) ptx::store_2d(a.y_map, column, row, staging);
+      ptx::stores_commit();
+    }
+    ++next_;
+  }
+
+ private:
+  // Registers have no index: each piece has its own code. A loop over the pieces would move them to memory.
+  template <int PIECE = 0>
+  __device__ __forceinline__ void stage_next(u32 staging) const {
+    if (next_ == PIECE)
+      stage(words_[PIECE], staging);
+    else if constexpr (PIECE + 1 < PIECES)
+      stage_next<PIECE + 1>(staging);
+  }
+
+  u32 words_[PIECES][PIECE_WORDS];
+  int m_, n_, next_ = PIECES;
+};
+
+}  // namespace
