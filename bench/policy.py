@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,6 +45,7 @@ STEADY_S = 3700.0
 SETTLED_S = 60.0
 TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
+LOADS = (*TRACES, *BURSTS)
 PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million", "calibration", "classes")
 
 
@@ -54,32 +56,34 @@ def run(load: Load, name: str, replicas: int, seed: int) -> tuple[dict[str, Any]
 
 
 def compare(
-    load: Load, replicas: int, seed: int, tries: int, kept: dict[str, Any] | None = None
+    load: Load, replicas: int, seed: int, tries: int, named: Sequence[str], before: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Every policy's figures on one load, what follows from them, and the oracle's (with `tries` > 0).
+    """The row of one load: the figures of the policies `named` and what follows from them.
 
-    The figures in `kept` are taken as they are.
+    What does not depend on them is that of the row `before`. The oracle works at the predictive policy's
+    attainment, so where that one is named it is searched anew, with `tries` > 0.
     """
     print(f"{load.name} at {load.share:g} of {load.capacity_rps:.2f} requests/s, seed {seed}", flush=True)
-    kept = kept or {}
-    runs = {name: run(load, name, replicas, seed) for name in POLICIES if name not in kept}
-    results = {name: kept[name] if name in kept else runs[name][0] for name in POLICIES}
+    runs = {name: run(load, name, replicas, seed) for name in POLICIES if name in named}
+    results = figures(before, {name: summary for name, (summary, _) in runs.items()})
     best, fixed = results["static-fp8"]["attainment"], results["static-fp16"]["attainment"]
     for name in POLICIES[2:]:
         reached = results[name]["attainment"]
         results[name]["points_below_static_fp8"] = 100 * (best - reached)
         results[name]["violations_cut"] = (reached - fixed) / (1 - fixed) if fixed < 1 else None
     row = {
+        **({} if "predictive" in runs else before),
         "load": load.name,
         "share": load.share,
         "capacity_rps": load.capacity_rps,
         "requests": len(load.workload.arrival_s),
         "policies": results,
     }
-    if tries:
-        row["oracle"] = oracle(load, results, runs["predictive"][1], replicas, seed, tries)
-    if tries and (load.name, load.share) == TIMELINE:
-        row["timeline"] = timeline(runs["predictive"][1])
+    if tries and "predictive" in runs:
+        outcome = runs["predictive"][1]
+        row["oracle"] = oracle(load, results, outcome, replicas, seed, tries)
+        if (load.name, load.share) == TIMELINE:
+            row["timeline"] = timeline(outcome)
     for name in POLICIES:
         shown = results[name]
         print(
@@ -87,9 +91,14 @@ def compare(
             f" {shown['fp16_token_share']:.3f}, flips {shown['flips']}",
             flush=True,
         )
-    if tries:
+    if "oracle" in row:
         print(f"    oracle       {row['oracle']}", flush=True)
     return row
+
+
+def figures(before: Mapping[str, Any], anew: Mapping[str, Any]) -> dict[str, Any]:
+    """By policy the figures made anew, and of the others those of the row `before`."""
+    return {name: anew[name] if name in anew else before["policies"][name] for name in POLICIES}
 
 
 def oracle(
@@ -164,21 +173,20 @@ def timeline(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def steady(folder: Path, capacity: float, replicas: int, seed: int, kept: dict[str, Any]) -> dict[str, Any]:
+def steady(
+    folder: Path, capacity: float, replicas: int, seed: int, named: Sequence[str], before: Mapping[str, Any]
+) -> dict[str, Any]:
     """A little over an hour of Poisson arrivals at 60 % of the conversation trace's capacity.
 
     Over an hour, so that flips an hour rest on a whole one: from less, one flip is more than one an hour.
     Every replica starts in 16 bits and takes its first order within seconds, so flips are also counted
-    without the first minute, when the load is steady.
+    without the first minute, when the load is steady. Policies that are not `named` are those of `before`.
     """
     lengths = read_trace(folder / TRACES["azure-conv-2023"])
     arrivals = poisson(lengths, 0.6 * capacity, STEADY_S, seed)
     load = Load("poisson, azure-conv-2023 lengths", 0.6, capacity, arrivals)
     summaries: dict[str, Any] = {}
-    for name in POLICIES:
-        if name in kept:
-            summaries[name] = kept[name]
-            continue
+    for name in named:
         summary, outcome = run(load, name, replicas, seed)
         seconds = summary["duration_s"]
         later = sum(flip["at"] >= SETTLED_S for flip in outcome.flips)
@@ -191,7 +199,7 @@ def steady(folder: Path, capacity: float, replicas: int, seed: int, kept: dict[s
         "share": load.share,
         "capacity_rps": capacity,
         "requests": len(load.workload.arrival_s),
-        "policies": summaries,
+        "policies": figures(before, summaries),
     }
 
 
@@ -308,12 +316,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20_000, help="first requests of each trace to use")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
-    parser.add_argument("--loads", help="comma-separated names; all if left out")
+    parser.add_argument("--loads", default=",".join(LOADS), help="comma-separated")
     parser.add_argument("--tries", type=int, default=TRIES, help="simulations of the oracle's search")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     named = arguments.policies.split(",")
-    fewer = set(named) != set(POLICIES)
+    named_loads = arguments.loads.split(",")
+    fewer = set(named) < set(POLICIES) or set(named_loads) < set(LOADS)
     folder = Path(os.environ["NESTEDFP_TRACES"])
     replicas, seed = arguments.replicas, arguments.seed
     report: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
@@ -337,16 +346,12 @@ def main() -> None:
         if part in parts:
             rows = []
             name = part.replace("-", "_")
-            before = {(row["load"], row["share"]): row for row in report.get(name, [])}
-            before = before if fewer or arguments.loads else {}
-            capacities = {load: row["capacity_rps"] for (load, _), row in before.items()}
+            known = {(row["load"], row["share"]): row for row in report.get(name, [])} if fewer else {}
+            capacities = {load: row["capacity_rps"] for (load, _), row in known.items()}
             for load in loads(folder, arguments.limit, replicas, its_seed, capacities):
-                if arguments.loads and load.name not in arguments.loads.split(","):
-                    rows.append(before[load.name, load.share])
-                    continue
-                kept = before[load.name, load.share]["policies"] if before else {}
-                kept = {policy: summary for policy, summary in kept.items() if policy not in named}
-                rows.append(compare(load, replicas, its_seed, arguments.tries, kept))
+                before = known.get((load.name, load.share), {})
+                policies = named if load.name in named_loads else ()
+                rows.append(compare(load, replicas, its_seed, arguments.tries, policies, before))
             report[name] = rows
             save()
     if "decide" in parts:
@@ -361,9 +366,7 @@ def main() -> None:
     if "steady" in parts:
         rows = report["loads"]
         capacity = next(row["capacity_rps"] for row in rows if row["load"] == "azure-conv-2023")
-        before = report.get("steady", {}).get("policies", {}) if fewer else {}
-        kept = {policy: summary for policy, summary in before.items() if policy not in named}
-        report["steady"] = steady(folder, capacity, replicas, seed, kept)
+        report["steady"] = steady(folder, capacity, replicas, seed, named, report.get("steady", {}))
         save()
     if "classes" in parts:
         report["classes"] = classes(folder, seed)

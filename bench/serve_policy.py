@@ -6,10 +6,13 @@ bench/data/serve-policy.json.
                                                       the same to real replicas, each with streams running
     python bench/serve_policy.py minute --trace FILE  the first minute of a trace on one simulated replica
 
-`minute` keeps so many of the trace's requests that static FP16 violates 19 of its 60 seconds, found once with
-the engine alone and confirmed live, and then runs each policy on the same requests. A second violates if
-the 90th percentile of TPOT, over the requests that finish in it, exceeds 33 ms. Simulated times are those of
-the engine's clock; the wall's is the same, late by what this machine adds.
+`minute` keeps so many of the trace's requests that static FP16 violates 19 of its 60 seconds, and then runs
+each policy on the same requests, three times (`--runs`) with other noise on the step times. A run takes a
+minute and a half, all of them a quarter of an hour, and each further scale that is tried five minutes more.
+The scale is found with the engine alone and confirmed live, by the median. Times are those of the engine's
+clock, which no delay of this machine changes; it can only be late with requests and orders. So static runs
+are repeated on the engine alone with the arrivals that they had, and both must violate as many seconds; and a
+run whose requests were late does not count.
 """
 
 from __future__ import annotations
@@ -18,163 +21,62 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import math
 import os
 import platform
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from random import random
-from typing import Any, Final, NamedTuple
+from statistics import median
+from typing import Any, Final
 
 import httpx
-import numpy as np
+from policy_minute import (
+    SECONDS,
+    TPOT_LIMIT_S,
+    Minute,
+    Served,
+    alone,
+    as_arrived,
+    counts,
+    first_minute,
+    scale_for,
+    summary,
+    thinned,
+    violating_seconds,
+)
 
 from nestedfp.deployments.cluster import RunningApp, running
-from nestedfp.deployments.config import SIMULATED, DeploymentSettings, SimulatedArguments
+from nestedfp.deployments.config import SIMULATED, DeploymentSettings
 from nestedfp.deployments.interrupt import Interrupted, raise_on_signals
 from nestedfp.deployments.serve_file import ServeFile
 from nestedfp.deployments.signals import percentile
-from nestedfp.deployments.simulated_engine import Generation, SimulatedEngine
 from nestedfp.loadtests.readers import read_trace
 from nestedfp.policies.protocol import FP8, FP16
-from nestedfp.policies.roofline import LABEL, latency_model
-from nestedfp.policies.simulation.state import EngineSettings
+from nestedfp.policies.roofline import LABEL
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 DATA: Final = ROOT / "bench" / "data" / "serve-policy.json"
 CONFIG: Final = Path(str(files("nestedfp.deployments"))) / "configs" / "simulated.yaml"
-SECONDS: Final = 60
-TPOT_LIMIT_S: Final = 0.033
-WANTED_VIOLATIONS: Final = 19
 TOLERANCE: Final = 1
-LIVE_TRIES: Final = 8
-POLICIES: Final = ("static-fp16", "static-fp8", "predictive")
+"""Violating seconds that static FP16 may be off by."""
+SIMULATED_RUNS: Final = 9
+MOST_LATE_S: Final = 0.15
+"""A run is repeated where the 99th percentile of requests came later than this: it was another minute."""
+ATTEMPTS: Final = 3
+"""After so many a run counts, however late: the machine is not going to be quieter."""
+STATIC: Final = {"static-fp16": FP16, "static-fp8": FP8}
+POLICIES: Final = (*STATIC, "predictive")
 _ORDER_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 300.0
 _REGISTER_S: Final = 30.0
-
-
-class Minute(NamedTuple):
-    """Requests by arrival, in seconds from the start."""
-
-    arrival_s: Sequence[float]
-    prompt_tokens: Sequence[int]
-    output_tokens: Sequence[int]
-
-
-class Served(NamedTuple):
-    """One finished request on the clock of the minute: when it came, and its tokens with their precision."""
-
-    arrival_s: float
-    token_s: Sequence[float]
-    token_modes: Sequence[str]
-
-
-def thinned(minute: Minute, scale: float) -> Minute:
-    """Every request `scale` times on average, evenly: fewer below 1, some twice above."""
-    count = len(minute.arrival_s)
-    kept = [k for k in range(count) for _ in range(math.floor((k + 1) * scale) - math.floor(k * scale))]
-    return Minute(*([column[k] for k in kept] for column in minute))
-
-
-def violating_seconds(served: Sequence[Served]) -> int:
-    """Seconds of the minute in which the p90 TPOT of the requests that finish in it is over the limit."""
-    tpot_s: list[list[float]] = [[] for _ in range(SECONDS)]
-    for request in served:
-        times = request.token_s
-        if len(times) > 1 and 0 <= times[-1] < SECONDS:
-            tpot_s[int(times[-1])].append((times[-1] - times[0]) / (len(times) - 1))
-    return sum((percentile(values, 90.0) or 0.0) > TPOT_LIMIT_S for values in tpot_s)
-
-
-def seconds_in_16_bits(served: Sequence[Served]) -> dict[str, float]:
-    """How much of the minute ran in 16 bits, by the steps that gave out tokens.
-
-    `only`: seconds without an FP8 step; `mostly`: seconds with more time in 16-bit steps than in FP8 ones (an
-    idle second counts for both); `time_share`: of all time in steps.
-    """
-    steps = sorted({(at, mode) for request in served for at, mode in zip(*request[1:], strict=True)})
-    spent = {FP16: np.zeros(SECONDS), FP8: np.zeros(SECONDS)}
-    before = 0.0
-    for at, mode in steps:
-        if 0 <= at < SECONDS:
-            spent[mode][int(at)] += at - max(before, math.floor(at))
-            before = at
-    total = sum(float(column.sum()) for column in spent.values())
-    return {
-        "only": int((spent[FP8] == 0).sum()),
-        "mostly": int((spent[FP16] >= spent[FP8]).sum()),
-        "time_share": float(spent[FP16].sum()) / max(total, 1e-9),
-    }
-
-
-def summary(served: Sequence[Served]) -> dict[str, Any]:
-    ttft_s = [request.token_s[0] - request.arrival_s for request in served]
-    modes = [mode for request in served for mode in request.token_modes]
-    return {
-        "requests": len(served),
-        "violating_seconds": violating_seconds(served),
-        "seconds_in_fp16": seconds_in_16_bits(served),
-        "output_tokens_in_fp16": modes.count(FP16) / max(1, len(modes)),
-        "ttft_p90_s": percentile(ttft_s, 90.0),
-    }
-
-
-class _Steps:
-    """A clock that jumps from arrival to arrival."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def alone(minute: Minute, settings: DeploymentSettings, mode: str) -> list[Served]:
-    """The minute served by the engine alone, without Ray and without waiting."""
-    given = SimulatedArguments.from_dict(settings.engine.arguments)
-    clock = _Steps()
-    engine = SimulatedEngine(
-        EngineSettings(
-            model=settings.policy.latency or latency_model(given.max_num_batched_tokens),
-            max_sequences=given.max_num_seqs,
-            kv_tokens=given.kv_tokens,
-        ),
-        places=len(minute.arrival_s),
-        seed=given.seed,
-        clock=clock,
-    )
-    engine.set_target(mode, epoch=1, reason="static", limits=None)
-    served: list[Generation] = []
-    for arrival_s, prompt, output in zip(*minute, strict=True):
-        clock.now = arrival_s
-        served.append(engine.submit(prompt, output, strict=False))
-    clock.now = 10.0 * SECONDS
-    engine.catch_up()
-    return [Served(one.arrival_s, one.token_s, one.token_modes) for one in served]
-
-
-def scale_for(minute: Minute, violations: Callable[[Minute], int]) -> float:
-    """The scale whose violations come nearest to the wanted number, by bisection."""
-    low, high = 0.0, 1.0
-    while violations(thinned(minute, high)) < WANTED_VIOLATIONS:
-        low, high = high, 2.0 * high
-    best = (math.inf, high)
-    for _ in range(12):
-        scale = 0.5 * (low + high)
-        count = violations(thinned(minute, scale))
-        best = min(best, (abs(count - WANTED_VIOLATIONS), scale))
-        if count == WANTED_VIOLATIONS:
-            break
-        low, high = (scale, high) if count < WANTED_VIOLATIONS else (low, scale)
-    return best[1]
 
 
 @contextmanager
@@ -192,11 +94,15 @@ def application(file: ServeFile) -> Iterator[RunningApp]:
         yield app
 
 
-def under(file: ServeFile, policy: str) -> ServeFile:
-    """One replica under `CONTROLLER` or `CONTROLLER:BLOCK.NAME=NUMBER,...`, settings of the policy's."""
+def under(file: ServeFile, policy: str, seed: int) -> ServeFile:
+    """One replica under `CONTROLLER` or `CONTROLLER:BLOCK.NAME=NUMBER,...`, settings of the policy's.
+
+    `seed` is that of the noise on its step times.
+    """
     controller, _, changes = policy.partition(":")
     settings = file.settings.to_dict()
     settings["replicas"]["count"] = 1
+    settings["engine"]["arguments"] = {**settings["engine"]["arguments"], "seed": seed}
     settings["policy"]["controller"] = controller
     for change in filter(None, changes.split(",")):
         name, _, value = change.partition("=")
@@ -236,64 +142,100 @@ async def play(url: str, model: str, minute: Minute) -> tuple[list[Served], dict
         Served(fact["arrival_s"] - origin_s, [at - origin_s for at in fact["token_s"]], fact["token_modes"])
         for _, fact, _ in good
     ]
+    late = [request.arrival_s - arrival_s for request, (arrival_s, *_) in zip(served, good, strict=True)]
     added = [whole_s - (fact["token_s"][-1] - fact["arrival_s"]) for _, fact, whole_s in good]
     executed = {mode: sum(fact[mode] for _, fact, _ in good) for mode in (FP16, FP8)}
     view = {
         "tokens_in_fp16": executed[FP16] / max(1, sum(executed.values())),
         "failed": len(answers) - len(good),
         "client_lag_p99_s": percentile(lags, 99.0),
+        "arrival_lag_p50_s": percentile(late, 50.0),
+        "arrival_lag_p99_s": percentile(late, 99.0),
         "added_by_serve_p50_s": percentile(added, 50.0),
         "added_by_serve_p99_s": percentile(added, 99.0),
     }
     return served, view
 
 
-def live(file: ServeFile, minute: Minute, policy: str) -> dict[str, Any]:
+def live(file: ServeFile, minute: Minute, policy: str, seed: int) -> dict[str, Any]:
     """The minute through Ray Serve under one policy (see :func:`under`)."""
-    _say(f"{policy}: {len(minute.arrival_s)} requests in {SECONDS} s")
-    with application(under(file, policy)) as app:
+    file = under(file, policy, seed)
+    with application(file) as app:
         served, view = asyncio.run(play(app.url, app.model, minute))
         changes = app.policy_status()["changes"]
-    result = {"policy": policy, **summary(served), "mode_changes": changes, **view}
+    result = {"policy": policy, "seed": seed, **summary(served), "mode_changes": changes, **view}
+    if policy in STATIC and not view["failed"]:
+        repeated = alone(as_arrived(minute, served), file.settings, STATIC[policy], seed)
+        result["violating_seconds_alone"] = violating_seconds(repeated)
     _say(json.dumps(result))
     return result
 
 
+class Minutes:
+    """Runs minutes live, one after the other, and says how far they are."""
+
+    def __init__(self, file: ServeFile, whole: Minute, each: int) -> None:
+        self._file, self._whole, self._each = file, whole, each
+        self._started_s = time.monotonic()
+        self.runs: list[dict[str, Any]] = []
+
+    def violations(self, policy: str, scale: float, left: int) -> float:
+        """Violating seconds in the median of several runs, after which `left` more are to come."""
+        minute = thinned(self._whole, scale)
+        for seed in range(self._each):
+            for attempt in range(1, ATTEMPTS + 1):
+                self._tell(f"{policy}, seed {seed}, scale {scale:.4f}", self._each - seed + left)
+                run = live(self._file, minute, policy, seed)
+                late_s = run["arrival_lag_p99_s"] or 0.0
+                counted = late_s <= MOST_LATE_S or attempt == ATTEMPTS
+                self.runs.append({"scale": scale, "counted": counted, **run})
+                if counted:
+                    break
+                _say(f"requests were up to {late_s:.2f} s late, as this machine is busy: once more")
+        violations = counts(self.runs, scale)[policy]["violating_seconds"]
+        _say(f"{policy} at {scale:.4f} violates {violations['runs']}, median {violations['median']:g}")
+        return float(violations["median"])
+
+    def _tell(self, what: str, left: int) -> None:
+        done, spent_min = len(self.runs), (time.monotonic() - self._started_s) / 60.0
+        _say(f"run {done + 1} of {done + left} or more, {spent_min:.0f} min so far: {what}")
+
+
 def run_minute(args: argparse.Namespace) -> dict[str, Any]:
     file = ServeFile.load(args.config)
-    trace = read_trace(args.trace)
-    arrival_s = np.asarray(trace.arrival_s) - float(trace.arrival_s[0])
-    inside = arrival_s < SECONDS
-    whole = Minute(
-        arrival_s[inside].tolist(),
-        np.asarray(trace.prompt_tokens)[inside].tolist(),
-        np.asarray(trace.output_tokens)[inside].tolist(),
-    )
-    scale = args.scale or scale_for(
-        whole, lambda minute: violating_seconds(alone(minute, file.settings, FP16))
-    )
-    runs: list[dict[str, Any]] = []
-    for _ in range(LIVE_TRIES):
+    whole = first_minute(read_trace(args.trace))
+    others = [policy for policy in args.policies if policy != "static-fp16"]
+    minutes = Minutes(file, whole, args.runs)
+
+    def simulated(scale: float) -> float:
         minute = thinned(whole, scale)
-        _say(f"scale {scale:.4f}: {len(minute.arrival_s)} of {len(whole.arrival_s)} requests")
-        runs.append({"scale": scale, **live(file, minute, "static-fp16")})
-        missed = runs[-1]["violating_seconds"] - WANTED_VIOLATIONS
-        if abs(missed) <= TOLERANCE:
-            break
-        # Around the wanted number about three seconds more violate for one per cent more requests.
-        scale *= 1.0 - 0.003 * missed
-    runs += [
-        {"scale": scale, **live(file, minute, policy)} for policy in args.policies if policy != "static-fp16"
-    ]
+        count = median(
+            violating_seconds(alone(minute, file.settings, FP16, seed)) for seed in range(SIMULATED_RUNS)
+        )
+        _say(f"the engine alone at scale {scale:.4f}: {count} violating seconds")
+        return count
+
+    def measured(scale: float) -> float:
+        return minutes.violations("static-fp16", scale, args.runs * len(others))
+
+    first = args.scale or scale_for(simulated, first=1.0, stride=2.0, within=0.0, tries=12)
+    scale = scale_for(
+        measured, first=first, stride=1.03, within=TOLERANCE, tries=1 if args.scale else args.scales
+    )
+    for number, policy in enumerate(others, start=1):
+        minutes.violations(policy, scale, args.runs * (len(others) - number))
+    counted = counts(minutes.runs, scale)
+    _say(f"scale {scale:.4f}: {json.dumps(counted)}")
     return {
         "engine": LABEL,
         "trace": args.trace.name,
         "seconds": SECONDS,
         "tpot_limit_s": TPOT_LIMIT_S,
         "scale": scale,
-        "requests": len(minute.arrival_s),
+        "requests": len(thinned(whole, scale).arrival_s),
         "policy": _plain_policy(file),
-        "runs": runs,
+        "counts": counted,
+        "runs": minutes.runs,
     }
 
 
@@ -407,6 +349,8 @@ def main() -> int:
     minute.add_argument("--config", type=Path, default=CONFIG)
     minute.add_argument("--trace", type=Path, required=True, help="an Azure CSV file")
     minute.add_argument("--scale", type=float, help="share of the requests to keep (default: found)")
+    minute.add_argument("--runs", type=int, default=3, help="of each policy; the median counts")
+    minute.add_argument("--scales", type=int, default=6, help="at most so many are tried live")
     minute.add_argument(
         "--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:BLOCK.NAME=NUMBER,...]"
     )

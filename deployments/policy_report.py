@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 from nestedfp.deployments.policy_pictures import burst, front
@@ -264,30 +265,44 @@ def _minute(report: Mapping[str, Any]) -> str:
         "time in 16 bits",
         "16-bit tokens",
     )
-    lines = [
-        (
-            run["policy"],
-            str(run["violating_seconds"]),
-            f"{seconds['mostly']} ({100 * seconds['mostly'] / report['seconds']:.1f} %)",
-            str(seconds["only"]),
-            f"{100 * seconds['time_share']:.1f} %",
-            f"{run['tokens_in_fp16']:.3f}",
+    by_policy: dict[str, list[Mapping[str, Any]]] = {}
+    for run in report["runs"]:
+        # The tries that found the scale served other requests; what came late was another minute.
+        if run["scale"] == report["scale"] and run.get("counted", True):
+            by_policy.setdefault(run["policy"], []).append(run)
+    lines = []
+    for policy, runs in by_policy.items():
+        seconds = [run["seconds_in_fp16"] for run in runs]
+        mostly = [each["mostly"] for each in seconds]
+        lines.append(
+            (
+                policy,
+                _median(run["violating_seconds"] for run in runs),
+                f"{_median(mostly)}, {100 * median(mostly) / report['seconds']:.1f} %",
+                _median(each["only"] for each in seconds),
+                f"{100 * median(each['time_share'] for each in seconds):.1f} %",
+                f"{median(run['tokens_in_fp16'] for run in runs):.3f}",
+            )
         )
-        for run in report["runs"]
-        for seconds in [run["seconds_in_fp16"]]
-        # The tries that found the scale served other requests.
-        if run["scale"] == report["scale"]
-    ]
+    most = max(map(len, by_policy.values()), default=0)
+    each = "one run each" if most == 1 else f"medians of up to {most} runs each, with least and most"
     machine = report["machine"]
     engine = report["engine"].removeprefix("simulated: ")
     host = f"{machine['cores']} cores of {machine['processor']}"
     text = (
         f"A simulated engine ({engine}), one replica, through real Ray Serve {machine['ray']} on {host},"
         f" {report['date'][:10]}. The first {report['seconds']} s of {report['trace']}, arrivals scaled once"
-        f" by {report['scale']:.4f}: {report['requests']} requests. What differs from the defaults follows"
-        f" a policy's name."
+        f" by {report['scale']:.4f}: {report['requests']} requests; {each}. What differs from the defaults"
+        f" follows a policy's name."
     )
     return f"{_markdown(head, lines)}\n\n{text}"
+
+
+def _median(counts: Iterable[int]) -> str:
+    """The median, and the least and the most where they differ."""
+    every = list(counts)
+    least, most = min(every), max(every)
+    return f"{median(every):g}" + (f" ({least}–{most})" if least < most else "")
 
 
 def _calibration(fits: Sequence[Mapping[str, Any]]) -> str:

@@ -55,7 +55,10 @@ def run(arguments: argparse.Namespace, read_trace: ReadTrace) -> int:
             workload = rescaled(workload, arguments.rate)
         settings = EngineSettings()
         if arguments.engine:
-            settings = measured_engine(json.loads(arguments.engine.read_text()))
+            try:
+                settings = measured_engine(json.loads(arguments.engine.read_text()), say=_say)
+            finally:
+                _say("")
         started = time.perf_counter()
         outcome = simulate(
             workload, Policy(config), replicas=arguments.replicas, seed=arguments.seed, settings=settings
@@ -72,6 +75,12 @@ def run(arguments: argparse.Namespace, read_trace: ReadTrace) -> int:
     else:
         print(_table(summary, time.perf_counter() - started))
     return 0
+
+
+def _say(text: str) -> None:
+    """Show progress in place of what was said before; nothing where nobody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _table(summary: dict[str, Any], wall_s: float) -> str:

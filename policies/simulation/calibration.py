@@ -8,7 +8,7 @@ figures meet the measured ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -102,10 +102,12 @@ def errors_of(costs: StepCosts, cells: Sequence[Cell], limits: Limits, first_tok
     return Fit(costs, first_token_s, tuple(_errors(costs, cell, limits, first_token_s) for cell in cells))
 
 
-def calibrate(start: StepCosts, cells: Sequence[Cell], limits: Limits) -> Fit:
+def calibrate(
+    start: StepCosts, cells: Sequence[Cell], limits: Limits, heard: Callable[[Fit], None] = lambda _: None
+) -> Fit:
     """What brings the simulated engine closest to the cells, by coordinate descent on logarithms.
 
-    Raises :class:`InvalidField` without cells.
+    ``heard`` is told the best so far after every round. Raises :class:`InvalidField` without cells.
     """
     if not cells:
         raise InvalidField("cells", 0, "give at least one measured cell")
@@ -123,15 +125,19 @@ def calibrate(start: StepCosts, cells: Sequence[Cell], limits: Limits) -> Fit:
                 trial = errors_of(costs, cells, limits, first_token_s)
                 if _loss(trial) < _loss(best):
                     best, improved = trial, True
+        heard(best)
         if not improved:
             step = math.sqrt(step)
     return best
 
 
-def measured_engine(benchmark: Mapping[str, Any], dtype: str = "float16") -> EngineSettings:
+def measured_engine(
+    benchmark: Mapping[str, Any], dtype: str = "float16", say: Callable[[str], None] = lambda _: None
+) -> EngineSettings:
     """A simulated engine with the step times of the measured one; other limits stay the simulator's own.
 
-    Raises :class:`InvalidField` where the file has no cells of both precisions in ``dtype``.
+    ``say`` is told how far the fit is. Raises :class:`InvalidField` where the file has no cells of both
+    precisions in ``dtype``.
     """
     limits = limits_of(benchmark)
     costs: dict[str, StepCosts] = {}
@@ -139,7 +145,12 @@ def measured_engine(benchmark: Mapping[str, Any], dtype: str = "float16") -> Eng
         cells = cells_of(benchmark, contender, dtype)
         if not cells:
             raise InvalidField(f"rows of {contender} in {dtype}", 0, "measure them: nestedfp bench engine")
-        costs[mode] = calibrate(latency_model().of(mode), cells, limits).costs
+        fitting = f"fitting the step times of {mode} to {len(cells)} cells"
+
+        def heard(fit: Fit, fitting: str = fitting) -> None:
+            say(f"{fitting}: {100 * fit.worst:.0f} % off at most")
+
+        costs[mode] = calibrate(latency_model().of(mode), cells, limits, heard).costs
     names = sorted({row["model"] for row in benchmark["rows"]})
     source = f"{', '.join(names)} on {benchmark['device']}, {benchmark['date'][:10]}"
     label = f"simulated: step times fitted to {source}"

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-from nestedfp.policies.misses import over
+from nestedfp.policies.misses import shares
 from nestedfp.policies.simulation.state import (
     OUTPUT,
     TPOT,
@@ -40,7 +40,7 @@ def njit(function: F) -> F:
     return cast(F, numba.njit(cache=True)(function))
 
 
-_over = njit(over)
+_shares = njit(shares)
 SHED = -2
 NEVER_FITS = -3
 AUTO_NUMBER = 2
@@ -83,12 +83,14 @@ def misses(
     for i in range(cluster.replicas.shape[0]):
         recent = cluster.recent[i]
         first, done = recent[TTFT_AT] > now - window_s, recent[TPOT_AT] > now - window_s
-        share[i] = cost[i] = math.nan
-        if first.any() or done.any():
-            late, late_cost = _over(recent[TTFT][first], recent[TTFT_LOST][first], ttft_s)
-            slow, slow_cost = _over(recent[TPOT][done], recent[TPOT_LOST][done], tpot_s)
-            share[i] = min(1.0, late + slow)
-            cost[i] = min(1.0, late_cost + slow_cost)
+        share[i], cost[i] = _shares(
+            recent[TTFT][first],
+            recent[TTFT_LOST][first],
+            recent[TPOT][done],
+            recent[TPOT_LOST][done],
+            ttft_s,
+            tpot_s,
+        )
 
 
 @njit

@@ -142,10 +142,28 @@ def test_the_live_minute_is_shown_where_it_was_run(folder: Path, live: dict[str,
     (folder / "live.json").write_text(json.dumps({"minute": live}))
     assert call(folder) == 0
     page = (folder / "policy.md").read_text()
-    assert "| predictive | 0 | 45 (75.0 %) | 9 | 70.0 % | 0.500 |" in page
+    assert "| predictive | 0 | 45, 75.0 % | 9 | 70.0 % | 0.500 |" in page
     assert "another scale" not in page
     assert "2 cores of a processor, 2026-11-24" in page
-    assert "scaled once by 0.2500: 700 requests" in page
+    assert "scaled once by 0.2500: 700 requests; one run each" in page
+
+
+def test_of_several_live_runs_medians_are_shown(folder: Path, live: dict[str, Any]) -> None:
+    run = live["runs"][-1]
+    others = [
+        {
+            **run,
+            "violating_seconds": count,
+            "seconds_in_fp16": {"only": 9, "mostly": mostly, "time_share": 0.8},
+        }
+        for count, mostly in ((3, 42), (1, 44))
+    ]
+    others.append({**run, "violating_seconds": 50, "counted": False})
+    (folder / "live.json").write_text(json.dumps({"minute": {**live, "runs": [run, *others]}}))
+    assert call(folder) == 0
+    page = (folder / "policy.md").read_text()
+    assert "| predictive | 1 (0–3) | 44 (42–45), 73.3 % | 9 | 80.0 % | 0.500 |" in page
+    assert "medians of up to 3 runs each" in page
 
 
 def test_data_that_lacks_a_part_is_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,28 @@ def test_step_times_of_a_measured_engine(
     usual = output(capsys)
     path = measured(tmp_path, 2.0, ("nestedfp-16bit", "nestedfp-fp8"))
     assert call(*words, "--engine", path) == 0
-    slower = output(capsys)
+    shown = capsys.readouterr()
+    slower = json.loads(shown.out)
+    assert not shown.err, "progress is for terminals"
     assert slower["tpot_ms"]["p50"] == pytest.approx(2 * usual["tpot_ms"]["p50"], rel=0.15)
     assert "some-8b on GPU, 2026-01-02" in slower["label"]
     path = measured(tmp_path, 2.0, ("nestedfp-fp8",))
     assert call(*words, "--engine", path) == 2
     assert "nestedfp-16bit in float16" in capsys.readouterr().err
+
+
+def test_the_fit_shows_its_progress_on_a_terminal_and_clears_it(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = measured(tmp_path, 2.0, ("nestedfp-16bit", "nestedfp-fp8"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert call("--trace", trace, "--policy", "static-fp8", "--json", "--engine", path) == 0
+    lines = capsys.readouterr().err.split("\r\033[K")
+    off = [int(line.split(": ")[1].split(" %")[0]) for line in lines if line.startswith("fitting")]
+    assert lines[-1] == ""
+    assert any("fp16" in line for line in lines)
+    assert any("fp8" in line for line in lines)
+    assert off[0] > off[-1] < 20
 
 
 @pytest.mark.parametrize(
