@@ -71,16 +71,17 @@ class Consumer {
     for (int index = schedule_.worker();; index += schedule_.workers()) {
       const bool followed = index + schedule_.workers() < schedule_.units;
       float sums[BLOCKS][SUMS];
-      multiply(sums, unit, waiting);
+      const float scale = multiply(sums, unit, waiting);
       // Beside the last products: what is left of the tile before, and which tile is next.
       while (waiting.any()) waiting.store_one(arguments_, base_);
       const int m = unit.m, n = unit.n;
       if (followed) unit = unit_of(index + schedule_.workers());
-      self::sync();  // the scales are there
+      self::sync();  // the factors are there
       finish(sums);
+      const Scaling scaling(base_, scale);
       // Parts of tiles come last.
       if (DEFERRED && followed) {
-        waiting.pack(sums, arguments_, base_, m, n);
+        waiting.pack(sums, scaling, arguments_, base_, m, n);
         continue;
       }
       Share share = {0, PIECES};
@@ -89,7 +90,7 @@ class Consumer {
         share = Share::of(part);
         exchange(sums, part, share);
       }
-      store(sums, m, n, share);
+      store(sums, scaling, m, n, share);
       if (!followed) break;
     }
     ptx::stores_wait<0>();
@@ -129,11 +130,11 @@ class Consumer {
   }
 
   // All steps of a unit, the last of them perhaps still under way. A piece a step of the tile that waits is stored
-  // meanwhile.
-  __device__ __forceinline__ void multiply(float (&sums)[BLOCKS][SUMS], const Unit& unit, Waiting& waiting) {
+  // meanwhile. Returns the scale of this lane's row.
+  __device__ __forceinline__ float multiply(float (&sums)[BLOCKS][SUMS], const Unit& unit, Waiting& waiting) {
     await_stage();
     issue(sums, ring_.stage, false);
-    put_scales(arguments_, base_, unit.m, unit.n);
+    const float scale = put_scales(arguments_, base_, unit.m, unit.n);
 #if PROMOTE
     float totals[BLOCKS][SUMS] = {};
 #endif
@@ -158,6 +159,7 @@ class Consumer {
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) sums[block][i] = totals[block][i];
 #endif
+    return scale;
   }
 
   // Until the sums of `multiply` are there.
@@ -233,10 +235,10 @@ class Consumer {
   }
 
   // Scales, adds the bias and stores the pieces of `share`. Nothing would hide the copy engine's delay here.
-  __device__ __forceinline__ void store(const float (&sums)[BLOCKS][SUMS], int m, int n, const Share& share) const {
+  __device__ __forceinline__ void store(const float (&sums)[BLOCKS][SUMS], const Scaling& scaling, int m, int n,
+                                        const Share& share) const {
     ptx::stores_wait_read<0>();
     const Output out(arguments_, base_, m, n);
-    const Scaling scaling(base_);
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) {
       if (SPLITS && !share(piece)) continue;

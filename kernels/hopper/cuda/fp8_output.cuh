@@ -40,6 +40,7 @@ class Output {
     rows_ = a.M - m - row, columns_ = N_ - n - column;
   }
 
+  // A piece's words of this thread. Lanes change them in shared memory, so that each has sixteen bytes of a row.
   __device__ __forceinline__ void store(const u32 (&words)[PIECE_WORDS], int piece) const {
     const int below = piece % BLOCKS * 64, right = piece / BLOCKS * SLICE, place = piece % SLICES;
     __syncwarp();  // the slice that was here has been read
@@ -80,19 +81,20 @@ class Output {
   int rows_, columns_;
 };
 
-// A tile whose outputs wait in registers, for the copy engine to store them beside the products of the next one.
+// A tile whose outputs wait in registers, for the copy engine to store them beside the products of the next one: the
+// tensor cores wait for packing alone.
 class Waiting {
  public:
   __device__ __forceinline__ bool any() const { return DEFERRED && next_ < PIECES; }
 
-  // m, n: where the warpgroup's rows begin.
-  __device__ __forceinline__ void pack(const float (&sums)[BLOCKS][SUMS], const Arguments& a, u32 base, int m, int n) {
-    const Scaling scaling(base);
+  // m, n: where the warpgroup's rows begin. Stores at once what the copy engine does not take.
+  __device__ __forceinline__ void pack(const float (&sums)[BLOCKS][SUMS], const Scaling& scaling, const Arguments& a,
+                                       u32 base, int m, int n) {
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) scaling.pack(sums, piece, words_[piece]);
     m_ = m, n_ = n, next_ = 0;
     if (a.N % 8 == 0) return;
-    // The copy engine takes only rows on 16-byte boundaries.
+    // Rows off 16-byte boundaries.
     const Output out(a, base, m, n);
 #pragma unroll
     for (int piece = 0; piece < PIECES; ++piece) out.store(words_[piece], piece);

@@ -1,5 +1,5 @@
-// What the sums of a tile of gemm_fp8.cu are scaled by: factors and biases of columns, scales of rows. Each warpgroup
-// has its own in shared memory, from the first step of a tile until its sums are packed.
+// What the sums of a tile of gemm_fp8.cu are scaled by, from its first step until its sums are packed: factors and
+// biases of columns, in shared memory, each warpgroup its own; and scales of rows, each lane one of its warp's.
 #pragma once
 #include "elements.cuh"
 #include "fp8_schedule.cuh"
@@ -7,56 +7,48 @@
 
 namespace {
 
-// 2^exponent as a bfloat16, exponent from -128 to 127.
-__device__ __forceinline__ u32 power_of_two(int exponent) {
+// 2^exponent, exponent from -128 to 127.
+__device__ __forceinline__ float power_of_two(int exponent) {
   const int biased = exponent + 127;
-  return biased > 0 ? biased << 7 : 0x40 >> -biased;
+  return __uint_as_float(biased > 0 ? biased << 23 : 0x400000 >> -biased);
 }
 
-// Of this warpgroup: a factor and a bias for each pair of columns, then rows.
-__device__ __forceinline__ u32 scales_address(u32 base) {
-  return base + SCALE_OFFSET + ptx::thread() / 128 * (COLUMN_BYTES + ROW_BYTES);
+// Of this warpgroup: for each pair of columns two factors and two biases. As float32, so that packing, while the tensor
+// cores wait, has nothing to widen.
+__device__ __forceinline__ u32 columns_address(u32 base) {
+  return base + SCALE_OFFSET + ptx::thread() / 128 * COLUMN_BYTES;
 }
 
-// Of the tile at m, n. Its tokens are there, and thus their scales.
-__device__ __forceinline__ void put_scales(const Arguments& a, u32 base, int m, int n) {
-  const int thread = self::thread(), column = n + thread * 2;
-  // A thread's share: two columns and a row.
+// Of the tile at m, n, whose tokens are there, and thus their scales. Returns this lane's.
+__device__ __forceinline__ float put_scales(const Arguments& a, u32 base, int m, int n) {
+  const int first = self::thread() * 2, lane = self::lane();
   int exponents[2] = {-128, -128};
   u32 biases[2] = {0, 0};
-  float row = 0;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
-    if (thread * 2 < BLOCK_N && column + i < a.N) {
-      exponents[i] = __ldg(a.row_exponent + column + i);
-      if (a.bias) biases[i] = __ldg(a.bias + column + i);
+    if (first < BLOCK_N && n + first + i < a.N) {
+      exponents[i] = __ldg(a.row_exponent + n + first + i);
+      if (a.bias) biases[i] = __ldg(a.bias + n + first + i);
     }
-  if (thread < BLOCKS * 64 && m + thread < a.M) row = __ldcg(a.x_scale + m + thread);
+  const int row = m + lane / 16 * 64 + self::warp() * 16 + lane % 16;
+  const float scale = lane < BLOCKS * 16 && row < a.M ? __ldcg(a.x_scale + row) : 0;
   self::sync();  // those of the last tile have been read
-  const u32 columns = scales_address(base), low = power_of_two(exponents[0]), high = power_of_two(exponents[1]);
-  if (thread * 2 < BLOCK_N)
-    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(columns + thread * 8), "r"(low | high << 16),
-                 "r"(biases[0] | biases[1] << 16)
-                 : "memory");
-  if (thread < BLOCKS * 64)
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(columns + COLUMN_BYTES + thread * 4), "f"(row) : "memory");
+  if (first < BLOCK_N)
+    ptx::store_shared(columns_address(base) + first * 8, {power_of_two(exponents[0]), power_of_two(exponents[1]),
+                                                          widen(u16(biases[0])), widen(u16(biases[1]))});
+  return scale;
 }
 
 // A thread's sums as 16-bit outputs.
 class Scaling {
  public:
-  __device__ __forceinline__ explicit Scaling(u32 base) {
-    const u32 lane = self::lane(), address = scales_address(base), row = self::warp() * 16 + lane / 4;
-    columns_ = address + lane % 4 * 8;
+  // scale: as `put_scales` returned it.
+  __device__ __forceinline__ Scaling(u32 base, float scale) {
+    const u32 lane = self::lane();
+    columns_ = columns_address(base) + lane % 4 * 16;
+    scale *= 0x1p-8f;  // of the weights' format
 #pragma unroll
-    for (int i = 0; i < BLOCKS * 2; ++i) {
-      float& scale = rows_[i / 2][i % 2];
-      asm volatile("ld.shared.f32 %0, [%1];"
-                   : "=f"(scale)
-                   : "r"(address + COLUMN_BYTES + (row + i % 2 * 8 + i / 2 * 64) * 4)
-                   : "memory");
-      scale *= 0x1p-8f;  // of the weights' format
-    }
+    for (int i = 0; i < BLOCKS * 2; ++i) rows_[i / 2][i % 2] = __shfl_sync(0xFFFFFFFF, scale, lane / 4 + i * 8);
   }
 
   // A piece, scaled and with the bias: by octets of columns, two rows each.
@@ -65,13 +57,11 @@ class Scaling {
     const float(&rows)[2] = rows_[piece % BLOCKS];
 #pragma unroll
     for (int i = 0; i < PIECE_WORDS; i += 2, sum += 4) {
-      u32 factors, biases;
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(factors), "=r"(biases)
-                   : "r"(columns_ + piece / BLOCKS * SLICE * 4 + i * 16)
+      float low, high, low_bias, high_bias;
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(low), "=f"(high), "=f"(low_bias), "=f"(high_bias)
+                   : "r"(columns_ + piece / BLOCKS * SLICE * 8 + i * 32)
                    : "memory");
-      const float low = __uint_as_float(factors << 16), high = __uint_as_float(factors & 0xFFFF0000);
-      const float low_bias = widen(u16(biases)), high_bias = widen(u16(biases >> 16));
       words[i] = ::pack(sum[0] * rows[0] * low + low_bias, sum[1] * rows[0] * high + high_bias);
       words[i + 1] = ::pack(sum[2] * rows[1] * low + low_bias, sum[3] * rows[1] * high + high_bias);
     }

@@ -12,14 +12,13 @@ constexpr int STEP = CHUNK * CHUNKS;
 constexpr int TOKEN_BYTES = BLOCK_M * CHUNK;
 constexpr int WEIGHT_BYTES = BLOCK_N * CHUNK;
 constexpr int STAGE_BYTES = (TOKEN_BYTES + WEIGHT_BYTES) * CHUNKS;
-constexpr int COLUMN_BYTES = BLOCK_N * 4;  // of a warpgroup: a bfloat16 factor and a bias for each column,
-constexpr int ROW_BYTES = BLOCKS * 64 * 4;  // a scale for each row
+constexpr int COLUMN_BYTES = BLOCK_N * 8;  // of a warpgroup: a factor and a bias for each column
 // The epilogue goes by slices of SLICE columns, which each warp stages by itself in SLICES places by turns.
 constexpr int SLICE_BYTES = 16 * SLICE * 2;
 constexpr int SWIZZLE = SLICE / 8 - 1;
 constexpr int OUTPUT_OFFSET = STAGES * STAGE_BYTES;
 constexpr int SCALE_OFFSET = OUTPUT_OFFSET + CONSUMERS * 4 * SLICES * SLICE_BYTES;
-constexpr int SCRATCH_OFFSET = SCALE_OFFSET + CONSUMERS * (COLUMN_BYTES + ROW_BYTES);  // a word a warp, twice
+constexpr int SCRATCH_OFFSET = SCALE_OFFSET + CONSUMERS * COLUMN_BYTES;  // a word a warp, twice
 constexpr int BARRIER_OFFSET = SCRATCH_OFFSET + CONSUMERS * 4 * 2 * 4;
 constexpr int WAITS = CLUSTER_M + CLUSTER_N - 1;  // CTAs that a panel of this one goes to
 // Of `flags`: counts of quantised rows by token tile, then CTAs that are through with them, then parts of split tiles.

@@ -17,10 +17,12 @@
 //   cluster that share a panel each fetch a part of it and multicast it to the others;
 // * CONSUMERS warpgroups multiply (wgmma, both operands from shared memory, BLOCKS * 64 tokens of the tile each), one
 //   step in flight while the next is issued;
-// * scales, factors and biases reach shared memory during the first step; each warp stages its sums a slice at a time,
-//   in SLICES places by turns: two barriers of a warpgroup a tile, however many slices it has. TMA stores the slices of
-//   a tile that another follows, beside the products of that one, if there are places for two and N is a multiple of 8;
-//   others are stored in rows, 16 bytes a thread.
+// * factors and biases reach shared memory, and scales registers, during the first step;
+// * sums leave in pieces of SLICE columns, which a warp stages in shared memory. If another tile follows, they are
+//   scaled and packed as soon as they are there, and wait in registers, half as many as the sums, while its products
+//   begin: beside each step the copy engine takes a piece. Rows of y off 16-byte boundaries are not for that engine,
+//   and the last tile has no products to hide it; those are stored at once, 16 bytes a thread, and so are all with
+//   PROMOTE, whose totals leave no registers to wait in.
 //
 // Whole waves. The first `whole` tiles, full waves of all workers, are multiplied whole. The K of each tile left is
 // cut into `split` equal parts, one a worker. A part writes its sums to `partials`, except for its own share of the

@@ -68,7 +68,8 @@ class Config:
 
     @property
     def _stage_bytes(self) -> int:
-        return (self.tokens + self.rows) * _CHUNK * self.chunks
+        """Of both operands, and of two barriers."""
+        return (self.tokens + self.rows) * _CHUNK * self.chunks + 16
 
     @property
     def slice(self) -> int:
@@ -82,9 +83,8 @@ class Config:
 
     @property
     def _fixed_bytes(self) -> int:
-        """Beside stages and slices: factors and biases of columns, scales of rows, scratch of the quantiser,
-        barriers."""
-        return self.warpgroups * (self.rows * 4 + self.blocks * 64 * 4 + 32) + 16 * _MOST_STAGES
+        """Beside stages and slices: factors and biases of columns, scratch of the quantiser."""
+        return self.warpgroups * (self.rows * 8 + 32)
 
     @property
     def _room(self) -> int:
@@ -97,16 +97,15 @@ class Config:
 
     @property
     def slices(self) -> int:
-        """Slices of a tile that a warp can stage before it waits for the first of them to be gone: what the
-        stages leave room for."""
+        """Places that a warp stages slices in by turns: one, and what the stages leave room for."""
         left = self._room - self.stages * self._stage_bytes
         return min(left // self._slice_bytes, self.blocks * self.rows // self.slice)
 
     @property
     def deferred(self) -> bool:
-        """Whether the outputs of a tile that another follows wait in registers to be stored beside its products:
-        half as many as the sums. There is no room for them beside the totals of `promote`, nor in the registers
-        of a second CTA."""
+        """Whether the outputs of a tile that another follows wait in registers, half as many as its sums, to
+        be stored beside the other's products. There is no room for them beside the totals of `promote`, more
+        sums than of 256 columns, or a second CTA."""
         return not self.promote and self.ctas == 1 and self.blocks * self.rows <= 256
 
     @property
