@@ -68,14 +68,18 @@ class Consumer {
   __device__ __forceinline__ void run() {
     Waiting waiting;
     Unit unit = unit_of(schedule_.worker());
+    Columns columns(arguments_, unit.n);
     for (int index = schedule_.worker();; index += schedule_.workers()) {
       const bool followed = index + schedule_.workers() < schedule_.units;
       float sums[BLOCKS][SUMS];
-      const float scale = multiply(sums, unit, waiting);
+      const float scale = multiply(sums, unit, columns, waiting);
       // Beside the last products: what is left of the tile before, and which tile is next.
       while (waiting.any()) waiting.store_one(arguments_, base_);
       const int m = unit.m, n = unit.n;
-      if (followed) unit = unit_of(index + schedule_.workers());
+      if (followed) {
+        unit = unit_of(index + schedule_.workers());
+        columns = Columns(arguments_, unit.n);
+      }
       self::sync();  // the factors are there
       finish(sums);
       const Scaling scaling(base_, scale);
@@ -131,10 +135,12 @@ class Consumer {
 
   // All steps of a unit, the last of them perhaps still under way. A piece a step of the tile that waits is stored
   // meanwhile. Returns the scale of this lane's row.
-  __device__ __forceinline__ float multiply(float (&sums)[BLOCKS][SUMS], const Unit& unit, Waiting& waiting) {
+  __device__ __forceinline__ float multiply(float (&sums)[BLOCKS][SUMS], const Unit& unit, const Columns& columns,
+                                            Waiting& waiting) {
     await_stage();
     issue(sums, ring_.stage, false);
-    const float scale = put_scales(arguments_, base_, unit.m, unit.n);
+    columns.put(base_);
+    const float scale = row_scale(arguments_, unit.m);
 #if PROMOTE
     float totals[BLOCKS][SUMS] = {};
 #endif

@@ -19,30 +19,44 @@ __device__ __forceinline__ u32 columns_address(u32 base) {
   return base + SCALE_OFFSET + ptx::thread() / 128 * COLUMN_BYTES;
 }
 
-// Of the tile at m, n, whose tokens are there, and thus their scales. Returns this lane's.
-__device__ __forceinline__ float put_scales(const Arguments& a, u32 base, int m, int n) {
-  const int first = self::thread() * 2, lane = self::lane();
-  int exponents[2] = {-128, -128};
-  u32 biases[2] = {0, 0};
+// A thread's share of them on its way there, two columns.
+class Columns {
+ public:
+  // Of the tile at n. Only asks: nothing waits for the answer before it is put.
+  __device__ __forceinline__ Columns(const Arguments& a, int n) {
+    const int first = self::thread() * 2;
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (first < BLOCK_N && n + first + i < a.N) {
-      exponents[i] = __ldg(a.row_exponent + n + first + i);
-      if (a.bias) biases[i] = __ldg(a.bias + n + first + i);
-    }
-  const int row = m + lane / 16 * 64 + self::warp() * 16 + lane % 16;
-  const float scale = lane < BLOCKS * 16 && row < a.M ? __ldcg(a.x_scale + row) : 0;
-  self::sync();  // those of the last tile have been read
-  if (first < BLOCK_N)
-    ptx::store_shared(columns_address(base) + first * 8, {power_of_two(exponents[0]), power_of_two(exponents[1]),
-                                                          widen(u16(biases[0])), widen(u16(biases[1]))});
-  return scale;
+    for (int i = 0; i < 2; ++i)
+      if (first < BLOCK_N && n + first + i < a.N) {
+        exponents_[i] = __ldg(a.row_exponent + n + first + i);
+        if (a.bias) biases_[i] = __ldg(a.bias + n + first + i);
+      }
+  }
+
+  __device__ __forceinline__ void put(u32 base) const {
+    self::sync();  // those of the last tile have been read
+    const int first = self::thread() * 2;
+    const float low = power_of_two(ptx::here(exponents_[0])), high = power_of_two(ptx::here(exponents_[1]));
+    if (first < BLOCK_N)
+      ptx::store_shared(columns_address(base) + first * 8, {low, high, widen(u16(ptx::here(biases_[0]))),
+                                                            widen(u16(ptx::here(biases_[1])))});
+  }
+
+ private:
+  int exponents_[2] = {-128, -128};
+  int biases_[2] = {0, 0};
+};
+
+// Of this lane's row of the tile at m, whose tokens are there, and thus their scales.
+__device__ __forceinline__ float row_scale(const Arguments& a, int m) {
+  const int lane = self::lane(), row = m + lane / 16 * 64 + self::warp() * 16 + lane % 16;
+  return lane < BLOCKS * 16 && row < a.M ? __ldcg(a.x_scale + row) : 0;
 }
 
 // A thread's sums as 16-bit outputs.
 class Scaling {
  public:
-  // scale: as `put_scales` returned it.
+  // scale: this lane's `row_scale`.
   __device__ __forceinline__ Scaling(u32 base, float scale) {
     const u32 lane = self::lane();
     columns_ = columns_address(base) + lane % 4 * 16;

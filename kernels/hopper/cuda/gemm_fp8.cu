@@ -17,7 +17,8 @@
 //   cluster that share a panel each fetch a part of it and multicast it to the others;
 // * CONSUMERS warpgroups multiply (wgmma, both operands from shared memory, BLOCKS * 64 tokens of the tile each), one
 //   step in flight while the next is issued;
-// * factors and biases reach shared memory, and scales registers, during the first step;
+// * factors and biases of columns are asked for during the last step of the tile before, and reach shared memory in the
+//   first, when scales of rows are asked for: no step waits for them;
 // * sums leave in pieces of SLICE columns, which a warp stages in shared memory. If another tile follows, they are
 //   scaled and packed as soon as they are there, and wait in registers, half as many as the sums, while its products
 //   begin: beside each step the copy engine takes a piece. Rows of y off 16-byte boundaries are not for that engine,
