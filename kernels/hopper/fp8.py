@@ -23,6 +23,8 @@ _MANY_ROWS = (48, 64, 80, 96, 128, 160, 192, 224, 256)
 _BLOCK_ROWS = (96, 128)
 # Beyond it, a thread's sums leave no registers to exchange parts.
 _MOST_SPLIT_COLUMNS = 320
+# Cycles after a tile whose outputs are packed to be stored later, and what that way costs the last tile.
+_DEFERRED_ENDING, _LAST_ENDING = 700, 1000
 
 
 def linear_fp8(
@@ -52,14 +54,15 @@ def rule(M: int, N: int, K: int) -> Config:
     return min(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
 
 
-def candidates(M: int, N: int, K: int, most: int = 14) -> list[Settings]:
+def candidates(M: int, N: int, K: int, most: int = 20) -> list[Settings]:
     """What the tuner times for a shape: the `most` that a model of the multiprocessor finds fastest, no tile
-    more than three times; for many tokens the first two also with other groups."""
+    more than three times for each way to store it; for many tokens the first two also with other groups."""
     chosen: list[Config] = []
-    tiles: Counter[tuple[int, int]] = Counter()
+    tiles: Counter[tuple[int, int, int]] = Counter()
     for config in sorted(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K)):
-        if tiles[config.tokens, config.rows] < 3 and len(chosen) < most:
-            tiles[config.tokens, config.rows] += 1
+        tile = config.tokens, config.rows, config.deferred
+        if tiles[tile] < 3 and len(chosen) < most:
+            tiles[tile] += 1
             chosen.append(config)
     if M >= 1024:
         groups = [(config, group) for config in chosen[:2] for group in (config.group // 2, config.group * 2)]
@@ -91,14 +94,14 @@ def _space(M: int, N: int, K: int) -> Iterator[Config]:
 
 
 def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
-    yield tile
+    resident = _MULTIPROCESSORS * tile.ctas // tile.cluster
     most = 1 if tile.blocks * tile.rows > _MOST_SPLIT_COLUMNS else K // (8 * 128 * tile.chunks)
-    split = replace(tile, split=max(1, min(8, most)))
-    parts = plan(split, M, N, K, _MULTIPROCESSORS * tile.ctas // tile.cluster).split
-    if parts > 1:
-        yield replace(tile, split=parts)
-    if parts > 3:
-        yield replace(tile, split=parts // 2)
+    parts = plan(replace(tile, split=max(1, min(8, most))), M, N, K, resident).split
+    for split in sorted({1, parts, parts // 2 if parts > 3 else 1}):
+        config = replace(tile, split=split)
+        yield config
+        if config.deferrable and plan(config, M, N, K, resident).units > resident:
+            yield replace(config, deferred=1)
 
 
 def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
@@ -113,7 +116,9 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     memory = config.rows * 128 / 13.5 if M <= 128 else 0
     tile = K / 128 * max(tensor, shared, l2, memory) * config.ctas
     ending = 1200 + config.rows * config.blocks * 6
-    cycles = -(-cut.whole // workers) * (tile + ending)
+    waves = -(-cut.whole // workers)
+    endings = (waves - 1) * _DEFERRED_ENDING + ending + _LAST_ENDING if config.deferred else waves * ending
+    cycles = waves * tile + endings
     if cut.split > 1:
         moved = 2 * config.tokens * config.rows * 4 * (cut.split - 1) / cut.split
         cycles += tile / cut.split + ending + 2500 + moved / 40

@@ -62,7 +62,7 @@ class Output {
 
   __device__ __forceinline__ void put(u16* to, u32 (&words)[4], int columns) const {
     if (N_ % 8 == 0) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+      ptx::store_global(to, words);
       return;
     }
     // Rows are not aligned.

@@ -41,6 +41,7 @@ __device__ __forceinline__ auto piece_of(Sums& sums, int piece) {
   return sums[piece % BLOCKS] + piece / BLOCKS * PIECE_SUMS;
 }
 
+static_assert(!DEFERRED || (!PROMOTE && CTAS == 1 && BLOCKS * BLOCK_N <= 256));
 static_assert(BLOCK_N % 16 == 0 && BLOCK_N <= 256 && BLOCKS <= 2 && CONSUMERS <= 3);
 static_assert(BLOCK_M % (8 * CLUSTER_N) == 0 && BLOCK_N % (8 * CLUSTER_M) == 0);
 

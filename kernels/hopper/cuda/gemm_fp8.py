@@ -44,7 +44,9 @@ class Config:
     stretches of K a stage. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a
     multiprocessor. split: most parts of K, for tiles that do not fill a wave. group: tiles along M that run
     side by side before the next rows. promote: 1 adds each stage's sums to float32 totals, since wgmma keeps
-    about 14 bits of them; gemm_fp8.cu states the error of either.
+    about 14 bits of them; gemm_fp8.cu states the error of either. deferred: 1 keeps the outputs of a tile
+    that another follows in registers, half as many as its sums, and stores them beside the other's products.
+    It pays where a program has several tiles, and makes one alone slower; see `deferrable`.
     """
 
     rows: int
@@ -57,6 +59,7 @@ class Config:
     split: int = 1
     group: int = 8
     promote: int = 0
+    deferred: int = 0
 
     @property
     def tokens(self) -> int:
@@ -102,10 +105,9 @@ class Config:
         return min(left // self._slice_bytes, self.blocks * self.rows // self.slice)
 
     @property
-    def deferred(self) -> bool:
-        """Whether the outputs of a tile that another follows wait in registers, half as many as its sums, to
-        be stored beside the other's products. There is no room for them beside the totals of `promote`, more
-        sums than of 256 columns, or a second CTA."""
+    def deferrable(self) -> bool:
+        """There is no room for outputs beside the totals of `promote`, more sums than of 256 columns, or a
+        second program."""
         return not self.promote and self.ctas == 1 and self.blocks * self.rows <= 256
 
     @property
@@ -129,7 +131,7 @@ class Config:
             "CLUSTER_N": self.cluster_rows,
             "CTAS": self.ctas,
             "PROMOTE": self.promote,
-            "DEFERRED": int(self.deferred),
+            "DEFERRED": self.deferred,
             "SPLITS": int(self.split > 1),
             "BFLOAT16": int(dtype is torch.bfloat16),
             "PRODUCER_REGISTERS": producer,

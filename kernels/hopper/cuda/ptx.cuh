@@ -144,6 +144,13 @@ __device__ __forceinline__ void prefetch_l2(const u8* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
+// Sixteen bytes, in one store: what the compiler makes of an assignment are at times four.
+__device__ __forceinline__ void store_global(u16* to, const u32 (&words)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+}
+
 // --- matrices in shared memory ---
 
 __device__ __forceinline__ void load_shared(u32 (&words)[4], u32 from) {

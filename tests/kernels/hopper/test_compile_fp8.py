@@ -37,6 +37,9 @@ SOME = [
     Config(256, cluster_tokens=2, split=2),
     Config(128, blocks=2, split=2),
     Config(128, blocks=2, cluster_tokens=2),
+    Config(256, cluster_tokens=2, deferred=1),
+    Config(224, cluster_rows=2, split=2, deferred=1),
+    Config(128, blocks=2, split=2, deferred=1),
 ]
 
 
@@ -52,7 +55,9 @@ def test_machine_code(config: Config) -> None:
         assert sass.count("WARPGROUP.ARRIVE") <= 2, "ptxas runs products one at a time"
         assert sass.count("WARPGROUP.DEPBAR") <= 2, "ptxas runs products one at a time"
         assert ("UTMALDG.2D.MULTICAST" in sass) == (config.cluster > 1)
-        assert ("UTMASTG.2D" in sass) == config.deferred, "outputs leave beside the next tile's products"
+        assert ("UTMASTG.2D" in sass) == bool(config.deferred), (
+            "outputs leave beside the next tile's products"
+        )
     assert config.stages >= 2
     assert config.shared_memory <= PER_PROGRAM // config.ctas
 
@@ -72,10 +77,11 @@ def test_slices_are_staged_where_the_stages_leave_room() -> None:
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (65536, 5120), (5120, 32768), (77, 80), (16, 16)])
 def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
     configs = candidates(M, N, K)
-    assert 0 < len(configs) <= 18
+    assert 0 < len(configs) <= 24
     for config in (Config(**settings) for settings in configs):
         resident = 132 // config.cluster
         cut = plan(config, M, N, K, resident)
+        assert not config.deferred or (config.deferrable and cut.units > resident)
         assert cut.steps == ceil(K / (128 * config.chunks))
         assert cut.tiles_m == ceil(M / (config.tokens * config.cluster_tokens))
         assert cut.tiles_n == ceil(N / (config.rows * config.cluster_rows))
