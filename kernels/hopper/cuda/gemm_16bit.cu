@@ -8,8 +8,8 @@
 // scratch run one after another.
 //
 // A tile is CONSUMERS / SLICED_K * 64 weight rows by TOKENS tokens, computed transposed: the weights are wgmma's A
-// operand, which may come from registers, and its N side takes any multiple of 8 tokens, so that tiles can fill whole
-// waves.
+// operand, which may come from registers, and its N side takes any multiple of 8 tokens up to 256, of which MMAS share a
+// tile's, so that tiles can fill whole waves.
 // * one thread streams both byte planes, 128 of K a stage, another x, 64 of K a stage: rows of 128 bytes either way,
 //   since the copy engine takes its time by rows. CTAs of a cluster that share a panel each fetch a part of it and
 //   multicast it: without that, small tiles wait for the L2;
@@ -22,13 +22,13 @@
 //   next 128 of K before it multiplies the last of these, which pays where one warpgroup multiplies few tokens;
 // * with CLUSTER_K = 2 the two CTAs of a cluster have half of K each of a tile, which lets tiles be large where there are
 //   few (exchange_16bit.cuh);
-// * a warpgroup scales, adds the bias and stores by itself (output_16bit.cuh), while the producers fill buffers for the
-//   next tile.
+// * a warpgroup scales, adds the bias and stores by itself, or has the copy engine store (output_16bit.cuh), while the
+//   producers fill buffers for the next tile.
 // schedule.cuh says how tiles are shared and why gathering the parts of a tile cannot deadlock.
 //
 // Roof: two bytes a weight over the memory bandwidth for few tokens, the tensor cores' rate for many. Between them, up
-// to 128 tokens a tile, a warpgroup's rebuild: it begins once the products before have been handed to the tensor cores,
-// and takes some 360 cycles beside another's products, as many as 180 tokens' own.
+// to some 180 tokens a tile, the rebuild: its instructions, seven for four weights, are more than a multiprocessor
+// issues beside the products of 128 tokens, in whatever order warpgroups take turns.
 #include "ahead.cuh"
 #include "exchange_16bit.cuh"
 #include "layout_16bit.cuh"

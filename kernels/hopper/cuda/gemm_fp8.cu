@@ -19,11 +19,11 @@
 //   step in flight while the next is issued;
 // * factors and biases of columns are asked for during the last step of the tile before, and reach shared memory in the
 //   first, when scales of rows are asked for: no step waits for them;
-// * sums leave in pieces of SLICE columns, which a warp stages in shared memory. If another tile follows, they are
-//   scaled and packed as soon as they are there, and wait in registers, half as many as the sums, while its products
-//   begin: beside each step the copy engine takes a piece. Rows of y off 16-byte boundaries are not for that engine,
-//   and the last tile has no products to hide it; those are stored at once, 16 bytes a thread, and so are all with
-//   PROMOTE, whose totals leave no registers to wait in.
+// * sums leave in pieces of SLICE columns, which a warp stages in shared memory. With DEFERRED those of a tile that
+//   another follows are scaled and packed as soon as they are there, and wait in registers, half as many as the sums,
+//   while its products begin: beside each step the copy engine takes a piece. All others are stored at once, 16 bytes
+//   a thread: those of the last tile, which has no products behind it, and rows of y off 16-byte boundaries, which are
+//   not for that engine.
 //
 // Whole waves. The first `whole` tiles, full waves of all workers, are multiplied whole. The K of each tile left is
 // cut into `split` equal parts, one a worker. A part writes its sums to `partials`, except for its own share of the
