@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, ahead_of, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import NO_MAP, Kernel, ahead_of, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, workspace
 
@@ -28,7 +28,6 @@ _UNIT = 128
 _MOST_STAGES = 16
 # Of y that a warpgroup stores: a line of 128 bytes.
 _ROWS = 64
-_NO_MAP = TensorMap()
 # Measured: from here on the copy engine stores y as fast as threads or faster.
 _LEAST_TOKENS_SENT = 512
 # Of the 65,536 registers: what (producer, consumer) threads get, by consumer warpgroups, at one CTA.
@@ -295,7 +294,7 @@ def product(
             tensor_map(x.dtype, x.data_ptr(), M, K, x.stride(0), launch.x_box, _STEP),
             tensor_map(torch.uint8, upper.data_ptr(), *panels),
             tensor_map(torch.uint8, lower.data_ptr(), *panels),
-            tensor_map(y.dtype, y.data_ptr(), M, N, N, launch.y_box, _ROWS) if launch.y_box else _NO_MAP,
+            tensor_map(y.dtype, y.data_ptr(), M, N, N, launch.y_box, _ROWS) if launch.y_box else NO_MAP,
             *map(pointer, (y, row_exponent, bias, partials, counters)),
             *launch.numbers,
             ahead_of(ahead),

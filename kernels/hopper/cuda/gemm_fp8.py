@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import Kernel, TensorMap, ahead_of, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import NO_MAP, Kernel, ahead_of, pointer, tensor_map
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import workspace
 from nestedfp.kernels.layout import KOrder
@@ -319,15 +319,14 @@ def _product(
     scratch = _scratch(device)
     codes = scratch.codes(launch.height * K)
     stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
-    y_map = TensorMap()
-    if launch.y_box:
-        y_map = tensor_map(x.dtype, y.data_ptr(), M, N, N, _ROWS_A_WARP, launch.y_box)
     launch.kernel(
         launch.clusters,
         (
             tensor_map(torch.uint8, codes.data_ptr(), launch.height, K, K, launch.x_box, _CHUNK),
             tensor_map(torch.uint8, upper.data_ptr(), *stored, launch.weight_box, _CHUNK),
-            y_map,
+            tensor_map(y.dtype, y.data_ptr(), M, N, N, _ROWS_A_WARP, launch.y_box)
+            if launch.y_box
+            else NO_MAP,
             *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
             *launch.numbers,
             ctypes.c_int((x.stride(0) if M > 1 else K) * x.element_size()),

@@ -30,6 +30,10 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("words", ctypes.c_uint64 * 16)]
 
 
+NO_MAP = TensorMap()
+"""Where a kernel takes a map that this launch does not use."""
+
+
 class Ahead(ctypes.Structure):
     """What a kernel takes as `Ahead`: see ahead.cuh."""
 

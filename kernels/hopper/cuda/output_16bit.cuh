@@ -11,8 +11,8 @@ namespace {
 // bytes: a warp's own 16 rows are 32 bytes of each token, and a store of so many short pieces takes as many cycles as
 // it touches lines. Buffers by turns need one barrier a slice.
 //
-// The copy engine stores what is SENT, while the next tile is multiplied; where nothing follows, and for rows of y that
-// do not begin on 16-byte boundaries, threads do.
+// The copy engine stores what is SENT, while the next tile is multiplied; of few tokens, whose end it would delay, and
+// of rows of y that do not begin on 16-byte boundaries, nothing is.
 class Output {
  public:
   __device__ __forceinline__ Output(const TensorMap* y_map, u16* y, const signed char* row_exponent, const u16* bias,
@@ -100,7 +100,7 @@ class Output {
       if (token + line >= M_ || column >= N_) continue;
       u16* to = y_ + size_t(token + line) * N_ + column;
       if (stores_ == WIDE) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+        ptx::store_global(to, words);
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
