@@ -9,7 +9,7 @@ BIN := .venv/bin
 MODEL_OPTION := $(if $(MODEL),--model $(MODEL))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint types tables clean
+.PHONY: help install demo serve test search lint types tables clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ serve: install  ## keep the OpenAI-compatible endpoint up until interrupted (MOD
 test: install  ## run the tests (PYTEST_ARGS="-k format")
 	@$(BIN)/python -m nestedfp.models >/dev/null
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+search: install  ## look for counterexamples to the property tests, with new examples every time
+	@$(BIN)/python -m pytest --hypothesis-profile search --no-header -q \
+	    $$(grep -rlE 'import .*(given|RuleBasedStateMachine)' tests) $(PYTEST_ARGS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -198,8 +198,11 @@ def _smallest(
     slo: Slo,
     model: LatencyModel,
 ) -> int:
-    """The smallest number from ``current`` up that is predicted to hold; the most allowed if none is."""
-    for replicas in range(current, config.max_replicas):
+    """The smallest number from ``current`` up that is predicted to hold; the most allowed if none is.
+
+    None at all carry nothing, so 1 is tried first where ``current`` is 0, as while Serve starts.
+    """
+    for replicas in range(max(1, current), config.max_replicas):
         if _holds(mode, usable, replicas, config, slo, model):
             return replicas
     return config.max_replicas

@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import settings
+
+# `make test` tries the same examples every time; `make search` draws new ones, and many.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("search", max_examples=2000, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -115,6 +115,15 @@ def test_none_is_removed_when_the_rest_would_not_hold_in_16_bits() -> None:
         assert rule.at(float(second), [BUSY, BUSY]).replicas == 2
 
 
+def test_an_overload_while_none_is_ordered_asks_for_the_least_that_holds() -> None:
+    state = ScalingState(overloaded_since_s=0.0)
+    row = {**IDLE, "in_fp8": 1.0, "strain": 1.0}
+    wanted, _ = desired_replicas(
+        [row], state, current=0, starting=0, config=CONFIG, slo=Slo(), model=MODEL, now=5.0
+    )
+    assert wanted.replicas == 1
+
+
 def test_without_usable_reports_the_number_stays() -> None:
     assert Rule().at(0.0, [], current=3).replicas == 3
     assert Rule().at(0.0, [{**OVER, "strain": math.nan}], current=3).replicas == 3
