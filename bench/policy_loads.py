@@ -33,8 +33,12 @@ class Load(NamedTuple):
     workload: Workload
 
 
+CUT = "-cut"
+
+
 def policy(name: str) -> Policy:
-    return Policy(PolicyConfig(controller=name))
+    """By the name of its controller; with `CUT` behind it, its steps are cut to the SLO."""
+    return Policy(PolicyConfig(controller=name.removesuffix(CUT), cut_steps=name.endswith(CUT)))
 
 
 def loads(

@@ -38,6 +38,7 @@ from statistics import median
 from typing import Any, Final
 
 import httpx
+import yaml
 from policy_minute import (
     SECONDS,
     TPOT_LIMIT_S,
@@ -73,7 +74,7 @@ MOST_LATE_S: Final = 0.15
 ATTEMPTS: Final = 3
 """After so many a run counts, however late: the machine is not going to be quieter."""
 STATIC: Final = {"static-fp16": FP16, "static-fp8": FP8}
-POLICIES: Final = (*STATIC, "predictive")
+POLICIES: Final = (*STATIC, "static-fp16:cut_steps=true", "predictive")
 _ORDER_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 300.0
 _REGISTER_S: Final = 30.0
@@ -95,7 +96,8 @@ def application(file: ServeFile) -> Iterator[RunningApp]:
 
 
 def under(file: ServeFile, policy: str, seed: int) -> ServeFile:
-    """One replica under `CONTROLLER` or `CONTROLLER:BLOCK.NAME=NUMBER,...`, settings of the policy's.
+    """One replica under `CONTROLLER` or `CONTROLLER:NAME=VALUE,...`, settings of the policy's: `NAME` or
+    `BLOCK.NAME`.
 
     `seed` is that of the noise on its step times.
     """
@@ -106,8 +108,9 @@ def under(file: ServeFile, policy: str, seed: int) -> ServeFile:
     settings["policy"]["controller"] = controller
     for change in filter(None, changes.split(",")):
         name, _, value = change.partition("=")
-        block, _, name = name.partition(".")
-        settings["policy"][block] |= {name: float(value)}
+        block, _, inner = name.rpartition(".")
+        target = settings["policy"][block] if block else settings["policy"]
+        target |= {inner: yaml.safe_load(value)}
     return dataclasses.replace(file, settings=DeploymentSettings.from_dict(settings))
 
 
@@ -352,7 +355,7 @@ def main() -> int:
     minute.add_argument("--runs", type=int, default=3, help="of each policy; the median counts")
     minute.add_argument("--scales", type=int, default=6, help="at most so many are tried live")
     minute.add_argument(
-        "--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:BLOCK.NAME=NUMBER,...]"
+        "--policies", nargs="+", default=list(POLICIES), help="CONTROLLER[:[BLOCK.]NAME=VALUE,...]"
     )
     args = parser.parse_args()
     raise_on_signals()

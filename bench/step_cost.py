@@ -10,6 +10,8 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.bounds import step_bounds
 from nestedfp.vllm.active import ACTIVE
 from nestedfp.vllm.config import NestedFPConfig
 from nestedfp.vllm.scheduler import PrecisionMixin as SchedulerMixin
@@ -21,7 +23,7 @@ STEPS, ROUNDS = 200, 7
 TARGETS: dict[str, tuple[str, dict[str, float]]] = {
     "fp16": ("fp16", {}),
     "auto": ("auto", {}),
-    "auto with a pace": ("auto", {"pace_s": 0.03, "token_s": 1e-6}),
+    "auto with bounds": ("auto", dict(step_bounds(PolicyConfig()))),
 }
 
 
@@ -40,7 +42,9 @@ class NoScheduler:
     def __init__(self, batch: int) -> None:
         self.vllm_config = vllm_config()
         self.kv_cache_manager = SimpleNamespace(usage=0.25)
+        self.max_num_scheduled_tokens = 2048
         self.waiting: list[Any] = []
+        self.running: list[Any] = []
         self.requests: dict[str, Any] = {}
         self.next = {f"cmpl-{number:08x}-0-0123abcd": 1 for number in range(batch)}
 
@@ -83,9 +87,15 @@ def step_us(batch: int, mode: str, limits: dict[str, float]) -> tuple[float, flo
     scheduler, worker = Scheduler(batch), Worker(vllm_config())
     for request_id in scheduler.next:
         request = SimpleNamespace(
-            request_id=request_id, sampling_params=None, arrival_time=0.0, num_output_tokens=9
+            request_id=request_id,
+            sampling_params=None,
+            arrival_time=0.0,
+            num_prompt_tokens=100,
+            num_computed_tokens=108,
+            num_output_tokens=9,
         )
         scheduler.add_request(request)
+        scheduler.running.append(request)
     scheduler.selection.set_target(mode, 0, limits=limits)
     least = [float("inf")] * 2
     for _ in range(ROUNDS):

@@ -18,10 +18,9 @@ from nestedfp.deployments.config import DeploymentSettings, EngineSettings
 from nestedfp.deployments.door import Door
 from nestedfp.deployments.precision_report import Served
 from nestedfp.deployments.signals import RequestWindow, report_signals
-from nestedfp.policies.misses import LostTime
 from nestedfp.policies.protocol import AUTO, FP16
 from nestedfp.policies.replica import Order
-from nestedfp.policies.roofline import described, latency_model
+from nestedfp.policies.roofline import described
 from nestedfp.vllm import engine_arguments
 from nestedfp.vllm.control import EngineControl
 from nestedfp.vllm.status import EngineStatus
@@ -47,7 +46,6 @@ class EngineApp:
         self._mode = FP16
         self._slo = settings.policy.slo
         self._latency = settings.policy.latency
-        self._lost = LostTime(self._latency or latency_model())
         self._queue_bound = math.inf
         self._answered_s = time.monotonic()
         self._status: EngineStatus | None = None
@@ -96,9 +94,7 @@ class EngineApp:
     def adopt(self, settings: DeploymentSettings) -> None:
         """Take over settings whose policy has changed."""
         self._slo = settings.policy.slo
-        if settings.policy.latency != self._latency:
-            self._latency = settings.policy.latency
-            self._lost = LostTime(self._latency or latency_model())
+        self._latency = settings.policy.latency
         self._door.adopt(settings)
 
     @property
@@ -109,7 +105,8 @@ class EngineApp:
     @property
     def latency_model(self) -> dict[str, Any]:
         """What step times are predicted by: whose costs, and by mode the factor on them learned so far."""
-        return {"costs": described(self._latency), "correction": dict(self._lost.model.correction)}
+        correction = {} if self._status is None else dict(self._status.step_corrections)
+        return {"costs": described(self._latency), "correction": correction}
 
     @property
     def asgi(self) -> App:
@@ -145,13 +142,7 @@ class EngineApp:
         except TimeoutError:
             logger.warning("the engine has not answered for %g s", _ANSWER_TIMEOUT_S)
             return False
-        self._answered_s = now = time.monotonic()
-        self._lost.note(
-            now,
-            self._status.step_sizes,
-            context=self._status.context_tokens or 0,
-            queued_s=self._status.queued_s,
-        )
+        self._answered_s = time.monotonic()
         return True
 
     async def signals(self) -> dict[str, Any]:
@@ -159,8 +150,7 @@ class EngineApp:
         asked_s = time.monotonic()
         status = self._status if await self.refresh() else None
         age_s = time.monotonic() - asked_s
-        lost = None if status is None else self._lost
-        signals = report_signals(self._window, self._slo, status, age_s=age_s, lost=lost)
+        signals = report_signals(self._window, self._slo, status, age_s=age_s)
         # Those that the engine holds are all in its batch or queue; these wait before it.
         return {**signals, "strict_waiting": self._door.strict_waiting}
 

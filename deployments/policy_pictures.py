@@ -9,7 +9,9 @@ from nestedfp.loadtests.charts import Axis, element, label, number, steps
 
 COLOURS: Final = {
     "static-fp16": "#4477aa",
+    "static-fp16-cut": "#66ccee",
     "static-fp8": "#ee6677",
+    "static-fp8-cut": "#aa3377",
     "threshold": "#ccbb44",
     "predictive": "#228833",
     "oracle": "#888888",
@@ -24,7 +26,7 @@ WIDTH: Final = 760.0
 
 def front(data: Mapping[str, Any]) -> str:
     """Attainment over the share of tokens in 16 bits: every policy on every load."""
-    x, y = Axis(0.0, 1.0, 60.0, WIDTH - 20.0), Axis(0.0, 1.0, 400.0, 50.0)
+    x, y = Axis(0.0, 1.0, 60.0, WIDTH - 20.0), Axis(0.0, 1.0, 400.0, 64.0)
     parts = [*_frame(x, y, "share of tokens in 16 bits", "share of requests within the SLO")]
     for row in data["loads"]:
         points = {name: _place(policy, x, y) for name, policy in row["policies"].items()}
@@ -57,7 +59,7 @@ def front(data: Mapping[str, Any]) -> str:
         parts.append(label(left + 14, 30.0, name))
         left += 22.0 + 7.5 * len(name)
     note = f"{len(data['loads'])} loads, {data['settings']['replicas']} replicas; {data['label']}"
-    return _svg(440.0, [*parts, label(WIDTH - 20.0, 30.0, note, anchor="end")])
+    return _svg(440.0, [*parts, label(WIDTH - 20.0, 50.0, note, anchor="end")])
 
 
 def burst(data: Mapping[str, Any]) -> str:

@@ -6,28 +6,20 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import repeat
 from typing import Any, Final, NamedTuple
 
-import numpy as np
-
-from nestedfp.policies import misses
 from nestedfp.policies.config import Slo
-from nestedfp.policies.misses import Floats, LostTime
-from nestedfp.policies.protocol import FP8, FP16, SHORT_OUTPUT_PERCENTILE
+from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.vllm.status import EngineStatus
 
 ARRIVAL_WINDOW_S: Final = 5.0
-OUTPUTS_KEPT: Final = 256
-"""Finished requests whose lengths are remembered, however long ago they finished."""
 
 
 class _Seen(NamedTuple):
-    """A value, when it was seen, and the steps it is the mean of."""
+    """A value, and when it was seen."""
 
     at_s: float
     value: float
-    steps: float = 1.0
 
 
 class RequestWindow:
@@ -48,7 +40,6 @@ class RequestWindow:
         self._ttft_s: deque[_Seen] = deque()
         self._tpot_s: deque[_Seen] = deque()
         self._step_itl_s: deque[_Seen] = deque()
-        self._output_tokens: deque[float] = deque(maxlen=OUTPUTS_KEPT)
 
     def arrived(self) -> None:
         self._add(self._arrivals, (1.0,))
@@ -67,12 +58,7 @@ class RequestWindow:
         finished = [
             request for request in iteration_stats.finished_requests if request.num_generation_tokens > 1
         ]
-        self._add(
-            self._tpot_s,
-            [request.mean_time_per_output_token for request in finished],
-            [request.num_generation_tokens - 1 for request in finished],
-        )
-        self._output_tokens.extend(float(request.num_generation_tokens) for request in finished)
+        self._add(self._tpot_s, [request.mean_time_per_output_token for request in finished])
         intervals = iteration_stats.inter_token_latencies_iter
         if intervals:
             self._add(self._step_itl_s, (sum(intervals) / len(intervals),))
@@ -102,22 +88,14 @@ class RequestWindow:
         ]
         return max(known, default=None)
 
-    def misses(self, slo: Slo, lost: LostTime | None = None) -> tuple[float | None, float | None]:
-        """Share of the window's requests over a limit of `slo`, and the share that would have met it without
-        what 16-bit steps `lost`, each 0 to 1.
-
-        None where there were no requests; the second also where it is not known what was lost.
-        """
-        ttft, ttft_lost = self._with_lost(self._ttft_s, lost, queued=True)
-        tpot, tpot_lost = self._with_lost(self._tpot_s, lost)
-        missed, cost = misses.shares(ttft, ttft_lost, tpot, tpot_lost, slo.ttft_s, slo.tpot_s)
-        if math.isnan(missed):
-            return None, None
-        return missed, None if lost is None else cost
-
-    def short_output_tokens(self) -> float | None:
-        """Output tokens that only few of the latest requests stayed below, of those with two or more."""
-        return percentile(list(self._output_tokens), SHORT_OUTPUT_PERCENTILE)
+    def miss_share(self, slo: Slo) -> float | None:
+        """Share of the window's requests over a limit of `slo`, 0 to 1; None where there were no requests."""
+        ttft_s, tpot_s = self._recent(self._ttft_s), self._recent(self._tpot_s)
+        if not ttft_s and not tpot_s:
+            return None
+        late = sum(value > slo.ttft_s for value in ttft_s) / max(1, len(ttft_s))
+        slow = sum(value > slo.tpot_s for value in tpot_s) / max(1, len(tpot_s))
+        return min(1.0, late + slow)
 
     def _span_s(self) -> float:
         return min(self._arrival_window_s, max(1.0, self._clock() - self._started_s))
@@ -126,27 +104,14 @@ class RequestWindow:
         since_s = self._clock() - self._arrival_window_s
         return [seen.value for seen in series if seen.at_s >= since_s]
 
-    def _add(
-        self, series: deque[_Seen], values: Iterable[float], steps: Iterable[float] = repeat(1.0)
-    ) -> None:
+    def _add(self, series: deque[_Seen], values: Iterable[float]) -> None:
         now = self._clock()
-        # `steps` ends with the values, or never.
-        series.extend(_Seen(now, value, count) for value, count in zip(values, steps, strict=False))
+        series.extend(_Seen(now, value) for value in values)
         self._drop_old(series, now)
 
     def _recent(self, series: deque[_Seen]) -> list[float]:
         self._drop_old(series, self._clock())
         return [seen.value for seen in series]
-
-    def _with_lost(
-        self, series: deque[_Seen], lost: LostTime | None, *, queued: bool = False
-    ) -> tuple[Floats, Floats]:
-        """The window's values, and what 16-bit steps added to each."""
-        self._drop_old(series, self._clock())
-        at, values, steps = np.array(series, dtype=np.float64).reshape(-1, 3).T
-        if lost is None:
-            return values, np.zeros_like(values)
-        return values, lost.within(at, values * steps, queued=queued) / steps
 
     def _drop_old(self, series: deque[_Seen], now: float) -> None:
         while series and series[0].at_s < now - self._window_s:
@@ -159,18 +124,14 @@ def report_signals(
     status: EngineStatus | None,
     *,
     age_s: float,
-    lost: LostTime | None = None,
 ) -> dict[str, Any]:
     """The signals of a report; without a `status` (`age_s` old) only what the window knows."""
-    missed, cost = window.misses(slo, lost)
     signals: dict[str, Any] = {
         "arrivals_per_s": window.arrivals_per_s(),
         "arriving_prompt_tokens_per_s": window.prompt_tokens_per_s(),
         "ttft_p90_s": window.ttft_s(slo.percentile),
         "tpot_p90_s": window.tpot_s(slo.percentile),
-        "slo_miss_share": missed,
-        "slo_cost_share": cost,
-        "short_output_tokens": window.short_output_tokens(),
+        "slo_miss_share": window.miss_share(slo),
     }
     if status is None:
         return signals

@@ -29,8 +29,7 @@ class SimulatedApp:
 
     def __init__(self, settings: DeploymentSettings, *, replica: str, served: Served) -> None:
         given = SimulatedArguments.from_dict(settings.engine.arguments)
-        self._window_s = settings.replicas.signal_window_s
-        self._window = RequestWindow(self._window_s)
+        self._window = RequestWindow(settings.replicas.signal_window_s)
         self._slo = settings.policy.slo
         self._costs = described(settings.policy.latency)
         self._engine = SimulatedEngine(
@@ -105,7 +104,7 @@ class SimulatedApp:
     async def signals(self) -> dict[str, Any]:
         """The signals of a report."""
         signals = report_signals(self._window, self._slo, self._engine.status(), age_s=0.0)
-        extra = self._engine.extra_signals(self._slo, self._window_s)
+        extra = self._engine.extra_signals()
         extra["strict_waiting"] += self._door.strict_waiting
         return {**signals, **extra}
 

@@ -11,18 +11,16 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
 from nestedfp.policies.checks import InvalidField
-from nestedfp.policies.config import Slo
-from nestedfp.policies.latency import StepCosts
 from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.state import (
-    AUTO_LIMITS,
+    BOUNDS,
     MODES,
     Columns,
     EngineSettings,
@@ -30,11 +28,11 @@ from nestedfp.policies.simulation.state import (
     engines_of,
     requests_of,
 )
+from nestedfp.policies.steps import LIMIT_NAMES
 from nestedfp.vllm.status import EngineStatus
 
 _STEP_TIME_WEIGHT: Final = 0.1
 _NONE: Final = -1
-_STEP_COSTS: Final = tuple(cost.name for cost in fields(StepCosts))
 
 
 class Refused(RuntimeError):
@@ -191,12 +189,12 @@ class SimulatedEngine:
         given = dict(limits or {})
         shed_above = given.pop("waiting_prompt_tokens", math.inf)
         for name in given:
-            if name not in (*AUTO_LIMITS, *_STEP_COSTS):
-                raise InvalidField("limits", name, f"a simulated engine knows {', '.join(AUTO_LIMITS)}")
+            if name not in LIMIT_NAMES:
+                raise InvalidField("limits", name, f"a simulated engine knows {', '.join(LIMIT_NAMES)}")
         self.catch_up()
         self._replica["mode"] = MODES.index(mode)
         self._replica["shed_above"] = shed_above
-        for name in AUTO_LIMITS:
+        for name in BOUNDS:
             self._replica[name] = given.get(name, math.inf)
         self._target = (mode, epoch, reason)
 
@@ -235,13 +233,9 @@ class SimulatedEngine:
             context_tokens=int(replica["kv"]),
         )
 
-    def extra_signals(self, slo: Slo, window_s: float) -> dict[str, Any]:
-        """What a report may say beyond the status: the step in progress, strict requests in the queue, and
-        the share of the window's requests that missed `slo` for 16-bit steps."""
-        missed, cost = np.empty(1), np.empty(1)
-        engine.misses(self.now, window_s, slo.ttft_s, slo.tpot_s, self._engines, missed, cost)
+    def extra_signals(self) -> dict[str, Any]:
+        """What a report may say beyond the status: the step in progress, and strict requests in the queue."""
         return {
-            "slo_cost_share": None if np.isnan(cost[0]) else float(cost[0]),
             "step_time_s": float(self._replica["step_s"]) or None,
             "batch_tokens": int(self._replica["tokens"]),
             "strict_waiting": int(self._replica["strict_waiting"]),
@@ -329,4 +323,3 @@ def compile_steps() -> None:
     generation = short.submit(4, 2, strict=False)
     while not generation.done:
         short.catch_up()
-    short.extra_signals(Slo(), 1.0)

@@ -54,12 +54,14 @@ class Prediction:
     rest_s: float = 60.0
     """How long the load must be light before ``auto`` gives way to 16 bits."""
     tolerance: float = 0.005
-    """Share of requests lost to 16 bits at which the controller stops taking liberties."""
-    debt_s: float = 0.25
-    """The most a request may be behind its pace in passing, within ``auto``, however long answers are."""
-    pace: float = 0.8
-    """The most of the TPOT limit that a token may take on average, within ``auto``. What is left of it wins
-    back what a request is behind, and keeps batches small for a burst to meet room."""
+    """Share of requests missed at which the levels fall."""
+    pace: float = 0.9
+    """The most of the TPOT limit that a token may take on average in 16 bits. What is left of it keeps
+    batches small, so that a burst meets room."""
+    first_token: float = 0.7
+    """Part of the TTFT limit: a prompt that would be later than this in FP8 does not wait for 16 bits."""
+    least_tokens: int = 256
+    """Prompt tokens below which a step is not cut to keep the pace; 0 cuts any, a whole chunk none."""
     horizon_s: float = 0.5
     """How far ahead a burst in progress is projected."""
     shed: bool = False
@@ -73,8 +75,9 @@ class Prediction:
         if self.between:
             checks.name("prediction.between", self.between)
         checks.number("prediction.rest_s", self.rest_s)
-        checks.number("prediction.debt_s", self.debt_s)
         checks.number("prediction.pace", self.pace, above=0.0, maximum=1.0)
+        checks.number("prediction.first_token", self.first_token, above=0.0, maximum=1.0)
+        checks.integer("prediction.least_tokens", self.least_tokens, minimum=0)
         checks.number("prediction.horizon_s", self.horizon_s)
         checks.number("prediction.tolerance", self.tolerance, above=0.0, maximum=1.0)
         checks.flag("prediction.shed", self.shed)
@@ -106,6 +109,9 @@ class PolicyConfig:
     """Shortest time between two decisions."""
     max_signal_age_s: float = 2.0
     """Older signals make no decision."""
+    cut_steps: bool = False
+    """Cut the steps of static and threshold control to what the SLO leaves time for, as those of predictive
+    control are cut always."""
     dry_run: bool = False
     """Decide and log, but leave every replica in the mode it has."""
     prediction: Prediction = Prediction()
@@ -123,6 +129,7 @@ class PolicyConfig:
             checks.number(field, getattr(self, field), above=0.0)
         checks.number("panic_factor", self.panic_factor, minimum=1.0)
         checks.take_integer(self, "max_flips_per_minute", minimum=2)
+        checks.flag("cut_steps", self.cut_steps)
         checks.flag("dry_run", self.dry_run)
         if self.sync_wait_s > self.lease_s / 3:
             raise InvalidField(

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.base import Controller, Memory, Wish, by_load
+from nestedfp.policies.controllers.bounds import BoundedController, step_bounds
 from nestedfp.policies.controllers.predictive import PredictiveController
 from nestedfp.policies.controllers.static import StaticController
 from nestedfp.policies.controllers.threshold import ThresholdController
@@ -154,13 +155,12 @@ class Policy:
 
 def make_controller(config: PolicyConfig) -> Controller:
     """The controller that ``config.controller`` names."""
-    if config.controller == "static-fp16":
-        return StaticController(FP16)
-    if config.controller == "static-fp8":
-        return StaticController(FP8)
     if config.controller == "predictive":
-        return PredictiveController(config)
-    return ThresholdController(config)
+        return BoundedController(PredictiveController(config), step_bounds(config))
+    controller: Controller = ThresholdController(config)
+    if config.controller.startswith("static-"):
+        controller = StaticController(config.controller.removeprefix("static-"))
+    return BoundedController(controller, step_bounds(config)) if config.cut_steps else controller
 
 
 def _recent(flips: tuple[float, ...], now: float) -> tuple[float, ...]:

@@ -27,8 +27,6 @@ from nestedfp.policies.checks import InvalidField
 FP16: Final = "fp16"
 FP8: Final = "fp8"
 AUTO: Final = "auto"
-SHORT_OUTPUT_PERCENTILE: Final = 5.0
-"""Percentile of the lengths of answers that a report tells as those of the short ones."""
 
 _IDENTITY: Final = ("replica_id", "boot_id", "sequence", "mode", "epoch", "owner", "booted_at")
 _IDENTITY_DEFAULTS: Final = {"owner": "", "booted_at": 0.0}
@@ -47,7 +45,7 @@ _COUNTS: Final = frozenset(
         "applied_epoch",
     }
 )
-_FRACTIONS: Final = frozenset({"kv_usage", "slo_miss_share", "slo_cost_share"})
+_FRACTIONS: Final = frozenset({"kv_usage", "slo_miss_share"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +109,6 @@ class ReplicaReport:
 
     slo_miss_share: float | None = None
     """Share of the requests of the short window (10 s) that missed the SLO, 0 to 1; None where unknown."""
-    slo_cost_share: float | None = None
-    """Share of them that would have met it, had all steps been in FP8; None where unknown."""
-    short_output_tokens: float | None = None
-    """Percentile :data:`SHORT_OUTPUT_PERCENTILE` of the output tokens of the latest finished requests, those
-    of one token left out; None before any."""
     applied_epoch: int = 0
     """Epoch of the last target that the engine has taken; 0 before the first."""
     applied_s_ago: float | None = None
@@ -231,8 +224,6 @@ _NULLABLE: Final = frozenset(
         "batch_tokens",
         "arriving_prompt_tokens_per_s",
         "slo_miss_share",
-        "slo_cost_share",
-        "short_output_tokens",
         "applied_s_ago",
     }
 )

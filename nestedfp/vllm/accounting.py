@@ -91,7 +91,8 @@ class StepCounts:
         self.tokens = dict.fromkeys(names, 0)
         self.step_time_s: dict[str, float | None] = dict.fromkeys(names)
         self.batch_tokens: dict[str, float | None] = dict.fromkeys(names)
-        self.step_sizes: dict[str, list[list[float]]] = {name: [] for name in names}
+        self.bounded_steps = 0
+        """Steps that were held to fewer tokens than the engine takes at most."""
         self.current = "fp16"
         self.flips = 0
         self.last_flip_seconds: float | None = None
@@ -100,8 +101,8 @@ class StepCounts:
         self.loads = 0
         self._last_output_at = 0.0
 
-    def add(self, tag: StepTag, report: StepReport, tokens: int, requests: int, now: float) -> None:
-        """Counts one executed step: `tokens` scheduled for `requests`, whose output arrived at `now`."""
+    def add(self, tag: StepTag, report: StepReport, tokens: int, now: float) -> None:
+        """Counts one executed step of `tokens`, whose output arrived at `now`."""
         plan = report.plan
         self.loads = report.loads
         self.steps[plan] += 1
@@ -121,17 +122,6 @@ class StepCounts:
         self.step_time_s[plan] = _averaged(self.step_time_s[plan], seconds)
         self.batch_tokens[plan] = _averaged(self.batch_tokens[plan], tokens)
         self._last_output_at = now
-        self._add_size(plan, tokens, requests, seconds)
-
-    def _add_size(self, plan: str, tokens: int, requests: int, seconds: float) -> None:
-        sizes, size = self.step_sizes[plan], tokens.bit_length()
-        while len(sizes) <= size:
-            sizes.append([0, 0, 0, 0.0])
-        totals = sizes[size]
-        totals[0] += 1
-        totals[1] += tokens
-        totals[2] += requests
-        totals[3] += seconds
 
 
 def _averaged(mean: float | None, value: float) -> float:

@@ -1,71 +1,101 @@
-"""How far the running requests are, for the pace that `auto` keeps. Pure."""
+"""What there is to do and how far it is, for the bounds of the next step. Pure."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from nestedfp.policies.steps import StepBounds, StepWork
 
 
 class Progress:
     """When each decoding request was first seen, and with how many tokens. Lives in the scheduler.
 
-    Counting starts when the request is first seen to decode under a pace: what came before it is not known
-    and not held against anyone. One that is seen with its first token alone is lost if that is late.
+    Counting starts when the request is first seen to decode under bounds: what came before is not known, and
+    not held against anyone. One that is seen with its first token alone is lost if that is late.
     """
 
     def __init__(self) -> None:
         self._started: dict[str, tuple[float, int] | None] = {}
         """None for a request that is lost."""
 
-    def of(
+    def work(
         self,
-        scheduled: Iterable[str],
-        requests: Mapping[str, Any],
+        running: Sequence[Any],
+        waiting: Iterable[Any],
+        bounds: StepBounds,
+        *,
         now: float,
         wall: float,
-        late_s: float = math.inf,
-    ) -> tuple[list[tuple[int, float]], float]:
-        """Of what in `scheduled` is not lost: tokens made and seconds gone since the start of each that has a
-        first token, and the age of the oldest without one, 0 without any. A first token is late after
-        `late_s`. `now` is monotonic, `wall` Unix seconds."""
-        made: list[tuple[int, float]] = []
-        started, oldest = self._started, wall
-        lost_before = wall - late_s
-        for request_id in scheduled:
-            request = requests.get(request_id)
-            if request is None:
+        ahead_s: float,
+        most_tokens: int,
+        crowded: bool,
+    ) -> StepWork:
+        """What the requests of vLLM's scheduler ask of the next step, which starts in `ahead_s`.
+
+        `now` is monotonic, `wall` Unix seconds. Tokens that are still in flight count as made by then. What
+        the prefix cache holds of a queued prompt is not known yet, and counts as not computed.
+        """
+        pace_s, tpot_s = bounds.pace_s, bounds.tpot_s
+        pace_left_s = slo_left_s = math.inf
+        prompts: list[tuple[float, float, float]] = []
+        decodes = context = 0
+        start_s, start_wall_s = now + ahead_s, wall + ahead_s
+        started = self._started
+        # Runs before every step, over every request: nothing here is called that need not be.
+        for request in running:
+            computed = request.num_computed_tokens
+            context += computed
+            left = request.num_prompt_tokens - computed
+            if left > 0:
+                prompts.append((left, computed, _age(request, start_wall_s)))
                 continue
-            tokens = request.num_output_tokens
-            if not tokens:
-                if request.arrival_time >= lost_before:
-                    oldest = min(oldest, request.arrival_time)
+            decodes += 1
+            made = request.num_output_tokens
+            if not made:
+                # Its first token is still in flight.
                 continue
-            if request_id not in started:
-                late = tokens == 1 and request.arrival_time < lost_before
-                started[request_id] = None if late else (now, tokens)
-            start = started[request_id]
-            if start is not None:
-                made.append((tokens - start[1], now - start[0]))
-        return made, wall - oldest
+            key = request.request_id
+            if key not in started:
+                late = made == 1 and wall - request.arrival_time > bounds.late_s
+                started[key] = None if late else (now, made)
+            start = started[key]
+            if start is None:
+                continue
+            made += getattr(request, "num_output_placeholders", 0) + 1 - start[1]
+            since_s = start_s - start[0]
+            left_s = made * pace_s - since_s
+            if left_s < pace_left_s:
+                pace_left_s = left_s
+            left_s = made * tpot_s - since_s
+            if 0.0 < left_s < slo_left_s:
+                slo_left_s = left_s
+        for request in waiting:
+            left = request.num_tokens - request.num_computed_tokens
+            if left > 0:
+                prompts.append((left, request.num_computed_tokens, _age(request, start_wall_s)))
+        tokens, contexts, ages = zip(*prompts, strict=True) if prompts else ((), (), ())
+        return StepWork(
+            pace_left_s=pace_left_s,
+            slo_left_s=slo_left_s,
+            prompt_tokens=tokens,
+            prompt_context=contexts,
+            prompt_age_s=ages,
+            decodes=decodes,
+            requests=len(running),
+            context=context,
+            most_tokens=most_tokens,
+            crowded=crowded,
+        )
 
     def forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self._started.pop(request_id, None)
 
     def clear(self) -> None:
-        """No pace is kept any more."""
+        """No bounds hold any more."""
         self._started.clear()
 
 
-def queued_tokens(waiting: Iterable[Any], enough: float) -> int:
-    """Prompt tokens of the queue that are not computed yet, counted until there are `enough`."""
-    tokens = 0
-    for request in waiting:
-        tokens += max(0, request.num_prompt_tokens - request.num_computed_tokens)
-        if tokens >= enough:
-            break
-    return tokens
-
-
-def all_late(waiting: Iterable[Any], arrived_before: float) -> bool:
-    """Whether every request of the queue arrived before this Unix time; True without any."""
-    return all(request.arrival_time < arrived_before for request in waiting)
+def _age(request: Any, start_s: float) -> float:
+    """How long its first token will have been waited for; nobody waits for one that was preempted."""
+    return -math.inf if request.num_output_tokens else max(0.0, start_s - request.arrival_time)

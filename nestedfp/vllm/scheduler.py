@@ -14,10 +14,11 @@ from nestedfp.vllm.accounting import RequestTokens, StepCounts
 from nestedfp.vllm.choice import StepFacts
 from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.control import PRECISION_ARGUMENT
-from nestedfp.vllm.progress import Progress, all_late, queued_tokens
-from nestedfp.vllm.selection import PlanSelection
+from nestedfp.vllm.progress import Progress
+from nestedfp.vllm.selection import BoundedStep, PlanSelection
 from nestedfp.vllm.status import EngineStatus
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
+from nestedfp.vllm.step_times import StepTimes
 
 # Under vLLM's own logger, which is the only one that its processes configure.
 logger = logging.getLogger("vllm.nestedfp")
@@ -35,6 +36,7 @@ class PrecisionMixin:
     waiting: Any
     kv_cache_manager: Any
     running: list[Any]
+    max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,7 +45,8 @@ class PrecisionMixin:
         self.progress = Progress()
         self.counts = StepCounts(settings.plans)
         self.request_tokens = RequestTokens()
-        self._queued_since: float | None = None
+        self._times: StepTimes | None = None
+        self._batch_context = 0.0
 
     def add_request(self, request: Any) -> None:
         self.request_tokens.open(request.request_id)
@@ -52,19 +55,25 @@ class PrecisionMixin:
         super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        if not self.get_request_counts()[1]:  # type: ignore[attr-defined]
-            self._queued_since = None
-        elif self._queued_since is None:
-            self._queued_since = time.monotonic()
+        bounded = self._bound()
+        most_tokens = self.max_num_scheduled_tokens
+        if bounded is not None:
+            self.max_num_scheduled_tokens = min(most_tokens, bounded.tokens)
+        try:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.max_num_scheduled_tokens = most_tokens
         self.selection.unpin(output.finished_req_ids)
         self.progress.forget(output.finished_req_ids)
         if output.total_num_scheduled_tokens:
-            scheduled = output.num_scheduled_tokens
-            plan, reason = self.selection.select(
-                scheduled, lambda: self._facts(output.total_num_scheduled_tokens, scheduled)
-            )
-            setattr(output, TAG, StepTag(plan, reason, time.monotonic()))
+            scheduled, tokens = output.num_scheduled_tokens, output.total_num_scheduled_tokens
+            plan, reason = self.selection.select(scheduled, lambda: self._facts(tokens), bounded)
+            now = time.monotonic()
+            setattr(output, TAG, StepTag(plan, reason, now))
+            if self._times is not None:
+                self._times.scheduled(plan, tokens, len(scheduled), self._batch_context, now)
+            if bounded is not None and bounded.tokens < most_tokens:
+                self.counts.bounded_steps += 1
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -78,14 +87,17 @@ class PrecisionMixin:
                 )
             scheduled = scheduler_output.num_scheduled_tokens
             tokens = scheduler_output.total_num_scheduled_tokens
-            self.counts.add(tag, report, tokens, len(scheduled), time.monotonic())
+            now = time.monotonic()
+            self.counts.add(tag, report, tokens, now)
+            if self._times is not None:
+                self._times.finished(now)
             self.request_tokens.add(scheduled, report.plan)
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
     def precision_status(self, worker_facts: Mapping[str, Any]) -> EngineStatus:
         """The state now; `worker_facts` is what the worker told about its layers and graphs."""
         running, waiting = self.get_request_counts()  # type: ignore[attr-defined]
-        now, at = time.time(), time.monotonic()
+        now = time.time()
         arrivals = [request.arrival_time for request in self.waiting]
         prompt_tokens = sum(
             max(0, request.num_prompt_tokens - request.num_computed_tokens) for request in self.waiting
@@ -109,36 +121,39 @@ class PrecisionMixin:
             step_time_s=dict(counts.step_time_s),
             batch_tokens=dict(counts.batch_tokens),
             strict_running=self.selection.strict_count,
-            at=at,
-            step_sizes={
-                plan: [list(totals) for totals in sizes] for plan, sizes in counts.step_sizes.items()
-            },
-            queued_s=0.0 if self._queued_since is None else at - self._queued_since,
+            at=time.monotonic(),
+            bounded_steps=counts.bounded_steps,
+            step_corrections={} if self._times is None else dict(self._times.corrections),
             context_tokens=sum(request.num_computed_tokens for request in self.running),
             **worker_facts,
         )
 
-    def _facts(self, tokens: int, scheduled: Mapping[str, int]) -> StepFacts:
+    def _facts(self, tokens: int) -> StepFacts:
         _, waiting = self.get_request_counts()  # type: ignore[attr-defined]
-        usage = self.kv_cache_manager.usage
+        return StepFacts(tokens, waiting, self.kv_cache_manager.usage)
+
+    def _bound(self) -> BoundedStep | None:
+        """What the step to be composed may be; None where the target came without bounds."""
         limits = self.selection.limits
-        if limits.pace_s <= 0:
+        if limits.steps is None:
+            self._times = None
             self.progress.clear()
-            return StepFacts(tokens, waiting, usage)
-        wall = time.time()
-        running, oldest_s = self.progress.of(scheduled, self.requests, time.monotonic(), wall, limits.late_s)
-        queued = 0
-        if not all_late(self.waiting, wall - limits.late_s):
-            queued = queued_tokens(self.waiting, limits.queue_tokens)
-            oldest_s = max(oldest_s, wall - next(iter(self.waiting)).arrival_time)
-        return StepFacts(
-            tokens,
-            waiting,
-            usage,
-            running=running,
-            waiting_prompt_tokens=queued,
-            oldest_wait_s=oldest_s,
+            return None
+        if self._times is None or self._times.terms != limits.steps.terms:
+            self._times = StepTimes(limits.steps.terms)
+        now = time.monotonic()
+        work = self.progress.work(
+            self.running,
+            self.waiting,
+            limits.steps.bounds,
+            now=now,
+            wall=time.time(),
+            ahead_s=self._times.ahead_s(now),
+            most_tokens=self.max_num_scheduled_tokens,
+            crowded=self.kv_cache_manager.usage >= limits.kv_high,
         )
+        self._batch_context = work.context
+        return self.selection.bound(work, self._times.of, (request.request_id for request in self.running))
 
 
 def is_strict(sampling_params: Any) -> bool:

@@ -1,14 +1,30 @@
 """Which plan a step runs under: the target, strict requests, and the choice inside `auto`."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from nestedfp.policies.steps import CACHE, FIRST_TOKEN, IN_TIME, PACE, StepTerms, StepWork, cut
+from nestedfp.policies.steps import choose as choose_within
 from nestedfp.precision import Precision
 from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
 from nestedfp.vllm.plan import AUTO
 from nestedfp.vllm.settings import Settings
 
 _FP16, _FP8 = Precision.FP16.value, Precision.FP8.value
+_REASONS = {
+    PACE: "auto: 16 bits would compute {:.0f} tokens before a request falls behind its pace",
+    FIRST_TOKEN: "auto: in FP8 a first token would come after {:.3f} s",
+    CACHE: "auto: the KV cache is nearly full",
+    IN_TIME: "auto: all is in time in 16 bits",
+}
+
+
+class BoundedStep(NamedTuple):
+    """The most tokens of a step that is yet to be composed, and its precision where the bounds choose it."""
+
+    tokens: int
+    plan: str
+    reason: str
 
 
 class PlanSelection:
@@ -55,9 +71,39 @@ class PlanSelection:
         if self._strict:
             self._strict.difference_update(request_ids)
 
-    def select(self, request_ids: Mapping[str, int], facts: Callable[[], StepFacts]) -> tuple[str, str]:
-        """The plan of the step that holds `request_ids`, and the reason. `facts` is asked only in `auto`."""
-        if self.mode == AUTO:
+    def bound(
+        self, work: StepWork, terms: Callable[[str], StepTerms], request_ids: Iterable[str]
+    ) -> BoundedStep | None:
+        """What the next step may be, before it is composed; None where no bounds hold.
+
+        `terms` gives those of a precision, `request_ids` are those of the batch. A plan in between is taken
+        to be as slow as 16 bits.
+        """
+        if self._limits.steps is None:
+            return None
+        bounds = self._limits.steps.bounds
+        slow, fast = terms(_FP16), terms(_FP8)
+        if self._strict and not self._strict.isdisjoint(request_ids):
+            return BoundedStep(cut(bounds, slow, work), _FP16, "strict request in the step")
+        if self.mode != AUTO:
+            given = fast if self.mode == _FP8 else slow
+            return BoundedStep(cut(bounds, given, work), self.mode, self._reason)
+        tokens, cause, value = choose_within(bounds, slow, fast, work)
+        return BoundedStep(tokens, _FP16 if cause == IN_TIME else _FP8, _REASONS[cause].format(value))
+
+    def select(
+        self,
+        request_ids: Mapping[str, int],
+        facts: Callable[[], StepFacts],
+        bounded: BoundedStep | None = None,
+    ) -> tuple[str, str]:
+        """The plan of the step that holds `request_ids`, and the reason.
+
+        `bounded` is what it was bounded by, if it was. `facts` is asked only in `auto` without bounds.
+        """
+        if bounded is not None:
+            plan, reason = bounded.plan, bounded.reason
+        elif self.mode == AUTO:
             self._choice = choose(facts(), self._choice, self._limits)
             plan, reason = (_FP8 if self._choice.fp8 else _FP16), self._choice.reason
         else:

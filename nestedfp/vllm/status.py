@@ -45,10 +45,10 @@ class EngineStatus:
     at: float
     batch_tokens: dict[str, float | None] = field(default_factory=dict)
     """Exponentially weighted mean of a step's tokens, by plan, over the same steps as `step_time_s`."""
-    step_sizes: dict[str, list[list[float]]] = field(default_factory=dict)
-    """Totals by plan and by the number of bits of a step's tokens: steps, tokens, requests, seconds."""
-    queued_s: float = 0.0
-    """How long steps have left requests in the queue; 0 where the last one left none."""
+    bounded_steps: int = 0
+    """Steps that the target's bounds held to fewer tokens than the engine takes at most."""
+    step_corrections: dict[str, float] = field(default_factory=dict)
+    """Measured step times over those of the target's terms, by plan; of plans that ran under bounds."""
     context_tokens: int | None = None
     """Tokens in the KV cache of the running requests together."""
     inexact_rows: int = 0

@@ -10,13 +10,13 @@ The ladder has a rung for each mode, 16 bits first and FP8 last; a replica goes 
 pressure is below its high level, and up again to the first whose pressure has stayed at or below its low
 level for long enough, whichever mode is in force: returning does not need to be tried out.
 
-- With ``between: auto`` the middle rung leaves the choice of single steps to the engine, under limits that
-  follow the load (``nestedfp.policies.controllers.pace``). As it costs next to no FP8 while the load is
-  light, it is taken early and given up late. FP8 is ordered where even the tightest limits leave no reserve.
+- With ``between: auto`` the middle rung leaves the choice of single steps to the engine. As it costs next to
+  no FP8 while the load is light, it is taken early and given up late. FP8 is ordered where the load is more
+  than FP8 serves.
 - With a named plan the middle rung is that plan, under the same levels as 16 bits.
 - Without one there are only 16 bits and FP8.
 
-All levels carry a factor learned from the outcome: it falls while requests miss the SLO.
+Beside the plan levels carry a factor learned from the outcome: it falls while requests miss the SLO.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Final, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from nestedfp.policies.config import PolicyConfig, Slo
+from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.base import Controller, Memory, Wish, kept_for_strict
 from nestedfp.policies.controllers.facts import (
     FIRST_OUTPUT_TOKENS,
@@ -41,29 +41,23 @@ from nestedfp.policies.controllers.facts import (
     mean_output,
     see,
 )
-from nestedfp.policies.controllers.pace import (
-    FP8_OVERLOAD,
-    RETURN_LOAD,
-    Bounds,
-    Misses,
-    Room,
-    auto_limits,
-    room,
-    sustained_load,
-    watch,
-)
+from nestedfp.policies.controllers.load import engine_load, missed
 from nestedfp.policies.latency import LatencyModel, StepCosts, TokenLoad
 from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
 
 SHORTEST_OUTPUT: Final = 4.0
+UNKNOWN_MISSES: Final = 0.5
+"""Share of requests missed, over the tolerance, before any is known."""
 LIGHT: Final = (0.4, 0.3)
 """16-bit pressure from which ``auto`` takes over, and up to which it gives way."""
-OVERLOAD_S: Final = 5.0
-"""How long no pace must have left a reserve before FP8 is ordered outright: bursts pass within ``auto``."""
-SHORT_OVERLOAD_S: Final = 20.0
-"""The same where answers are short: what is late when a burst ends is served in 16 bits only in ``auto``."""
+OVERLOAD_S: Final = 10.0
+"""How long FP8 must have been overloaded before it is ordered outright: bursts pass within ``auto``."""
+FP8_OVERLOAD: Final = 1.0
+"""FP8 load from which there is nothing left to choose."""
+RETURN_LOAD: Final = 1.6
+"""16-bit load up to which ``auto`` may take over from FP8."""
 _MAX_REASON_PRESSURE: Final = 99.0
 
 
@@ -76,10 +70,9 @@ class _Memory:
     """Since when a replica has been beyond the rung it is on."""
     shedding: frozenset[str]
     model: LatencyModel
-    misses: Misses
+    missed: float
+    """Share of requests that missed the SLO, over the tolerance."""
     output_tokens: float
-    sustained: float
-    """16-bit load of the cluster, averaged over some seconds."""
     turn: int
     """Counts decisions; chooses whose step corrects the model."""
 
@@ -114,7 +107,7 @@ class PredictiveController(Controller):
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
-        return _Memory(None, {}, {}, frozenset(), self._model, Misses(), FIRST_OUTPUT_TOKENS, 0.0, 0)
+        return _Memory(None, {}, {}, frozenset(), self._model, UNKNOWN_MISSES, FIRST_OUTPUT_TOKENS, 0)
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
@@ -134,11 +127,11 @@ class PredictiveController(Controller):
             before,
             seen=seen,
             model=model,
-            misses=watch(before.misses, _missed(views), self._settings.tolerance, now),
+            missed=missed(before.missed, _missed(views), self._settings.tolerance, elapsed_s),
             output_tokens=mean_output(before.output_tokens, facts, elapsed_s),
             turn=before.turn + 1,
         )
-        return self._climb(views, ids, ordered, facts, state, now, elapsed_s)
+        return self._climb(views, ids, ordered, facts, state, now)
 
     def _climb(
         self,
@@ -148,17 +141,12 @@ class PredictiveController(Controller):
         facts: Facts,
         memory: _Memory,
         now: float,
-        elapsed_s: float,
     ) -> tuple[dict[str, Wish], Memory]:
         """Every replica's place on the ladder."""
         slow = self._forecast(memory.model.of(FP16), facts)
         fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
-        output, sustained = memory.output_tokens, memory.sustained
-        settings, tpot_s = self._settings, self._slo.tpot_s
-        bounds = Bounds(settings.pace, settings.debt_s, tpot_s, _short_output(views))
-        freedom = room(facts, memory.model, output, memory.misses, bounds, sustained)
-        memory = replace(memory, sustained=sustained_load(sustained, freedom.offered, elapsed_s))
-        rungs = self._rungs(slow, freedom, facts, memory)
+        fast_load = engine_load(facts, memory.model.of(FP8), memory.output_tokens)
+        rungs = self._rungs(slow, fast_load, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
         kept = kept_for_strict(views, modes)
         needed = _first_rung([rung.pressure < rung.high for rung in rungs])
@@ -167,12 +155,10 @@ class PredictiveController(Controller):
         calm_since: dict[str, tuple[str, float]] = {}
         strained_since: dict[str, float] = {}
         shedding: set[str] = set()
-        in_auto = _InAuto(self._slo, memory.model, freedom)
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
             place = places.get(mode, 0)
             goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
-            if mode == AUTO and goal <= place <= best:
-                wishes[replica_id] = in_auto(row)
+            if mode != FP8 and goal <= place <= best:
                 continue
             wish: Wish | None = None
             if goal > place:
@@ -180,7 +166,7 @@ class PredictiveController(Controller):
                 if now - since >= rungs[place].strain_s:
                     # A rung that takes strain for a while is not passed over.
                     goal = place + 1 if rungs[place + 1].strain_s else goal
-                    wish = self._relief(rungs, place, goal, slow, freedom, row)
+                    wish = self._relief(rungs, place, goal, slow, fast_load, row)
             elif best < place:
                 rung = rungs[best]
                 last = memory.calm_since.get(replica_id, ("", now))
@@ -188,11 +174,7 @@ class PredictiveController(Controller):
                 calm_since[replica_id] = (rung.mode, since)
                 if now - since >= rung.calm_s:
                     wish = self._return(rung, slow, row, now - since)
-            if wish is None and mode == AUTO:
-                wish = in_auto(row)
-            elif wish is not None and wish.mode == AUTO:
-                wish = wish._replace(limits=in_auto(row).limits)
-            elif wish is None and mode == FP8 and self._settings.shed:
+            if wish is None and mode == FP8 and self._settings.shed:
                 pressure = float(fast_pressure[row])
                 if pressure >= (self._settings.high if replica_id in memory.shedding else 1.0):
                     shedding.add(replica_id)
@@ -203,21 +185,21 @@ class PredictiveController(Controller):
             memory, calm_since=calm_since, strained_since=strained_since, shedding=frozenset(shedding)
         )
 
-    def _rungs(self, slow: _Forecast, freedom: Room, facts: Facts, memory: _Memory) -> list[_Rung]:
+    def _rungs(self, slow: _Forecast, fast_load: Floats, facts: Facts, memory: _Memory) -> list[_Rung]:
         """The ladder with today's pressures; FP8, the last resort, has none."""
         settings = self._settings
         slow_pressure = self._pressure(slow)
         last = _Rung(FP8, np.full_like(slow_pressure, -math.inf), 0.0, 0.0, 0.0)
         if settings.between == AUTO:
-            # 1 without any reserve, 0 where auto may return.
-            overloaded, loaded = freedom.fast_load >= FP8_OVERLOAD, freedom.load > RETURN_LOAD
-            auto = np.where(overloaded, 1.0, np.where(loaded, 0.5, 0.0))
+            # 1 where even FP8 is overloaded, 0 where auto may return.
+            loaded = engine_load(facts, memory.model.of(FP16), memory.output_tokens) > RETURN_LOAD
+            auto = np.where(fast_load >= FP8_OVERLOAD, 1.0, np.where(loaded, 0.5, 0.0))
             return [
                 _Rung(FP16, slow_pressure, LIGHT[0], LIGHT[1], settings.rest_s),
-                _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, SHORT_OVERLOAD_S if freedom.short else OVERLOAD_S),
+                _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, OVERLOAD_S),
                 last,
             ]
-        factor = _factor(memory.misses.confidence)
+        factor = _factor(memory.missed)
         high, low = settings.high * factor, settings.low * factor
         rungs = [_Rung(FP16, slow_pressure, high, low, self._calm_s), last]
         if settings.between:
@@ -255,7 +237,7 @@ class PredictiveController(Controller):
         return pressure
 
     def _relief(
-        self, rungs: list[_Rung], place: int, needed: int, slow: _Forecast, freedom: Room, row: int
+        self, rungs: list[_Rung], place: int, needed: int, slow: _Forecast, fast_load: Floats, row: int
     ) -> Wish:
         """The way down: what crossed the level of the rung in force."""
         rung = rungs[place]
@@ -263,9 +245,9 @@ class PredictiveController(Controller):
         if rung.mode == AUTO:
             return Wish(
                 mode=rungs[needed].mode,
-                reason="FP8 has nothing to spare",
+                reason="more load than FP8 serves",
                 signal="fp8_load",
-                value=float(freedom.fast_load[row]),
+                value=float(fast_load[row]),
                 threshold=FP8_OVERLOAD,
                 urgent=True,
             )
@@ -309,33 +291,13 @@ class PredictiveController(Controller):
         return "predicted_tpot_s", tpot_s, self._slo.tpot_s
 
 
-class _InAuto:
-    """The wish to stay in ``auto``, by row, with the limits of the moment; equal ones are one object."""
-
-    def __init__(self, slo: Slo, model: LatencyModel, freedom: Room) -> None:
-        self._slo = slo
-        self._model = model
-        columns = (freedom.pace.tolist(), freedom.memory_pace.tolist(), freedom.debt_s.tolist())
-        self._limits = list(zip(*columns, strict=True))
-        self._doubt = freedom.doubt
-        self._made: dict[tuple[float, float, float], Wish] = {}
-
-    def __call__(self, row: int) -> Wish:
-        key = self._limits[row]
-        wish = self._made.get(key)
-        if wish is None:
-            limits = auto_limits(*key, self._doubt, self._slo, self._model)
-            wish = self._made[key] = Wish(AUTO, "the engine chooses step by step", limits=limits)
-        return wish
-
-
 def _shown(pressure: float) -> str:
     return f"{100 * min(pressure, _MAX_REASON_PRESSURE):.0f} %"
 
 
-def _factor(confidence: float) -> float:
-    """The factor on all levels: 1.2 where nothing is missed, 0.2 where misses are frequent."""
-    return 0.8 + (0.4 if confidence > 0.0 else 0.6) * max(-1.0, confidence)
+def _factor(missed: float) -> float:
+    """The factor on all levels: 1.2 where nothing is missed, 0.8 at the tolerance, 0.2 at twice that."""
+    return 1.2 - 0.4 * missed if missed <= 1.0 else 0.8 - 0.6 * (missed - 1.0)
 
 
 def _first_rung(passes: list[NDArray[np.bool_]]) -> list[int]:
@@ -344,22 +306,14 @@ def _first_rung(passes: list[NDArray[np.bool_]]) -> list[int]:
     return first
 
 
-def _missed(views: tuple[ReplicaView, ...]) -> list[tuple[float, float, float]]:
-    """Shares missed, and missed for 16 bits; where a replica cannot tell these apart, all count."""
-    known = []
-    for view in views:
-        report = view.report
-        missed, cost = report.slo_miss_share, report.slo_cost_share
-        if missed is not None:
-            known.append((missed, missed if cost is None else cost, report.arrivals_per_s))
-    return known
-
-
-def _short_output(views: tuple[ReplicaView, ...]) -> float:
-    """Length that few answers of any replica stay below; 1 before any is known."""
-    lengths = [view.report.short_output_tokens for view in views]
-    known = [tokens for tokens in lengths if tokens is not None]
-    return sum(known) / len(known) if known else 1.0
+def _missed(views: tuple[ReplicaView, ...]) -> list[tuple[float, float]]:
+    """The share of requests missed and their rate, of each replica that knows it."""
+    reports = [view.report for view in views]
+    return [
+        (report.slo_miss_share, report.arrivals_per_s)
+        for report in reports
+        if report.slo_miss_share is not None
+    ]
 
 
 def _learn(model: LatencyModel, views: tuple[ReplicaView, ...], seen: Seen, turn: int) -> LatencyModel:

@@ -12,11 +12,11 @@ from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig, Slo
 from nestedfp.policies.policy import Policy, PolicyState
-from nestedfp.policies.protocol import SHORT_OUTPUT_PERCENTILE, ReplicaReport
-from nestedfp.policies.simulation import engine
+from nestedfp.policies.protocol import ReplicaReport
+from nestedfp.policies.simulation import engine, recent
 from nestedfp.policies.simulation.scaling import Scaler
 from nestedfp.policies.simulation.state import (
-    AUTO_LIMITS,
+    BOUNDS,
     MODES,
     Engines,
     EngineSettings,
@@ -50,7 +50,6 @@ class Timeline:
     """Mode number of each replica."""
     pace_s: list[list[float]] = field(default_factory=list)
     """Pace of ``auto`` that each replica was ordered; infinite without one."""
-    debt_s: list[list[float]] = field(default_factory=list)
     fp16: list[int] = field(default_factory=list)
     fp8: list[int] = field(default_factory=list)
     """Tokens executed so far."""
@@ -90,8 +89,6 @@ class Cluster:
         self._ttft = np.empty(replicas)
         self._tpot = np.empty(replicas)
         self._missed = np.empty(replicas)
-        self._cost = np.empty(replicas)
-        self._short_outputs = np.empty(replicas)
         self._slo = slo
         self._arrived: deque[tuple[float, Ints, Ints]] = deque()
         self._sequence = 0
@@ -118,12 +115,9 @@ class Cluster:
         """What each active replica would report now."""
         self._sequence += 1
         replicas = self.engines.replicas
-        engine.percentiles(self.now, PERCENTILE_WINDOW_S, 0.9, self.engines, self._ttft, self._tpot)
-        engine.short_outputs(SHORT_OUTPUT_PERCENTILE / 100.0, self.engines, self._short_outputs)
+        recent.percentiles(self.now, PERCENTILE_WINDOW_S, 0.9, self.engines, self._ttft, self._tpot)
         slo = self._slo
-        engine.misses(
-            self.now, PERCENTILE_WINDOW_S, slo.ttft_s, slo.tpot_s, self.engines, self._missed, self._cost
-        )
+        recent.miss_shares(self.now, PERCENTILE_WINDOW_S, slo.ttft_s, slo.tpot_s, self.engines, self._missed)
         span_s, arrivals, tokens = self._arrivals()
         columns = zip(
             self._ids,
@@ -139,8 +133,6 @@ class Cluster:
             self._ttft.tolist(),
             self._tpot.tolist(),
             self._missed.tolist(),
-            self._cost.tolist(),
-            self._short_outputs.tolist(),
             replicas["step_s"].tolist(),
             replicas["tokens"].tolist(),
             replicas["kv"].tolist(),
@@ -183,7 +175,7 @@ class Cluster:
         number = self._numbers[replica_id]
         self.engines.replicas["mode"][number] = _NUMBER[mode]
         given = limits or {}
-        for name in AUTO_LIMITS:
+        for name in BOUNDS:
             self.engines.replicas[name][number] = given.get(name, np.inf)
         self.engines.replicas["shed_above"][number] = given.get("waiting_prompt_tokens", np.inf)
 
@@ -202,8 +194,6 @@ class Cluster:
         ttft_s: float,
         tpot_s: float,
         missed: float,
-        cost: float,
-        short_output: float,
         step_s: float,
         batch_tokens: int,
         context: int,
@@ -233,8 +223,6 @@ class Cluster:
             flips=flips,
             age_s=0.0,
             slo_miss_share=None if missed != missed else missed,
-            slo_cost_share=None if cost != cost else cost,
-            short_output_tokens=None if short_output != short_output else short_output,
             strict_running=strict_running,
             strict_waiting=strict_waiting,
             context_tokens=context,
@@ -347,7 +335,6 @@ def _sample(timeline: Timeline, cluster: Cluster, arrived_before: int) -> int:
     timeline.active.append(int(replicas["active"].sum()))
     timeline.modes.append(replicas["mode"].tolist())
     timeline.pace_s.append(replicas["pace_s"].tolist())
-    timeline.debt_s.append(replicas["debt_s"].tolist())
     timeline.fp16.append(int(replicas["fp16"].sum()))
     timeline.fp8.append(int(replicas["fp8"].sum()))
     return arrived

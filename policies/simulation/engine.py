@@ -1,51 +1,44 @@
 """The compiled step loop: continuous batching with chunked prefill, as vLLM's scheduler does it.
 
 A step serves running requests first, oldest first, one token each once their prompt is computed, and gives
-what is left of ``chunk_tokens`` to prompts. Where the KV cache is full the youngest running request is
-preempted: its cache is dropped and it returns to the head of the queue, to be computed anew. A step that
-holds a strict request runs in 16 bits whatever the mode ordered; in ``auto`` each step runs in 16 bits
-unless that breaks a limit. A request goes to the less loaded of two replicas drawn at random.
+what is left of its tokens to prompts: ``chunk_tokens``, or fewer where the mode came with bounds
+(``nestedfp.policies.steps``). Where the KV cache is full the youngest running request is preempted: its cache
+is dropped and it returns to the head of the queue, to be computed anew. A step that holds a strict request
+runs in 16 bits whatever the mode ordered.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
 
-import numba
 import numpy as np
+from numba.extending import register_jitable
 
-from nestedfp.policies.misses import shares
+from nestedfp.policies import steps
+from nestedfp.policies.simulation.compiled import njit
+from nestedfp.policies.simulation.routing import route
 from nestedfp.policies.simulation.state import (
-    OUTPUT,
     TPOT,
     TPOT_AT,
-    TPOT_LOST,
     TTFT,
     TTFT_AT,
-    TTFT_LOST,
     WINDOW,
     Costs,
     Engines,
     Floats,
     Requests,
 )
+from nestedfp.policies.steps import IN_TIME, StepBounds, StepTerms, StepWork
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def njit(function: F) -> F:
-    """Numba's compiler with its cache on disk, typed."""
-    return cast(F, numba.njit(cache=True)(function))
-
-
-_shares = njit(shares)
 SHED = -2
 NEVER_FITS = -3
 AUTO_NUMBER = 2
 KV_HIGH = 0.9
 """Share of the KV cache in use from which on ``auto`` takes FP8, as the engine's default has it."""
+
+for _function in (steps.fitting, steps.latest_first_token_s, steps.cut):
+    register_jitable(_function)
+_choose, _cut = njit(steps.choose), njit(steps.cut)
 
 
 @njit
@@ -73,62 +66,12 @@ def advance(until_s: float, following: int, requests: Requests, cluster: Engines
 
 
 @njit
-def misses(
-    now: float, window_s: float, ttft_s: float, tpot_s: float, cluster: Engines, share: Floats, cost: Floats
-) -> None:
-    """Fill in each replica's share of requests over a limit in the last ``window_s``; NaN without any.
-
-    ``cost`` is the share that would have met the limit, had no 16-bit step added to it.
-    """
-    for i in range(cluster.replicas.shape[0]):
-        recent = cluster.recent[i]
-        first, done = recent[TTFT_AT] > now - window_s, recent[TPOT_AT] > now - window_s
-        share[i], cost[i] = _shares(
-            recent[TTFT][first],
-            recent[TTFT_LOST][first],
-            recent[TPOT][done],
-            recent[TPOT_LOST][done],
-            ttft_s,
-            tpot_s,
-        )
-
-
-@njit
-def percentiles(
-    now: float, window_s: float, share: float, cluster: Engines, ttft: Floats, tpot: Floats
-) -> None:
-    """Fill in each replica's percentiles over the last ``window_s``; NaN where there are no values."""
-    recent = cluster.recent
-    for i in range(cluster.replicas.shape[0]):
-        ttft[i] = _recent_percentile(now - window_s, share, recent[i, TTFT], recent[i, TTFT_AT])
-        tpot[i] = _recent_percentile(now - window_s, share, recent[i, TPOT], recent[i, TPOT_AT])
-
-
-@njit
-def short_outputs(share: float, cluster: Engines, tokens: Floats) -> None:
-    """Fill in each replica's percentile of the latest output lengths; NaN before any."""
-    for i in range(cluster.replicas.shape[0]):
-        tokens[i] = _recent_percentile(
-            -math.inf, share, cluster.recent[i, OUTPUT], cluster.recent[i, TPOT_AT]
-        )
-
-
-@njit
-def _recent_percentile(since_s: float, share: float, values: Floats, times: Floats) -> float:
-    recent = values[times > since_s]
-    if recent.size == 0:
-        return math.nan
-    recent.sort()
-    return float(recent[min(recent.size - 1, int(share * recent.size))])
-
-
-@njit
 def arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> None:
     """Queue request ``r`` on a replica; where none takes it, its ``replica`` says why."""
     if requests[r].prompt + requests[r].output > costs.kv_tokens:
         requests[r].replica = NEVER_FITS
         return
-    i = _route(r, requests[r].strict, cluster)
+    i = route(r, requests[r].strict, cluster)
     if i < 0:
         requests[r].replica = SHED
         return
@@ -137,8 +80,6 @@ def arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Cost
         requests[r].replica = SHED
         return
     requests[r].replica = i
-    # Behind a queue a request also waits for what earlier ones lost.
-    requests[r].lost_s = replica.lost_s if replica.tail < 0 else requests[replica.tail].lost_s
     replica.arrivals += 1
     replica.arrived_tokens += requests[r].prompt
     if replica.tail < 0:
@@ -155,54 +96,10 @@ def arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Cost
 
 
 @njit
-def _route(r: int, strict: bool, cluster: Engines) -> int:
-    """The less loaded of two random candidates; a strict request prefers replicas in 16 bits. -1 if none.
-
-    The candidates depend on seed and request alone, so that policies are compared on the same draws.
-    """
-    one = _draw(2 * r, strict, cluster)
-    if one < 0 and strict:
-        strict = False
-        one = _draw(2 * r, strict, cluster)
-    if one < 0:
-        return -1
-    other = _draw(2 * r + 1, strict, cluster)
-    one_load = cluster.replicas[one].running + cluster.replicas[one].waiting
-    other_load = cluster.replicas[other].running + cluster.replicas[other].waiting
-    return one if one_load <= other_load else other
-
-
-@njit
-def _hash(seed: int, number: int) -> int:
-    """A hash of both, 63 bits (the finaliser of MurmurHash3 over their mix)."""
-    x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(number + 1) * np.uint64(
-        0xD1B54A32D192ED03
-    )
-    x ^= x >> np.uint64(33)
-    x *= np.uint64(0xFF51AFD7ED558CCD)
-    x ^= x >> np.uint64(33)
-    x *= np.uint64(0xC4CEB9FE1A85EC53)
-    x ^= x >> np.uint64(33)
-    return int(x >> np.uint64(1))
-
-
-@njit
-def _draw(number: int, only_16_bits: bool, cluster: Engines) -> int:
-    """Candidate ``number``: a replica that takes requests, in 16 bits if asked; -1 if there is none."""
-    count = cluster.replicas.shape[0]
-    for attempt in range(16 + count):
-        i = _hash(cluster.seed, 16 * number + attempt) % count if attempt < 16 else attempt - 16
-        replica = cluster.replicas[i]
-        if replica.active and (replica.mode == 0 or not only_16_bits):
-            return i
-    return -1
-
-
-@njit
 def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> None:
     """Schedule a step on replica ``i`` and set when it ends; with nothing to do the replica goes idle."""
     replica = cluster.replicas[i]
-    budget = costs.chunk_tokens
+    mode, budget = _bounded(i, now, requests, cluster, costs)
     tokens = 0
     context = 0
     pairs = 0.0
@@ -246,15 +143,9 @@ def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs:
     if tokens == 0:
         _set_step_end(i, math.inf, cluster)
         return
-    slow_s = _step_s(0, tokens, replica.running, context, pairs, costs)
-    mode = replica.mode
     if replica.strict_running > 0:
         mode = 0
-    elif mode == AUTO_NUMBER:
-        memory_bound = tokens * costs.token_s[0] < costs.weights_s[0]
-        crowded = replica.kv >= KV_HIGH * costs.kv_tokens
-        mode = 1 if crowded or _too_slow(i, now, slow_s, memory_bound, requests, cluster) else 0
-    duration = slow_s if mode == 0 else _step_s(mode, tokens, replica.running, context, pairs, costs)
+    duration = _step_s(mode, tokens, replica.running, context, pairs, costs)
     if costs.noise > 0:
         duration *= math.exp(costs.noise * np.random.standard_normal())
     if mode != replica.step_mode:
@@ -262,9 +153,6 @@ def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs:
         replica.flips += 1
         replica.step_mode = mode
     replica.step_s = duration
-    replica.step_lost_s = 0.0
-    if mode == 0:
-        replica.step_lost_s = slow_s - _step_s(1, tokens, replica.running, context, pairs, costs)
     replica.tokens = tokens
     replica.sequences = replica.running
     replica.context = context
@@ -285,40 +173,80 @@ def _step_s(mode: int, tokens: int, sequences: int, context: int, pairs: float, 
 
 
 @njit
-def _too_slow(
-    i: int, now: float, duration: float, memory_bound: bool, requests: Requests, cluster: Engines
-) -> bool:
-    """The choice within ``auto``: whether a step of ``duration`` in 16 bits would break one of its limits.
-
-    That is: the queue beyond the step holds ``queue_tokens``, a prompt has waited ``wait_s`` for its first
-    token, or a running request would end the step more than ``debt_s`` behind its pace; where the step is
-    bound by reading the weights, behind ``memory_pace_s`` if that is less.
-
-    A request whose first token is later than ``late_s`` is lost and breaks no limit. A queue breaks none when
-    all of it is lost; before that, what is lost counts too, as others wait behind it.
-    """
+def _bounded(i: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> tuple[int, int]:
+    """Mode of the next step and the most tokens it may take, within the bounds that came with the mode."""
     replica = cluster.replicas[i]
-    late_s = replica.late_s
-    # The last of the queue came last, so that with it all are late.
-    if replica.tail >= 0 and now - requests[replica.tail].arrival_s <= late_s:
-        if replica.waiting_tokens >= replica.queue_tokens:
-            return True
-        if now - requests[replica.head].arrival_s >= replica.wait_s:
-            return True
-    pace_s = min(replica.pace_s, replica.memory_pace_s) if memory_bound else replica.pace_s
-    end_s = now + duration
+    mode = 0 if replica.strict_running > 0 else replica.mode
+    if replica.tpot_s == math.inf:
+        return (0 if mode == AUTO_NUMBER else mode), costs.chunk_tokens
+    bounds = StepBounds(replica.pace_s, replica.tpot_s, replica.ttft_s, replica.late_s, replica.least_tokens)
+    work = _work(i, now, bounds, requests, cluster, costs)
+    if mode != AUTO_NUMBER:
+        return mode, _cut(bounds, _terms(mode, costs), work)
+    tokens, why, _ = _choose(bounds, _terms(0, costs), _terms(1, costs), work)
+    return (0 if why == IN_TIME else 1), tokens
+
+
+@njit
+def _work(
+    i: int, now: float, bounds: StepBounds, requests: Requests, cluster: Engines, costs: Costs
+) -> StepWork:
+    """What replica ``i`` has to do. A preempted request is computed anew like a prompt that no one awaits."""
+    replica = cluster.replicas[i]
+    prompts = np.empty((3, replica.running + replica.waiting))
+    decodes = count = context = 0
+    pace_left_s = slo_left_s = math.inf
     for k in range(replica.running):
         r = cluster.slots[i, k]
         made = requests[r].generated
-        if made == 0:
-            waited_s = now - requests[r].arrival_s
-            if replica.wait_s <= waited_s <= late_s:
-                return True
-        elif requests[r].first_s - requests[r].arrival_s > late_s:
+        context += requests[r].computed
+        if requests[r].prompt + made - requests[r].computed > 1 or made == 0:
+            _note_prompt(prompts, count, r, now, requests)
+            count += 1
             continue
-        elif end_s - requests[r].first_s > made * pace_s + replica.debt_s:
-            return True
-    return False
+        decodes += 1
+        if requests[r].first_s - requests[r].arrival_s <= bounds.late_s:
+            since_s = now - requests[r].first_s
+            pace_left_s = min(pace_left_s, made * bounds.pace_s - since_s)
+            if made * bounds.tpot_s > since_s:
+                slo_left_s = min(slo_left_s, made * bounds.tpot_s - since_s)
+    r = replica.head
+    while r >= 0:
+        _note_prompt(prompts, count, r, now, requests)
+        count += 1
+        r = requests[r].next
+    return StepWork(
+        pace_left_s,
+        slo_left_s,
+        prompts[0, :count],
+        prompts[1, :count],
+        prompts[2, :count],
+        decodes,
+        replica.running,
+        float(context),
+        costs.chunk_tokens,
+        replica.kv >= KV_HIGH * costs.kv_tokens,
+    )
+
+
+@njit
+def _note_prompt(prompts: Floats, place: int, r: int, now: float, requests: Requests) -> None:
+    computed = requests[r].computed
+    prompts[0, place] = requests[r].prompt + requests[r].generated - computed
+    prompts[1, place] = computed
+    prompts[2, place] = now - requests[r].arrival_s if requests[r].generated == 0 else -math.inf
+
+
+@njit
+def _terms(mode: int, costs: Costs) -> StepTerms:
+    return StepTerms(
+        costs.overhead_s[mode],
+        costs.weights_s[mode],
+        costs.token_s[mode],
+        costs.sequence_s[mode],
+        costs.context_token_s[mode],
+        costs.pair_s[mode],
+    )
 
 
 @njit
@@ -326,7 +254,6 @@ def _finish_step(i: int, now: float, requests: Requests, cluster: Engines) -> No
     """Credit the tokens of the step that ends now, and let finished requests go."""
     replica = cluster.replicas[i]
     kept = 0
-    replica.lost_s += replica.step_lost_s
     fp8 = replica.step_mode == 1
     for k in range(replica.running):
         r = cluster.slots[i, k]
@@ -357,8 +284,6 @@ def _record_first(i: int, r: int, now: float, requests: Requests, cluster: Engin
     place = replica.ttft_count % WINDOW
     cluster.recent[i, TTFT, place] = now - requests[r].arrival_s
     cluster.recent[i, TTFT_AT, place] = now
-    cluster.recent[i, TTFT_LOST, place] = replica.lost_s - requests[r].lost_s
-    requests[r].lost_s = replica.lost_s
     replica.ttft_count += 1
 
 
@@ -371,11 +296,8 @@ def _record_finish(i: int, r: int, now: float, requests: Requests, cluster: Engi
         replica.strict_running -= 1
     if requests[r].output > 1:
         place = replica.tpot_count % WINDOW
-        steps = requests[r].output - 1
-        cluster.recent[i, TPOT, place] = (now - requests[r].first_s) / steps
+        cluster.recent[i, TPOT, place] = (now - requests[r].first_s) / (requests[r].output - 1)
         cluster.recent[i, TPOT_AT, place] = now
-        cluster.recent[i, OUTPUT, place] = requests[r].output
-        cluster.recent[i, TPOT_LOST, place] = (replica.lost_s - requests[r].lost_s) / steps
         replica.tpot_count += 1
 
 

@@ -28,38 +28,40 @@ from nestedfp.policies.config import Slo
 from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.cluster import DRAIN_S, Cluster, Outcome
-from nestedfp.policies.simulation.state import AUTO_LIMITS, EngineSettings, Floats, Requests, Workload
+from nestedfp.policies.simulation.state import BOUNDS, EngineSettings, Floats, Requests, Workload
 from nestedfp.policies.simulation.summary import attained
+from nestedfp.policies.steps import StepBounds
 
-QUEUE_TOKENS: Final = 4000.0
-WAIT_S: Final = 0.2
-LATE_S: Final = 1.0
-TIGHT_S: Final = 0.2 * 0.033
-FREE: Final = (math.inf, math.inf, math.inf, math.inf, math.inf, math.inf)
-NEVER: Final = (0.0, 0.0, -1e9, 0.0, 0.0, math.inf)
-Levels = tuple[tuple[float, ...], ...]
-"""Limits of ``auto`` (its ``AUTO_LIMITS``), from 16 bits always to FP8 always."""
-_INDEBTED: Final[Levels] = tuple(
-    (0.033, 0.033, debt, QUEUE_TOKENS, WAIT_S, LATE_S) for debt in (0.25, 0.12, 0.06, 0.03, 0.015, 0.0)
+TPOT_S: Final = 0.033
+TTFT_S: Final = 1.0
+LEAST_TOKENS: Final = 256.0
+
+
+def _level(pace: float, first_token: float, least_tokens: float = LEAST_TOKENS) -> StepBounds:
+    return StepBounds(pace * TPOT_S, TPOT_S, first_token * TTFT_S, TTFT_S, least_tokens)
+
+
+_SHARES: Final = (
+    (1.0, 0.95),
+    (1.0, 0.8),
+    (0.9, 0.8),
+    (0.8, 0.8),
+    (0.8, 0.6),
+    (0.8, 0.4),
+    (0.6, 0.4),
+    (0.6, 0.2),
+    (0.4, 0.1),
 )
-LEVELS: Final[Levels] = (
-    FREE,
-    *_INDEBTED,
-    *((0.033 * pace, 0.033 * pace, 0.0, QUEUE_TOKENS, WAIT_S, LATE_S) for pace in (0.8, 0.6, 0.45)),
-    (0.033 * 0.3, 0.033 * 0.3, 0.0, 1.0, 0.5 * WAIT_S, LATE_S),
-    NEVER,
+LEVELS: Final = (
+    StepBounds(math.inf, math.inf, math.inf, math.inf, math.inf),
+    _level(1.0, math.inf, 0.0),
+    *(_level(pace, first_token) for pace, first_token in _SHARES),
+    StepBounds(0.0, TPOT_S, 0.0, math.inf, LEAST_TOKENS),
+    StepBounds(0.0, 1e9, 0.0, math.inf, math.inf),
 )
-TIGHT_LEVELS: Final[Levels] = (
-    FREE,
-    *_INDEBTED,
-    *(
-        (0.033 * pace, TIGHT_S, debt, QUEUE_TOKENS, WAIT_S, LATE_S)
-        for pace, debt in ((0.8, 0.0), (0.6, 0.12), (0.6, 0.0), (0.45, 0.12), (0.45, 0.0))
-    ),
-    (0.033 * 0.3, TIGHT_S, 0.0, 1.0, 0.5 * WAIT_S, LATE_S),
-    NEVER,
-)
-"""The same with a tighter pace for memory-bound steps. Neither table is the better one on every load."""
+"""Bounds of ``auto``, from 16 bits always to FP8 always: first and last are the static policies, beside them
+stand 16 bits and FP8 in steps cut to the SLO (16 bits wherever the weights can be read in time)."""
+CUT_FP8: Final = len(LEVELS) - 2
 _PENALTY: Final = 50.0
 Schedule = NDArray[np.int8]
 """[seconds, replicas] places in a table of levels."""
@@ -70,7 +72,6 @@ class Found:
     """The best schedule: what it reaches, and how many were tried."""
 
     schedule: Schedule
-    levels: Levels
     share: float
     attainment: float
     tried: int
@@ -84,7 +85,6 @@ def replay(
     settings: EngineSettings,
     slo: Slo,
     noise_seed: int | None = None,
-    levels: Levels = LEVELS,
 ) -> Requests:
     """The requests after ``workload`` was served under ``schedule``; its last second holds to the end.
 
@@ -95,12 +95,12 @@ def replay(
         engine.seed(noise_seed)
     for replica_id in cluster.ids:
         cluster.order(replica_id, AUTO, None)
-    limits = np.array(levels)
+    limits = np.array(LEVELS)
     end_s = float(cluster.requests["arrival_s"][-1]) + DRAIN_S
     second = 0
     while cluster.busy and cluster.now < end_s:
         places = schedule[min(second, len(schedule) - 1)]
-        for column, name in enumerate(AUTO_LIMITS):
+        for column, name in enumerate(BOUNDS):
             cluster.engines.replicas[name] = limits[places, column]
         second += 1
         cluster.tick(float(second))
@@ -113,23 +113,21 @@ def figures(requests: Requests, slo: Slo) -> tuple[float, float]:
     return fp16 / max(fp16 + fp8, 1), float(attained(requests, slo).mean())
 
 
-def schedule_of(outcome: Outcome, levels: Levels = LEVELS) -> Schedule:
+def schedule_of(outcome: Outcome) -> Schedule:
     """A policy's run as a schedule: the level nearest to what was ordered in each second."""
     modes = np.array(outcome.timeline.modes)
-    paces, debts = np.array(outcome.timeline.pace_s), np.array(outcome.timeline.debt_s)
-    middle = np.array([(level[0], level[2]) for level in levels[1:-1]])
-    distance = np.abs(paces[..., None] - middle[:, 0]) + np.abs(debts[..., None] - middle[:, 1])
-    places = 1 + distance.argmin(axis=-1)
-    places = np.where(np.isinf(paces) | (modes == 0), 0, places)
-    result: Schedule = np.where(modes == 1, len(levels) - 1, places).astype(np.int8)
+    paces = np.array(outcome.timeline.pace_s)
+    middle = np.array([level.pace_s for level in LEVELS[2:-2]])
+    places = 2 + np.abs(paces[..., None] - middle).argmin(axis=-1)
+    places = np.where(np.isinf(paces), 0, np.where(modes == 0, 1, places))
+    result: Schedule = np.where(modes == 1, CUT_FP8, places).astype(np.int8)
     return result
 
 
 class _Search:
     def __init__(
-        self, workload: Workload, target: float, seed: int, settings: EngineSettings, slo: Slo, levels: Levels
+        self, workload: Workload, target: float, seed: int, settings: EngineSettings, slo: Slo
     ) -> None:
-        self.levels = levels
         self._workload = workload
         self._target = target
         self._seed = seed
@@ -147,7 +145,6 @@ class _Search:
             seed=self._seed,
             settings=self._settings,
             slo=self._slo,
-            levels=self.levels,
         )
         share, attainment = figures(requests, self._slo)
         self.tried += 1
@@ -169,7 +166,6 @@ def search(
     slo: Slo,
     starts: tuple[Schedule, ...] = (),
     tries: int = 400,
-    levels: Levels = LEVELS,
 ) -> Found:
     """The schedule with the highest share of tokens in 16 bits found at ``attainment`` or more.
 
@@ -177,13 +173,13 @@ def search(
     no schedule tried reaches the attainment, the one that comes nearest is returned.
     """
     seconds = max(1, math.ceil(float(workload.arrival_s[-1])) + 2)
-    run = _Search(workload, attainment, seed, settings, slo, levels)
+    run = _Search(workload, attainment, seed, settings, slo)
     shape = (seconds, replicas)
-    values = [run.value(np.full(shape, level, dtype=np.int8)) for level in range(len(levels))]
+    values = [run.value(np.full(shape, level, dtype=np.int8)) for level in range(len(LEVELS))]
     for start in starts:
         padded = np.pad(start, ((0, max(0, seconds - len(start))), (0, 0)), mode="edge")[:seconds]
         run.value(padded.astype(np.int8))
-    base, last = int(np.argmax(values)), len(levels) - 1
+    base, last = int(np.argmax(values)), len(LEVELS) - 1
     load = load_ahead(workload, seconds)
     for share in (0.03, 0.1, 0.2, 0.35, 0.5):
         peak = load >= np.quantile(load, 1.0 - share)
@@ -198,8 +194,8 @@ def search(
         _move(run, block, one_replica, tries)
     assert run.best is not None
     if run.met is not None:
-        return Found(run.met[2], levels, run.met[0], run.met[1], run.tried)
-    return Found(run.best[3], levels, run.best[1], run.best[2], run.tried)
+        return Found(run.met[2], run.met[0], run.met[1], run.tried)
+    return Found(run.best[3], run.best[1], run.best[2], run.tried)
 
 
 def _move(run: _Search, block: slice, replica: slice, tries: int) -> None:
@@ -209,7 +205,7 @@ def _move(run: _Search, block: slice, replica: slice, tries: int) -> None:
             assert run.best is not None
             before, schedule = run.best[0], run.best[3].copy()
             part = schedule[block, replica]
-            moved = np.clip(part + step, 0, len(run.levels) - 1)
+            moved = np.clip(part + step, 0, len(LEVELS) - 1)
             if (moved == part).all():
                 break
             schedule[block, replica] = moved

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from nestedfp.policies import checks, roofline
 from nestedfp.policies.latency import LatencyModel
 from nestedfp.policies.protocol import AUTO, FP8, FP16
+from nestedfp.policies.steps import StepBounds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -21,8 +22,8 @@ Bools = NDArray[np.bool_]
 
 MODES: Final = (FP16, FP8, AUTO)
 """Modes by their number in the columns."""
-AUTO_LIMITS: Final = ("pace_s", "memory_pace_s", "debt_s", "queue_tokens", "wait_s", "late_s")
-"""Limits of ``auto``; without them it runs in 16 bits."""
+BOUNDS: Final = StepBounds._fields
+"""Bounds of steps that come with a mode; without them ``auto`` runs in 16 bits and no step is cut."""
 WINDOW: Final = 256
 """Latest TTFT and TPOT values kept per replica for its percentiles."""
 
@@ -80,7 +81,6 @@ REQUEST: Final = np.dtype(
         ("generated", np.int64),
         ("fp16", np.int64),  # tokens executed in 16-bit steps
         ("fp8", np.int64),
-        ("lost_s", np.float64),  # by its replica in 16-bit steps, when its present wait began
         ("replica", np.int64),  # -1 before arrival, SHED, NEVER_FITS
         ("next", np.int64),  # next in its replica's queue; -1 at the end
         ("strict", np.bool_),
@@ -90,17 +90,11 @@ REPLICA: Final = np.dtype(
     [
         ("mode", np.int64),  # mode ordered, an index of MODES
         ("active", np.bool_),  # takes new requests
-        ("pace_s", np.float64),  # limits of `auto`, as are the five that follow
-        ("memory_pace_s", np.float64),
-        ("debt_s", np.float64),
-        ("queue_tokens", np.float64),
-        ("wait_s", np.float64),
-        ("late_s", np.float64),
+        *((bound, np.float64) for bound in BOUNDS),
         ("shed_above", np.float64),  # queued prompt tokens above which an arrival is refused
         ("step_end_s", np.float64),  # end of the step in progress; infinite when idle
         ("step_mode", np.int64),  # of the latest step, as are the five that follow
         ("step_s", np.float64),
-        ("step_lost_s", np.float64),  # what the step takes longer than in FP8
         ("tokens", np.int64),
         ("sequences", np.int64),
         ("context", np.int64),
@@ -115,7 +109,6 @@ REPLICA: Final = np.dtype(
         ("kv", np.int64),  # tokens in the KV cache
         ("fp16", np.int64),
         ("fp8", np.int64),
-        ("lost_s", np.float64),  # sum of it over the steps so far
         ("flips", np.int64),
         ("preemptions", np.int64),
         ("arrivals", np.int64),
@@ -124,7 +117,7 @@ REPLICA: Final = np.dtype(
         ("tpot_count", np.int64),
     ]
 )
-TTFT, TTFT_AT, TTFT_LOST, TPOT, TPOT_AT, TPOT_LOST, OUTPUT = range(7)
+TTFT, TTFT_AT, TPOT, TPOT_AT = range(4)
 Requests = np.ndarray[tuple[int], Any]
 """Rows of ``REQUEST``."""
 
@@ -139,8 +132,7 @@ class Engines(NamedTuple):
     scheduled: Ints
     """[replicas, max_sequences] tokens of each in the step in progress."""
     recent: Floats
-    """[replicas, 7, WINDOW] latest TTFT and TPOT values in seconds, each with the time it was seen and what
-    16-bit steps had added to it, and the number of output tokens beside each TPOT."""
+    """[replicas, 4, WINDOW] latest TTFT and TPOT values in seconds, each with the time it was seen."""
     tree: Ints
     """Tournament tree over ``step_end_s``: the root, index 1, is the replica whose step ends first.
 
@@ -235,7 +227,7 @@ def engines_of(count: int, max_sequences: int, seed: int = 0) -> Engines:
     """``count`` fresh replicas, all idle in 16 bits and taking requests."""
     replicas = np.zeros(count, dtype=REPLICA)
     replicas["active"] = True
-    for column in ("shed_above", "step_end_s", *AUTO_LIMITS):
+    for column in ("shed_above", "step_end_s", *BOUNDS):
         replicas[column] = np.inf
     for column in ("head", "tail"):
         replicas[column] = -1
@@ -244,7 +236,7 @@ def engines_of(count: int, max_sequences: int, seed: int = 0) -> Engines:
     tree[leaves : leaves + count] = np.arange(count)
     for node in range(leaves - 1, 0, -1):
         tree[node] = tree[2 * node]
-    recent = np.full((count, 7, WINDOW), -np.inf)
+    recent = np.full((count, 4, WINDOW), -np.inf)
     slots = np.zeros((count, max_sequences), dtype=np.int64)
     return Engines(replicas, slots, np.zeros_like(slots), recent, tree, seed)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestedfp.policies.config import Slo
-from nestedfp.policies.simulation.oracle import LEVELS, Levels, Schedule, figures, load_ahead, replay
+from nestedfp.policies.simulation.oracle import CUT_FP8, LEVELS, Schedule, figures, load_ahead, replay
 from nestedfp.policies.simulation.state import EngineSettings, Workload
 
 DRAWS: Final = (1001, 1002, 1003, 1004)
@@ -40,7 +40,6 @@ def hold(
     seed: int,
     settings: EngineSettings,
     slo: Slo,
-    levels: Levels = LEVELS,
 ) -> Held:
     """``schedule`` on unseen noise, and the best share of 16-bit tokens that keeps ``attainment`` there.
 
@@ -51,9 +50,7 @@ def hold(
     def means(trial: Schedule) -> tuple[float, float]:
         drawn = [
             figures(
-                replay(
-                    workload, trial, seed=seed, settings=settings, slo=slo, noise_seed=draw, levels=levels
-                ),
+                replay(workload, trial, seed=seed, settings=settings, slo=slo, noise_seed=draw),
                 slo,
             )
             for draw in DRAWS
@@ -62,21 +59,21 @@ def hold(
         return float(share), float(attained)
 
     found_share, found_attainment = means(schedule)
-    tried = [means(np.full_like(schedule, level)) for level in range(len(levels))]
+    tried = [means(np.full_like(schedule, level)) for level in range(len(LEVELS))]
     load = load_ahead(workload, len(schedule))
     shuffled = np.random.default_rng(seed).permutation(len(schedule))
     for order in (np.argsort(-load, kind="stable"), shuffled):
         low, high = 0, len(schedule)
         for _ in range(_HALVINGS if found_attainment < attainment else 0):
             middle = (low + high) // 2
-            tried.append(means(_in_fp8(schedule, order[:middle], len(levels) - 1)))
+            tried.append(means(_in_fp8(schedule, order[:middle])))
             low, high = (low, middle) if tried[-1][1] >= attainment else (middle, high)
     tried.append((found_share, found_attainment))
     held = [share for share, attained in tried if attained >= attainment - 1e-12]
     return Held(found_share, found_attainment, max(held, default=None))
 
 
-def _in_fp8(schedule: Schedule, seconds: NDArray[np.int64], last: int) -> Schedule:
+def _in_fp8(schedule: Schedule, seconds: NDArray[np.int64]) -> Schedule:
     changed = schedule.copy()
-    changed[seconds] = last
+    changed[seconds] = CUT_FP8
     return changed

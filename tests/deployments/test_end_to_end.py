@@ -48,6 +48,7 @@ def settings(model: str) -> dict[str, Any]:
         # Nothing that these tests do reaches the thresholds: every flip is one that a test asked for.
         "policy": {
             "thresholds": {"waiting": {"high": 1000, "low": 999}},
+            "cut_steps": True,
             "min_dwell_s": 0.0,
             "calm_s": 0.2,
             "return_gap_s": 0.0,
@@ -192,23 +193,12 @@ def test_a_flip_under_a_running_stream_and_the_classes_after_it(app: RunningApp,
     assert ("fp8", "fp16") in modes
 
 
-def test_misses_for_16_bits_are_told_from_others(app: RunningApp, http: httpx.Client) -> None:
-    """A token of this model on a CPU takes about as long as the limit or longer, in either precision."""
+def test_misses_and_corrected_step_times_are_told(app: RunningApp, http: httpx.Client) -> None:
+    """This model's steps on a CPU take longer than those of the H100 that predictions begin with."""
     complete(http, max_tokens=24)
-
-    def signals() -> dict[str, Any]:
-        found: dict[str, Any] = app.replica_status()["control"]["signals"]
-        return found
-
-    eventually(lambda: signals().get("slo_cost_share") is not None)
-    told = signals()
-    assert 0.0 <= told["slo_cost_share"] <= told["slo_miss_share"] <= 1.0
-    sizes = engine(app)["step_sizes"]
-    assert sum(totals[0] for totals in sizes["fp8"]) > 0
-    # One token of one request.
-    steps, tokens, requests, seconds = sizes["fp16"][1]
-    assert steps == tokens == requests > 20
-    assert seconds > 0
+    eventually(lambda: app.replica_status()["control"]["signals"].get("slo_miss_share") is not None)
+    assert 0.0 <= app.replica_status()["control"]["signals"]["slo_miss_share"] <= 1.0
+    eventually(lambda: engine(app)["step_corrections"].get("fp16", 0.0) > 1.0)
 
 
 def test_16_bits_are_the_same_after_flips(app: RunningApp, http: httpx.Client) -> None:

@@ -29,7 +29,6 @@ class Engine:
 
     def __init__(self, queued: int = 0) -> None:
         self.queued = queued
-        self.fp16_steps = 0
         self.targets: list[dict[str, Any]] = []
 
     @property
@@ -40,10 +39,10 @@ class Engine:
         if request["command"] == "set_target":
             self.targets.append(request)
             return {"result": None}
-        return {"result": status(self.queued, self.fp16_steps).to_dict()}
+        return {"result": status(self.queued).to_dict()}
 
 
-def status(queued: int, fp16_steps: int) -> EngineStatus:
+def status(queued: int) -> EngineStatus:
     counts: dict[str, Any] = {"fp16": 0, "fp8": 0}
     return EngineStatus(
         mode="fp8",
@@ -65,7 +64,7 @@ def status(queued: int, fp16_steps: int) -> EngineStatus:
         plain_reasons={},
         strict_running=0,
         at=0.0,
-        step_sizes={"fp16": [[fp16_steps, fp16_steps, fp16_steps, 0.02 * fp16_steps]], "fp8": []},
+        step_corrections={"fp16": 1.5},
     )
 
 
@@ -142,29 +141,11 @@ async def test_a_changed_slo_is_what_misses_are_counted_by() -> None:
     assert (await app.signals())["slo_miss_share"] == 1.0
 
 
-async def test_a_report_tells_misses_for_16_bits_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(engine_app.time, "monotonic", lambda: clock[0])
-    costs = {
-        mode: {"overhead_s": step_s, "weights_s": 0.0, "token_s": 0.0}
-        for mode, step_s in (("fp16", 0.02), ("fp8", 0.01))
-    }
-    policy = {"slo": {"ttft_s": 1.0}, "latency": {"costs": costs}}
-    settings = with_user_config(SETTINGS, {"policy": policy})
-    engine, window = Engine(), RequestWindow(10.0, clock=lambda: clock[0])
-    app = EngineApp(engine, settings, window)
-    app.open(answering, settings, "r1", lambda **_: None)
-    await app.refresh()
-    clock[0], engine.fp16_steps = 102.0, 100
-    window._add(window._ttft_s, (1.9, 2.1))
-    signals = await app.signals()
-    assert (signals["slo_miss_share"], signals["slo_cost_share"]) == (1.0, 0.5)
-    alike = {"fp16": pytest.approx(1.0), "fp8": pytest.approx(1.0)}
-    assert app.latency_model == {"costs": "policy.latency", "correction": alike}
-    app.adopt(with_user_config(settings, {"policy": {"slo": {"ttft_s": 2.0}, "latency": {"costs": costs}}}))
-    assert (await app.signals())["slo_cost_share"] == 0.5
-    # Of another model's steps nothing is known yet.
-    app.adopt(with_user_config(settings, {"policy": {"slo": {"ttft_s": 2.0}}}))
-    signals = await app.signals()
-    assert (signals["slo_miss_share"], signals["slo_cost_share"]) == (0.5, 0.0)
+async def test_the_latency_model_is_as_the_engine_corrected_it() -> None:
+    app = opened(Engine())
     assert app.latency_model == {"costs": NAME, "correction": {}}
+    await app.refresh()
+    assert app.latency_model == {"costs": NAME, "correction": {"fp16": 1.5}}
+    costs = {mode: {"overhead_s": 0.01, "weights_s": 0.0, "token_s": 0.0} for mode in ("fp16", "fp8")}
+    app.adopt(with_user_config(SETTINGS, {"policy": {"latency": {"costs": costs}}}))
+    assert app.latency_model["costs"] == "policy.latency"

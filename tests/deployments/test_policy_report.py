@@ -19,9 +19,13 @@ def figures(attainment: float, share: float, **more: Any) -> dict[str, Any]:
 def data() -> dict[str, Any]:
     policies = {
         "static-fp16": figures(0.5, 1.0),
+        "static-fp16-cut": figures(0.6, 1.0),
         "static-fp8": figures(0.99, 0.0),
+        "static-fp8-cut": figures(0.995, 0.0),
         "threshold": figures(0.97, 0.4, points_below_static_fp8=2.0, violations_cut=0.94),
-        "predictive": figures(0.985, 0.6, points_below_static_fp8=0.5, violations_cut=0.97),
+        "predictive": figures(
+            0.985, 0.6, points_below_static_fp8=0.5, points_below_static_fp8_cut=1.0, violations_cut=0.97
+        ),
     }
     oracle = {"attainment": 0.985, "fp16_token_share": 0.65, "bound": 0.8, "predictive_over_oracle": 0.923}
     timeline = {
@@ -85,14 +89,15 @@ def test_tables_and_pictures_are_written_and_then_fresh(folder: Path) -> None:
     assert page.startswith("# Policies")
     assert page.endswith("End.\n")
     assert "simulated: a test" in page
-    assert "| wave | 90 % of 12.5/s | 50.00 | 99.00 | 97.00 | 98.50 | +0.50 | 97.0 % | 0.600 |" in page
+    assert "| wave | 90 % of 12.5/s | 50.00 (60.00) | 99.00 (99.50) | 97.00 | 98.50 |" in page
+    assert "| 98.50 | +0.50 (+1.00) | 97.0 % | 0.600 |" in page
     assert "0.650 (0.800) | 0.92 | – | 2 |" in page
     assert "takes 4.2 ms of CPU" in page
     for name in ("policy-front.svg", "policy-burst.svg"):
         root = ElementTree.fromstring((folder / name).read_text())
         assert root.tag.endswith("svg")
     front = (folder / "policy-front.svg").read_text()
-    assert front.count("<circle") == 5 + 5
+    assert front.count("<circle") == 7 + 7
 
 
 def test_the_bars_say_which_loads_miss_them(folder: Path, data: dict[str, Any]) -> None:

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 
 from nestedfp.deployments.signals import RequestWindow, percentile, report_signals
 from nestedfp.policies.config import Slo
-from nestedfp.policies.latency import LatencyModel, StepCosts
-from nestedfp.policies.misses import LostTime
 
 
 class Clock:
@@ -101,66 +99,17 @@ def test_one_token_has_no_tpot(window: RequestWindow) -> None:
 
 def test_prompt_tokens_and_misses_over_the_window(window: RequestWindow, clock: Clock) -> None:
     slo = Slo(ttft_s=1.0, tpot_s=0.03)
-    assert window.misses(slo) == (None, None)
+    assert window.miss_share(slo) is None
     assert window.prompt_tokens_per_s() == 0.0
     clock.now += 5.0
     window.record(None, step(ttft=[0.5, 2.0, 0.5, 0.5], prompt=400))
     assert window.prompt_tokens_per_s() == 400 / 5
-    assert window.misses(slo) == (0.25, None)
+    assert window.miss_share(slo) == 0.25
     window.record(None, step(tpot=[0.02, 0.04]))
-    assert window.misses(slo) == (0.75, None)
+    assert window.miss_share(slo) == 0.75
     clock.now += 11.0
-    assert window.misses(slo) == (None, None)
+    assert window.miss_share(slo) is None
     assert window.prompt_tokens_per_s() == 0.0
-
-
-def test_misses_for_16_bits_are_told_from_others_over_the_time_of_each_request(
-    window: RequestWindow, clock: Clock
-) -> None:
-    """16-bit steps of twice FP8's time run for the first second and for the last."""
-    slo = Slo(ttft_s=1.0, tpot_s=0.7)
-    costs = {
-        mode: StepCosts(overhead_s=step_s, weights_s=0.0, token_s=0.0)
-        for mode, step_s in (("fp16", 0.02), ("fp8", 0.01))
-    }
-    lost = LostTime(LatencyModel(costs=costs))
-
-    def until(second: float, fp16_steps: int) -> None:
-        clock.now = second
-        totals = [fp16_steps, fp16_steps, fp16_steps, 0.02 * fp16_steps]
-        lost.note(clock.now, {"fp16": [totals]}, context=0.0, queued_s=0.0)
-
-    until(100.0, 0)
-    until(101.0, 50)
-    until(103.0, 50)
-    # Half a second was lost of the three that four steps took the first; nothing of the last two.
-    window.record(None, step(tpot=[0.75, 0.25, 0.3]))
-    assert window.misses(slo, lost) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert window.misses(Slo(tpot_s=0.2), lost) == (1.0, 0.0)
-    until(104.0, 100)
-    # Half a second of each of these was lost, too little for the third.
-    window.record(None, step(ttft=[0.5, 1.4, 1.6]))
-    assert window.misses(Slo(ttft_s=1.0, tpot_s=1.0), lost) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
-    clock.now = 113.5
-    signals = report_signals(window, slo, None, age_s=0.1, lost=lost)
-    assert (signals["slo_miss_share"], signals["slo_cost_share"]) == (
-        pytest.approx(2 / 3),
-        pytest.approx(1 / 3),
-    )
-
-
-def test_the_lengths_of_short_answers_outlast_the_window(window: RequestWindow, clock: Clock) -> None:
-    assert window.short_output_tokens() is None
-    iteration = step()
-    iteration.finished_requests = [
-        SimpleNamespace(mean_time_per_output_token=0.01, num_generation_tokens=tokens)
-        for tokens in (1, *range(101, 0, -1))
-    ]
-    window.record(None, iteration)
-    clock.now += 60.0
-    # Of 2 to 101; answers of one token have no TPOT to lose.
-    assert window.short_output_tokens() == 6.0
-    assert report_signals(window, Slo(), None, age_s=0.1)["short_output_tokens"] == 6.0
 
 
 def test_a_report_without_an_answer_of_the_engine_says_only_what_is_known(window: RequestWindow) -> None:

@@ -11,18 +11,11 @@ import pytest
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.facts import Facts
-from nestedfp.policies.controllers.pace import (
-    DOUBTFUL_PACE,
-    LEAST_MEMORY_PACE,
-    Bounds,
-    Misses,
-    Room,
-    room,
-    sustained_load,
-)
+from nestedfp.policies.controllers.load import MOST_MISSED, engine_load, missed
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
+from nestedfp.policies.steps import LIMIT_NAMES, StepBounds
 
 MakeView = Callable[..., ReplicaView]
 
@@ -111,37 +104,11 @@ def test_misses_in_16_bits_lower_the_levels_until_fp8_takes_over(view: MakeView)
     assert modes[-1] == "fp8"
 
 
-def test_misses_that_fp8_would_share_lower_nothing(view: MakeView) -> None:
+def test_unknown_misses_teach_nothing(view: MakeView) -> None:
     run = Run()
     for second in range(90):
-        missed = view(**BUSY, slo_miss_share=0.2, slo_cost_share=0.0)
-        assert run.at(float(second), missed)["a"].mode == "fp16"
-
-
-def learned(view: MakeView, seconds: int = 240, **shares: float) -> Misses:
-    """What a policy with a tolerance of 1 % knows after so many seconds of these reports."""
-    run = Run(prediction={"tolerance": 0.01})
-    for second in range(seconds):
-        run.at(float(second), view(**BUSY, **shares))
-    known: Misses = run.state.memory.misses
-    return known
-
-
-def test_confidence_follows_what_16_bits_cost(view: MakeView) -> None:
-    def confidence(cost: float) -> float:
-        return learned(view, slo_miss_share=0.5, slo_cost_share=cost).confidence
-
-    assert confidence(0.0) == pytest.approx(1.0, abs=0.01)
-    assert confidence(0.01) == pytest.approx(0.0, abs=0.01)
-    assert confidence(0.5) == pytest.approx(-1.0, abs=0.01)
-
-
-def test_where_the_cost_is_unknown_every_miss_counts(view: MakeView) -> None:
-    assert learned(view, slo_miss_share=0.01).confidence == pytest.approx(0.0, abs=0.01)
-
-
-def test_unknown_misses_teach_nothing(view: MakeView) -> None:
-    assert learned(view) == Misses(at_s=239.0)
+        assert run.at(float(second), view(**BUSY))["a"].mode == "fp16"
+    assert run.state.memory.missed == run.policy.start().memory.missed
 
 
 def test_enough_replicas_stay_in_16_bits_for_strict_requests(view: MakeView) -> None:
@@ -159,19 +126,24 @@ def test_shedding_is_the_last_rung_and_is_taken_back(view: MakeView) -> None:
     run = Run(prediction={"shed": True})
     flooded = {**BUSY, "waiting": 400, "waiting_prompt_tokens": 400_000}
     first = run.at(0.0, view(**flooded))["a"]
-    assert (first.mode, first.limits) == ("fp8", None)
+    assert first.mode == "fp8"
+    assert first.limits is not None
+    assert "waiting_prompt_tokens" not in first.limits
     second = run.at(0.1, view(**flooded))["a"]
     assert second.limits is not None
     assert 2_048 <= second.limits["waiting_prompt_tokens"] < 80_000
     eased = {**BUSY, "waiting": 20, "waiting_prompt_tokens": 20_000}
-    assert run.at(5.0, view(**eased, tokens_fp8=10))["a"].limits is None
+    third = run.at(5.0, view(**eased, tokens_fp8=10))["a"]
+    assert third.limits == first.limits
 
 
 def test_without_leave_nothing_is_shed(view: MakeView) -> None:
     run = Run()
     for step in range(5):
         flooded = view(**{**BUSY, "waiting": 400, "waiting_prompt_tokens": 400_000})
-        assert run.at(step * 0.1, flooded)["a"].limits is None
+        limits = run.at(step * 0.1, flooded)["a"].limits
+        assert limits is not None
+        assert "waiting_prompt_tokens" not in limits
 
 
 def test_a_slower_engine_is_learnt_from_its_steps(view: MakeView) -> None:
@@ -200,113 +172,56 @@ def test_auto_takes_over_as_soon_as_there_is_load_and_not_before(view: MakeView)
     assert run.at(0.0, view(**LIGHT))["a"].mode == "fp16"
     target = run.at(10.0, view(**LOADED))["a"]
     assert target.mode == "auto"
-    assert target.limits is not None
-    assert target.limits["pace_s"] == pytest.approx(0.8 * 0.033)
-    assert target.limits["token_s"] > 0
 
 
-def freedom(
-    load: float,
-    *,
-    short_output_tokens: float = 100.0,
-    missed: float = 0.0,
-    cost: float = 0.0,
-    sustained: float = 0.5,
-) -> Room:
-    """The freedom of one replica under a steady load, as a share of what it serves in 16 bits."""
-
-    def at(rate: float) -> Room:
-        column = np.ones(1)
-        facts = Facts(
-            running=30.0 * column,
-            waiting=0.0 * column,
-            oldest_s=0.0 * column,
-            context=36_000.0 * column,
-            arrivals=rate * column,
-            prompt_per_s=1_000.0 * rate * column,
-            inflow=1_000.0 * rate * column,
-            decode_per_s=100.0 * rate * column,
-        )
-        bounds = Bounds(pace=0.8, debt_s=0.25, tpot_s=0.033, short_output_tokens=short_output_tokens)
-        return room(facts, latency_model(), 100.0, Misses(0.0, missed, cost), bounds, sustained)
-
-    return at(load / float(at(1.0).load[0]))
+def load_of(rate: float, waiting: float = 0.0, burst: float = 1.0) -> float:
+    """The 16-bit load of one replica at `rate` requests per second of 1,000 tokens in and 100 out."""
+    column = np.ones(1)
+    facts = Facts(
+        running=30.0 * column,
+        waiting=waiting * column,
+        oldest_s=0.0 * column,
+        context=36_000.0 * column,
+        arrivals=rate * column,
+        prompt_per_s=1_000.0 * rate * column,
+        inflow=burst * 1_000.0 * rate * column,
+        decode_per_s=100.0 * rate * column,
+    )
+    return float(engine_load(facts, latency_model().of("fp16"), 100.0)[0])
 
 
-def test_pace_and_memory_pace_fall_with_the_load() -> None:
-    calm, busy, heavy = freedom(0.5), freedom(1.05), freedom(1.9)
-    assert calm.load[0] == pytest.approx(0.5)
-    assert calm.pace[0] == busy.pace[0] == calm.memory_pace[0] == 0.8
-    assert busy.memory_pace[0] < 0.8
-    assert heavy.pace[0] == 0.5
-    assert heavy.memory_pace[0] == LEAST_MEMORY_PACE
+def test_the_load_is_engine_time_by_the_second() -> None:
+    costs = latency_model().of("fp16")
+    decode_s = costs.token_s + costs.sequence_s + 1_200.0 * costs.context_token_s
+    request_s = 1_000 * (costs.token_s + 500.0 * costs.pair_s) + 100 * decode_s
+    assert load_of(8.0) == pytest.approx(8.0 * request_s)
+    assert load_of(8.0, waiting=5_000.0) == pytest.approx(13.0 * request_s), "what is queued has arrived"
 
 
-def test_the_pace_falls_sooner_where_the_load_lasts() -> None:
-    passing, lasting = freedom(1.2, sustained=0.5), freedom(1.2, sustained=1.1)
-    assert lasting.pace[0] < passing.pace[0] == 0.8
-    assert lasting.memory_pace[0] <= passing.memory_pace[0]
+def test_a_burst_counts_at_once_and_a_lull_in_part() -> None:
+    assert load_of(8.0, burst=3.0) == pytest.approx(3.0 * load_of(8.0))
+    assert load_of(8.0, burst=0.0) == pytest.approx(0.5 * load_of(8.0))
 
 
-@pytest.mark.parametrize("tokens", [10.0, 20.0, 40.0, 400.0])
-def test_short_answers_win_back_every_debt_they_are_allowed(tokens: float) -> None:
-    allowed = freedom(0.3, short_output_tokens=tokens)
-    spare_s = (1.0 - allowed.pace[0]) * 0.033 * tokens
-    assert min(spare_s, 0.25) - 0.25 / 16 < allowed.debt_s[0] <= min(spare_s, 0.25)
+def test_misses_are_averaged_by_rate_and_forgotten() -> None:
+    assert missed(0.0, [], 0.01, 1.0) == 0.0
+    once = missed(0.0, [(0.01, 9.0), (0.0, 1.0)], 0.01, 1.0)
+    assert 0.0 < once < missed(0.0, [(0.01, 1.0)], 0.01, 1.0)
+    many = 0.0
+    for _ in range(600):
+        many = missed(many, [(1.0, 1.0)], 0.01, 1.0)
+    assert many == pytest.approx(MOST_MISSED)
+    for _ in range(60):
+        many = missed(many, [(0.0, 1.0)], 0.01, 1.0)
+    assert many < 0.5
 
 
-def test_where_answers_are_short_all_falls_at_less_load() -> None:
-    long, short = freedom(0.9), freedom(0.9, short_output_tokens=3.0)
-    assert short.pace[0] < long.pace[0]
-    assert short.memory_pace[0] == LEAST_MEMORY_PACE < long.memory_pace[0]
-    assert short.debt_s[0] == 0.0 < freedom(0.5, short_output_tokens=6.0).debt_s[0] < long.debt_s[0]
-
-
-def test_debt_is_taken_away_while_16_bits_cost_requests() -> None:
-    debts = [freedom(0.5, cost=cost).debt_s[0] for cost in (0.0, 0.5, 1.0, 2.0)]
-    assert debts == [0.25, 0.125, 0.0, 0.0]
-    assert freedom(0.5, cost=2.0).pace[0] == 0.8
-
-
-def test_where_misses_are_the_rule_everything_is_tight() -> None:
-    known = [freedom(0.3, missed=missed) for missed in (0.02, 0.075, 0.2)]
-    assert [each.doubt for each in known] == [0.0, pytest.approx(0.5), 1.0]
-    paces = [each.pace[0] for each in known]
-    assert paces[0] > paces[1] > paces[2] == DOUBTFUL_PACE
-    assert known[2].memory_pace[0] == LEAST_MEMORY_PACE
-    assert known[2].debt_s[0] == 0.0
-
-
-def test_the_load_is_averaged_over_seconds() -> None:
-    assert sustained_load(0.4, 0.4, 3.0) == pytest.approx(0.4)
-    assert sustained_load(0.4, 1.4, 0.0) == 0.4
-    assert 0.4 < sustained_load(0.4, 1.4, 1.0) < sustained_load(0.4, 1.4, 5.0) < 1.4
-
-
-def test_freedom_returns_within_a_minute_of_the_last_of_many_misses(view: MakeView) -> None:
+def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
     run = Run("auto")
-    for second in range(120):
-        bad = run.at(float(second), view(**LOADED, slo_miss_share=1.0))["a"].limits
-    for second in range(120, 180):
-        good = run.at(float(second), view(**LOADED, slo_miss_share=0.0))["a"].limits
-    assert bad is not None
-    assert good is not None
-    assert bad["pace_s"] < 0.5 * good["pace_s"]
-    assert good["pace_s"] == pytest.approx(0.8 * 0.033)
-
-
-@pytest.mark.parametrize(("output_tokens", "lasts_s"), [(100.0, 5), (4.0, 20)])
-def test_fp8_is_ordered_only_after_a_lasting_overload(
-    view: MakeView, output_tokens: float, lasts_s: int
-) -> None:
-    """Later where answers are short: a burst of them passes within `auto`, and what is late in 16 bits."""
-    run = Run("auto")
-    heavy = view(**HEAVY, short_output_tokens=output_tokens)
-    modes = [run.at(step * 0.1, heavy)["a"].mode for step in range(10 * lasts_s + 30)]
-    assert set(modes[: 10 * lasts_s - 5]) == {"auto"}
+    modes = [run.at(step * 0.1, view(**HEAVY))["a"].mode for step in range(130)]
+    assert set(modes[:95]) == {"auto"}
     assert modes[-1] == "fp8"
-    later_s = lasts_s + 3.0
-    modes = [run.at(later_s + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(80)]
+    modes = [run.at(13.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(80)]
     assert modes[0] == "fp8"
     assert modes[-1] == "auto"
 
@@ -319,25 +234,25 @@ def test_auto_gives_way_only_after_a_long_rest(view: MakeView) -> None:
     assert modes[-1] == "fp16"
 
 
-def test_where_requests_are_missed_a_queue_is_served_in_fp8(view: MakeView) -> None:
-    trusting, cautious = Run("auto"), Run("auto")
-    queue = {**LOADED, "waiting": 4, "waiting_prompt_tokens": 4_000}
-    for second in range(60):
-        last_trusting = trusting.at(float(second), view(**queue, slo_miss_share=0.0))["a"].limits
-        last_cautious = cautious.at(float(second), view(**queue, slo_miss_share=0.3))["a"].limits
-    assert last_trusting is not None
-    assert last_cautious is not None
-    assert last_trusting["queue_tokens"] > 1_000
-    # An empty queue must not count as one.
-    assert last_cautious["queue_tokens"] == 1.0
-    assert last_cautious["wait_s"] < 0.5 * last_trusting["wait_s"]
-    assert last_cautious["pace_s"] < 0.5 * last_trusting["pace_s"]
+def test_every_mode_is_sent_with_the_bounds_of_its_steps(view: MakeView) -> None:
+    run = Run("auto", prediction={"pace": 0.5, "first_token": 0.6, "least_tokens": 128})
+    first, later = run.at(0.0, view(**LIGHT))["a"], run.at(10.0, view(**LOADED))["a"]
+    assert (first.mode, later.mode) == ("fp16", "auto")
+    assert first.limits is later.limits is not None
+    assert set(first.limits) == set(LIMIT_NAMES)
+    bounds = {name: first.limits[name] for name in StepBounds._fields}
+    assert bounds == pytest.approx(
+        {"pace_s": 0.0165, "tpot_s": 0.033, "ttft_s": 0.6, "late_s": 1.0, "least_tokens": 128.0}
+    )
+    assert first.limits["fp8_token_s"] == latency_model().costs["fp8"].token_s
 
 
-def test_the_pace_can_be_bounded_from_the_start(view: MakeView) -> None:
-    limits = Run("auto", prediction={"pace": 0.5}).at(0.0, view(**LOADED))["a"].limits
-    assert limits is not None
-    assert limits["pace_s"] == pytest.approx(0.0165)
+@pytest.mark.parametrize("controller", ["static-fp16", "static-fp8", "threshold"])
+def test_the_steps_of_other_controllers_are_cut_on_request(view: MakeView, controller: str) -> None:
+    for cut in (False, True):
+        policy = Policy(PolicyConfig(controller=controller, cut_steps=cut))
+        targets, _ = policy.decide(Snapshot((view(**LIGHT),)), policy.start(), 0.0)
+        assert (targets["a"].limits is not None) == cut
 
 
 def test_limits_hold_while_signals_are_unusable(view: MakeView) -> None:

@@ -62,7 +62,7 @@ def test_json_is_the_same_for_the_same_seed(
 
 
 def test_a_rate_is_what_arrives(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("--trace", trace, "--rate", "100", "--json") == 0
+    assert call("--trace", trace, "--rate", "100", "--policy", "static-fp8", "--json") == 0
     assert output(capsys)["duration_s"] == pytest.approx(2.0, abs=0.5)
 
 

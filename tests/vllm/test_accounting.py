@@ -79,7 +79,7 @@ def test_the_store_is_bounded_and_forgets_whole_requests(moves: list[tuple[str, 
 def step(counts: StepCounts, plan: str, at: float, *, ran: str = "", mismatches: int | None = None) -> None:
     tag = StepTag(plan, f"because {plan}", at)
     report = StepReport(ran or plan, 0.001 if plan != counts.current else None, mismatches)
-    counts.add(tag, report, 10, 2, at + 0.5)
+    counts.add(tag, report, 10, at + 0.5)
 
 
 def test_flips_are_counted_from_executed_steps() -> None:
@@ -105,7 +105,7 @@ def test_mixed_steps_are_layers_that_differ_or_a_worker_that_did() -> None:
 def test_the_time_of_overlapping_steps_is_not_counted_twice() -> None:
     counts = StepCounts(["fp16", "fp8"])
     for number in range(4):
-        counts.add(StepTag("fp16", "", 0.1 * number), StepReport("fp16", None, None), 1, 1, 1.0 + number)
+        counts.add(StepTag("fp16", "", 0.1 * number), StepReport("fp16", None, None), 1, 1.0 + number)
     assert counts.step_time_s["fp16"] == pytest.approx(1.0)
 
 
@@ -115,21 +115,10 @@ def test_tokens_are_averaged_over_the_same_steps_as_times() -> None:
     now = 0.0
     for tokens in (8, 512, 64, 1, 2048):
         now += 0.004 + 1e-5 * tokens
-        counts.add(StepTag("fp16", "", 0.0), StepReport("fp16", None, None), tokens, 1, now)
+        counts.add(StepTag("fp16", "", 0.0), StepReport("fp16", None, None), tokens, now)
     assert counts.batch_tokens["fp8"] is None
     mean_tokens, mean_s = counts.batch_tokens["fp16"], counts.step_time_s["fp16"]
     assert mean_tokens is not None
     assert mean_s is not None
     assert 8 < mean_tokens < 2048
     assert mean_s == pytest.approx(0.004 + 1e-5 * mean_tokens)
-
-
-def test_steps_are_added_up_by_plan_and_size() -> None:
-    counts = StepCounts(["fp16", "fp8"])
-    for plan, tokens, requests, now in [("fp16", 5, 2, 1.0), ("fp16", 7, 3, 1.5), ("fp8", 1, 1, 1.75)]:
-        counts.add(StepTag(plan, "", 0.5), StepReport(plan, None, None), tokens, requests, now)
-    nothing = [0, 0, 0, 0.0]
-    assert counts.step_sizes == {
-        "fp16": [nothing, nothing, nothing, [2, 12, 5, 1.0]],
-        "fp8": [nothing, [1, 1, 1, 0.25]],
-    }

@@ -2,10 +2,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestedfp.policies.steps import LIMIT_NAMES, StepBounds, StepTerms
 from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
 
 QUIET = StepFacts(tokens=8, waiting=0, kv_usage=0.1)
 LIMITS = Limits(min_steps=3)
+BOUNDED: dict[str, object] = {name: float(place) for place, name in enumerate(LIMIT_NAMES)}
 
 
 @pytest.mark.parametrize(
@@ -72,8 +74,22 @@ def test_every_run_of_fp8_lasts_min_steps(steps: list[StepFacts]) -> None:
         ({"kv_high": float("nan")}, "kv_high is nan"),
         ({"tokens_high": 10, "tokens_low": 20}, "expected 0 <= low <= high"),
         ({"min_steps": 0}, "min_steps is 0"),
+        ({"waiting_prompt_tokens": -1}, "waiting_prompt_tokens is -1"),
+        ({**BOUNDED, "tpot_s": -0.1}, "tpot_s is -0.1"),
+        ({"pace_s": 0.03}, "tpot_s is not given, but pace_s is; give all or none"),
+        ({**BOUNDED, "fp8_speed_s": 1.0}, "unknown name 'fp8_speed_s'"),
     ],
 )
 def test_bad_limits_are_named(data: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Limits.from_dict(data)
+
+
+def test_bounds_are_read_by_their_flat_names() -> None:
+    limits = Limits.from_dict({**BOUNDED, "kv_high": 0.8})
+    assert limits.steps is not None
+    assert limits.steps.bounds == StepBounds(0.0, 1.0, 2.0, 3.0, 4.0)
+    assert limits.steps.terms["fp16"] == StepTerms(5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
+    assert limits.steps.terms["fp8"].overhead_s == 11.0
+    assert limits.kv_high == 0.8
+    assert Limits.from_dict({"kv_high": 0.8}).steps is None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nestedfp.policies.steps import LIMIT_NAMES
 from nestedfp.vllm.config import NestedFPConfig
 from nestedfp.vllm.scheduler import PrecisionMixin
 from nestedfp.vllm.settings import Settings
@@ -25,6 +26,8 @@ class BaseScheduler:
         self.next: dict[str, int] = {}
         self.finished: set[str] = set()
         self.updated = 0
+        self.max_num_scheduled_tokens = 2048
+        self.allowed: list[int] = []
 
     def add_request(self, request: Any) -> None:
         self.requests[request.request_id] = request
@@ -34,6 +37,7 @@ class BaseScheduler:
         return len(self.requests) - len(self.waiting), len(self.waiting)
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
+        self.allowed.append(self.max_num_scheduled_tokens)
         output = SimpleNamespace(
             num_scheduled_tokens=dict(self.next),
             total_num_scheduled_tokens=sum(self.next.values()),
@@ -60,13 +64,23 @@ class Scheduler(PrecisionMixin, BaseScheduler):
         return self.update_from_output(output, report)
 
 
-def request(request_id: str, **extra_args: Any) -> SimpleNamespace:
+def request(
+    request_id: str,
+    *,
+    made: int = 0,
+    computed: int = 8,
+    prompt: int = 40,
+    age_s: float = 2.0,
+    **extra_args: Any,
+) -> SimpleNamespace:
     return SimpleNamespace(
         request_id=request_id,
         sampling_params=SimpleNamespace(extra_args=extra_args or None),
-        arrival_time=time.time() - 2.0,
-        num_prompt_tokens=40,
-        num_computed_tokens=8,
+        arrival_time=time.time() - age_s,
+        num_prompt_tokens=prompt,
+        num_computed_tokens=computed,
+        num_output_tokens=made,
+        num_tokens=prompt + made,
     )
 
 
@@ -113,20 +127,86 @@ def test_a_strict_request_pins_its_steps_until_it_is_finished(scheduler: Schedul
     assert scheduler.selection.strict_count == 0
 
 
-def test_a_pace_puts_only_steps_in_fp8_that_would_break_it(scheduler: Scheduler) -> None:
-    scheduler.selection.set_target("auto", 1, limits={"pace_s": 0.03, "token_s": 1e-4})
-    scheduler.add_request(request("a"))
-    scheduler.requests["a"].num_output_tokens = 1
-    scheduler.waiting.clear()
-    assert getattr(scheduler.step(a=1), TAG).plan == "fp16"
-    large = getattr(scheduler.step(a=1, b=400), TAG)
-    assert (large.plan, large.reason[:5]) == ("fp8", "auto:")
-    scheduler.selection.set_target("auto", 2, limits={"pace_s": 0.03, "token_s": 1e-4, "wait_s": 1.0})
-    scheduler.waiting.append(request("b"))
-    assert "oldest_wait_s" in getattr(scheduler.step(a=1), TAG).reason
-    late = {"pace_s": 0.03, "token_s": 1e-4, "wait_s": 1.0, "queue_tokens": 1.0, "late_s": 1.5}
-    scheduler.selection.set_target("auto", 3, limits=late)
-    assert getattr(scheduler.step(a=1), TAG).plan == "fp16", "the queue is lost"
+BOUNDS = {
+    **dict.fromkeys(LIMIT_NAMES, 0.0),
+    "pace_s": 0.03,
+    "tpot_s": 0.033,
+    "ttft_s": 0.7,
+    "late_s": 1.0,
+    "least_tokens": 64.0,
+    "fp16_token_s": 1e-4,
+    "fp8_token_s": 5e-5,
+}
+
+
+def test_bounds_hold_the_size_of_a_step_and_choose_its_precision(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [10.0]
+    monkeypatch.setattr("nestedfp.vllm.scheduler.time.monotonic", lambda: clock[0])
+
+    def step(age_s: float) -> Any:
+        scheduler.waiting = [request("b", age_s=age_s, prompt=5000)]
+        output = scheduler.step(a=1, b=99)
+        clock[0] += 0.01
+        scheduler.finish(output)
+        scheduler.running[0].num_output_tokens += 1
+        return getattr(output, TAG)
+
+    scheduler.selection.set_target("auto", 1, limits=BOUNDS)
+    scheduler.running = [request("a", made=1, computed=40, age_s=0.5)]
+    assert step(0.1).plan == "fp16"
+    # A next token is due in 30 ms, of which 95 % are planned with: 285 tokens, one of them the request's own.
+    assert scheduler.allowed == [pytest.approx(285, abs=1)]
+    assert scheduler.max_num_scheduled_tokens == 2048, "for this step alone"
+    urgent = step(0.6)
+    assert urgent.plan == "fp8"
+    assert urgent.reason.startswith("auto: in FP8 a first token would come after")
+    assert step(3.0).plan == "fp16", "the queue is lost"
+    status = scheduler.precision_status({"layers": {}, "plain_reasons": {}})
+    assert status.bounded_steps == 3
+    scheduler.selection.set_target("auto", 2)
+    scheduler.step(a=1)
+    assert scheduler.allowed[-1] == 2048
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [("fp16", 313), ("fp8", 627)])
+def test_a_fixed_precision_is_held_to_what_the_slo_leaves(
+    scheduler: Scheduler, mode: str, tokens: int
+) -> None:
+    scheduler.selection.set_target(mode, 1, limits=BOUNDS)
+    scheduler.running = [request("a", made=1, computed=40, age_s=0.5)]
+    scheduler.waiting = [request("b", age_s=0.1, prompt=5000)]
+    assert getattr(scheduler.step(a=1, b=200), TAG).plan == mode
+    assert scheduler.allowed == [pytest.approx(tokens, abs=1)]
+
+
+def test_a_step_with_a_strict_request_is_held_to_what_16_bits_compute(scheduler: Scheduler) -> None:
+    scheduler.selection.set_target("fp8", 1, limits=BOUNDS)
+    scheduler.add_request(request("s", nestedfp_precision="fp16"))
+    scheduler.running = [request("s", made=1, computed=40, age_s=0.5)]
+    scheduler.waiting = [request("b", age_s=0.1, prompt=5000)]
+    assert getattr(scheduler.step(s=1, b=200), TAG).plan == "fp16"
+    assert scheduler.allowed == [pytest.approx(313, abs=1)]
+
+
+def test_steps_in_flight_take_the_time_of_the_next(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [10.0]
+    monkeypatch.setattr("nestedfp.vllm.scheduler.time.monotonic", lambda: clock[0])
+    scheduler.selection.set_target("auto", 1, limits=BOUNDS)
+    scheduler.running = [request("a", made=1, computed=40, age_s=0.5)]
+    scheduler.waiting = [request("b", age_s=0.1, prompt=5000)]
+    flying = scheduler.step(a=1, b=99)
+    scheduler.running[0].num_output_placeholders = 1
+    scheduler.step(a=1, b=99)
+    # Two tokens are due after 60 ms, and 10 of them go to the 100 tokens in flight.
+    assert scheduler.allowed[1] == pytest.approx((0.95 * 0.05) / 1e-4, abs=1)
+    clock[0] = 10.02
+    scheduler.finish(flying)
+    corrections = scheduler.precision_status({"layers": {}, "plain_reasons": {}}).step_corrections
+    assert corrections == {"fp16": pytest.approx(2.0**0.05)}
 
 
 def test_an_unknown_precision_class_is_no_pin(scheduler: Scheduler) -> None:
@@ -148,28 +228,3 @@ def test_the_status_tells_the_queue(scheduler: Scheduler) -> None:
     assert (status.running, status.waiting, status.waiting_prompt_tokens) == (0, 1, 32)
     assert status.oldest_waiting_s == pytest.approx(2.0, abs=0.5)
     assert status.kv_usage == 0.25
-
-
-def test_the_queue_is_timed_from_the_step_that_left_it(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [10.0]
-    monkeypatch.setattr("nestedfp.vllm.scheduler.time.monotonic", lambda: clock[0])
-
-    def queued_s() -> float:
-        return scheduler.precision_status({"layers": {}, "plain_reasons": {}}).queued_s
-
-    scheduler.add_request(request("a"))
-    assert queued_s() == 0.0
-    scheduler.finish(scheduler.step(b=1))
-    clock[0] = 12.0
-    scheduler.finish(scheduler.step(b=1))
-    assert queued_s() == 2.0
-    scheduler.waiting.clear()
-    scheduler.finish(scheduler.step(a=1, b=1))
-    assert queued_s() == 0.0
-    assert scheduler.precision_status({"layers": {}, "plain_reasons": {}}).step_sizes["fp16"][2][:3] == [
-        1,
-        2,
-        2,
-    ]

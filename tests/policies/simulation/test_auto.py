@@ -1,120 +1,144 @@
-"""``auto`` in the simulator: the same choice as the engine's scheduler makes, and its limits."""
+"""Bounds of steps in the simulator: the same steps as vLLM's scheduler takes, and what bounds do."""
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nestedfp.policies.config import Slo
+from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.cluster import Cluster
-from nestedfp.policies.simulation.state import Columns, EngineSettings
-from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
+from nestedfp.policies.simulation.state import Columns, EngineSettings, costs_of
+from nestedfp.policies.simulation.summary import tpot_s, ttft_s
+from nestedfp.policies.steps import StepBounds, StepTerms
+from nestedfp.vllm.progress import Progress
+from nestedfp.vllm.selection import PlanSelection
+from nestedfp.vllm.settings import Settings
 
-LIMITS: dict[str, float] = {"pace_s": 0.02, "debt_s": 0.01, "queue_tokens": 3000.0, "wait_s": 0.1}
-LATE_S = 0.3
-TIGHT_S = 0.01
+BOUNDS = StepBounds(pace_s=0.02, tpot_s=0.033, ttft_s=0.2, late_s=0.4, least_tokens=256.0)
+FREE = StepBounds(*(math.inf,) * 5)
+TERMS = {
+    mode: StepTerms(*(getattr(costs, term) for term in StepTerms._fields))
+    for mode, costs in latency_model().costs.items()
+}
+SETTINGS = EngineSettings(noise=0.0)
 
 
-def cluster(rate: float, mode: str, limits: dict[str, float] | None = None) -> Cluster:
+def cluster(
+    rate: float, mode: str = "auto", bounds: StepBounds | None = None, strict: float = 0.0
+) -> Cluster:
     random = np.random.default_rng(4)
     count = 400
     load = Columns(
         np.cumsum(random.exponential(1.0 / rate, count)),
         random.integers(50, 2500, count).astype(np.int32),
         random.integers(2, 120, count).astype(np.int32),
-        random.random(count) < 0.1 if mode == "strict" else np.zeros(count, dtype=np.bool_),
+        random.random(count) < strict,
     )
-    made = Cluster(load, 1, EngineSettings(noise=0.0), seed=0, slo=Slo())
-    made.order("replica-0", "auto", limits)
+    made = Cluster(load, 1, SETTINGS, seed=0, slo=Slo())
+    made.order("replica-0", mode, None if bounds is None else bounds._asdict())
     return made
 
 
-@pytest.mark.parametrize("rate", [4.0, 12.0, 20.0, 40.0])
-def test_the_simulator_chooses_as_the_engine_does(rate: float) -> None:
-    """At many moments of a run both are asked about a step of the same length, bound by memory or not."""
-    given = {**LIMITS, "memory_pace_s": TIGHT_S, "late_s": LATE_S}
-    made = cluster(rate, "auto", given)
-    limits = Limits.from_dict(given)
-    answers = []
-    for tick in range(1, 400):
-        made.tick(0.05 * tick)
-        replica, requests = made.engines.replicas[0], made.requests
-        slots = made.engines.slots[0, : int(replica["running"])]
-        first_s = np.where(requests["generated"] > 0, requests["first_s"], made.now)
-        in_time = slots[(first_s - requests["arrival_s"])[slots] <= LATE_S]
-        decoding = in_time[requests["generated"][in_time] > 0]
-        queue = int(replica["tail"])
-        lost = queue < 0 or made.now - requests["arrival_s"][queue] > LATE_S
-        prompts = [
-            *in_time[requests["generated"][in_time] == 0],
-            *([] if lost else [replica["head"]]),
-        ]
-        step_s = float(0.005 + 0.03 * (tick % 3))
-        facts = StepFacts(
-            tokens=100,
-            waiting=int(replica["waiting"]),
-            kv_usage=0.0,
-            running=[
-                (int(requests["generated"][r]) - 1, made.now - float(requests["first_s"][r]))
-                for r in decoding
-            ],
-            waiting_prompt_tokens=0 if lost else int(replica["waiting_tokens"]),
-            oldest_wait_s=max((made.now - float(requests["arrival_s"][r]) for r in prompts), default=0.0),
-        )
-        memory_bound = tick % 2 == 0
-        fixed = {"overhead_s": 0.0, "weights_s": step_s} if memory_bound else {"overhead_s": step_s}
-        timed = Limits.from_dict({**given, **fixed})
-        ours = engine._too_slow(0, made.now, step_s, memory_bound, requests, made.engines)
-        assert ours == choose(facts, Choice(), timed).fp8
-        answers.append(ours)
-    assert limits.pace_s == LIMITS["pace_s"]
-    assert any(answers)
-    assert not all(answers)
+def served(made: Cluster) -> Cluster:
+    while made.busy:
+        made.tick(made.now + 1.0)
+    return made
 
 
 def tokens(made: Cluster) -> tuple[int, int]:
-    while made.busy:
-        made.tick(made.now + 1.0)
-    return int(made.requests["fp16"].sum()), int(made.requests["fp8"].sum())
+    requests = served(made).requests
+    return int(requests["fp16"].sum()), int(requests["fp8"].sum())
 
 
-def test_without_limits_auto_is_16_bits_and_tighter_ones_mean_more_fp8() -> None:
-    assert tokens(cluster(12.0, "auto"))[1] == 0
-    shares: list[Any] = []
+def as_in_vllm(requests: Any, r: int, *, generated: int | None = None) -> SimpleNamespace:
+    """Request `r` with the attributes that vLLM's scheduler knows it by."""
+    request = requests[r]
+    made = int(request["generated"]) if generated is None else generated
+    return SimpleNamespace(
+        request_id=str(r),
+        arrival_time=float(request["arrival_s"]),
+        num_prompt_tokens=int(request["prompt"]),
+        num_computed_tokens=int(request["computed"]),
+        num_output_tokens=made,
+        num_tokens=int(request["prompt"]) + made,
+    )
+
+
+@pytest.mark.parametrize("mode", ["auto", "fp16", "fp8"])
+@pytest.mark.parametrize("rate", [4.0, 12.0, 20.0, 40.0])
+def test_the_simulator_bounds_its_steps_as_the_scheduler_does(rate: float, mode: str) -> None:
+    """At many moments of a run both are asked what the next step may be."""
+    made = cluster(rate, mode, BOUNDS)
+    selection = PlanSelection(Settings())
+    terms = {f"{name}_{term}": value for name, its in TERMS.items() for term, value in its._asdict().items()}
+    selection.set_target(mode, 1, limits={**BOUNDS._asdict(), **terms})
+    answers = set()
+    for tick in range(1, 400):
+        made.tick(0.05 * tick)
+        requests, replica = made.requests, made.engines.replicas[0]
+        if np.isinf(replica["step_end_s"]):
+            continue
+        running = made.engines.slots[0, : int(replica["running"])].tolist()
+        waiting, r = [], int(replica["head"])
+        while r >= 0:
+            waiting.append(as_in_vllm(requests, r))
+            r = int(requests["next"][r])
+        facts = {"ahead_s": 0.0, "most_tokens": 2048, "crowded": False}
+        progress = Progress()
+        for r in running:
+            if requests["generated"][r]:
+                # The scheduler sees each request with its first token, as soon as it has it.
+                first = as_in_vllm(requests, r, generated=1)
+                at = float(requests["first_s"][r])
+                progress.work([first], [], BOUNDS, now=at, wall=at, **facts)
+        batch = [as_in_vllm(requests, r) for r in running]
+        work = progress.work(batch, waiting, BOUNDS, now=made.now, wall=made.now, **facts)
+        bounded = selection.bound(work, TERMS.__getitem__, ())
+        assert bounded is not None
+        number, most = engine._bounded(0, made.now, requests, made.engines, costs_of(SETTINGS))
+        assert (("fp16", "fp8")[number], most) == (bounded.plan, bounded.tokens)
+        answers.add((number, most < 2048))
+    if mode == "auto" or rate > 4.0:
+        assert len(answers) >= 2
+
+
+def test_without_bounds_auto_is_16_bits_and_tighter_ones_mean_more_fp8() -> None:
+    assert tokens(cluster(12.0))[1] == 0
+    assert tokens(cluster(12.0, "auto", FREE))[1] == 0
+    shares: list[float] = []
     for pace in (0.033, 0.02, 0.008):
-        fp16, fp8 = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": pace, "debt_s": 0.0}))
+        fp16, fp8 = tokens(cluster(20.0, "auto", BOUNDS._replace(pace_s=pace)))
         shares.append(fp8 / (fp16 + fp8))
     assert 0.0 < shares[0] < shares[1] < shares[2] < 1.0
-    always = {"pace_s": 0.0, "debt_s": 0.0, "queue_tokens": 0.0, "wait_s": 0.0}
-    assert tokens(cluster(12.0, "auto", always))[0] == 0
+    assert tokens(cluster(12.0, "auto", StepBounds(0.0, 1e9, 0.0, math.inf, math.inf)))[0] == 0
 
 
-def test_a_tighter_pace_of_memory_bound_steps_spends_fewer_tokens_than_one_of_all_steps() -> None:
-    """Both take FP8 for what is behind; only the first leaves long prompts in 16 bits."""
-    loose = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": 0.033}))
-    memory = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": 0.033, "memory_pace_s": TIGHT_S}))
-    every = tokens(cluster(12.0, "auto", {**LIMITS, "pace_s": TIGHT_S}))
-    assert loose[1] < memory[1] < every[1]
+def test_cut_steps_keep_short_answers_within_the_slo() -> None:
+    """A full step of 2,048 tokens alone takes 16 bits 51 ms, of which no answer of two tokens is in time."""
+    whole, cut = served(cluster(10.0, "fp16")), served(cluster(10.0, "fp16", BOUNDS))
+    missed = [float((tpot_s(made.requests) > 0.033).mean()) for made in (whole, cut)]
+    assert missed[1] < 0.5 * missed[0]
+    assert np.median(ttft_s(cut.requests)) < 2.0 * np.median(ttft_s(whole.requests))
+    # No token is lost, and none has another precision.
+    assert tokens(cut) == tokens(whole)
 
 
 def test_what_is_late_is_served_in_16_bits_and_what_is_not_is_not() -> None:
-    """A burst far beyond FP8: without a queue that can still be met, 16 bits take nothing from anyone."""
-    counted = tokens(cluster(80.0, "auto", {**LIMITS, "pace_s": 0.001, "debt_s": 0.0}))
-    late = tokens(cluster(80.0, "auto", {**LIMITS, "pace_s": 0.001, "debt_s": 0.0, "late_s": 1.0}))
-    made = cluster(80.0, "auto", {**LIMITS, "pace_s": 0.001, "debt_s": 0.0, "late_s": 1.0})
-    while made.busy:
-        made.tick(made.now + 1.0)
-    requests = made.requests
-    met = requests["first_s"] - requests["arrival_s"] <= 1.0
-    assert late[0] > counted[0]
+    """A burst far beyond FP8: where no prompt can be in time, 16 bits take nothing from anyone."""
+    requests = served(cluster(80.0, "auto", BOUNDS)).requests
+    met = requests["first_s"] - requests["arrival_s"] <= BOUNDS.late_s
+    assert met.any()
     assert requests["fp16"][~met].sum() > 10 * requests["fp16"][met].sum()
 
 
 def test_a_strict_request_has_no_token_in_fp8_within_auto() -> None:
-    made = cluster(12.0, "strict", {**LIMITS, "queue_tokens": 0.0})
+    made = cluster(12.0, "auto", BOUNDS._replace(ttft_s=0.0), strict=0.1)
     _, fp8 = tokens(made)
     assert fp8 > 0
     assert made.requests["fp8"][made.requests["strict"]].sum() == 0

@@ -50,15 +50,15 @@ def settings(controller: str, between: str = "auto") -> PolicyConfig:
 
 @pytest.mark.parametrize(
     ("controller", "between", "share", "least_fp8"),
-    [("threshold", "", 0.2, 0.3), ("predictive", "", 0.2, 0.3), ("predictive", "auto", 0.01, 0.2)],
+    [("threshold", "", 0.2, 0.3), ("predictive", "", 0.2, 0.3), ("predictive", "auto", 0.01, 0.03)],
 )
 def test_a_burst_is_served_in_fp8_and_calm_in_16_bits(
     controller: str, between: str, share: float, least_fp8: float
 ) -> None:
     """``share`` bounds the requests missed, of those that 16 bits alone miss.
 
-    ``least_fp8`` bounds the burst's tokens in FP8 from below. Within ``auto`` fewer do: memory-bound steps
-    come first, which save the most time for a token.
+    ``least_fp8`` bounds the burst's tokens in FP8 from below. Within ``auto`` fewer do: only those steps that
+    16 bits would not finish in time.
     """
     load = calm_burst_calm()
     outcome = simulate(load, Policy(settings(controller, between)), replicas=2, seed=1)
@@ -72,7 +72,7 @@ def test_a_burst_is_served_in_fp8_and_calm_in_16_bits(
     burst = (requests["arrival_s"] > 32.0) & (requests["arrival_s"] < 48.0)
     calm = requests["arrival_s"] < 25.0
     in_fp8 = requests["fp8"] / (requests["fp8"] + requests["fp16"])
-    assert in_fp8[burst].mean() > least_fp8 > 0.1 > in_fp8[calm].mean()
+    assert in_fp8[burst].mean() > least_fp8 > 2.0 * in_fp8[calm].mean()
     assert busiest_minute(outcome.flips) <= 6
     assert all(flip["signal"] and flip["value"] is not None for flip in outcome.flips)
     if between == "auto":

@@ -12,7 +12,7 @@ from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.latency import LatencyModel, StepCosts
 from nestedfp.policies.policy import Policy
-from nestedfp.policies.simulation import engine
+from nestedfp.policies.simulation import engine, recent
 from nestedfp.policies.simulation.cluster import Outcome, simulate
 from nestedfp.policies.simulation.state import Columns, EngineSettings
 from nestedfp.policies.simulation.summary import tpot_s, ttft_s
@@ -147,44 +147,18 @@ def test_a_thousand_replicas_share_the_load() -> None:
     assert np.bincount(outcome.requests["replica"], minlength=1000).max() < 15
 
 
-def shares(outcome: Outcome, ttft_limit_s: float, tpot_limit_s: float) -> tuple[float, float]:
-    """Of one replica's requests of the whole run: the share over a limit, and that for 16-bit steps."""
-    missed, cost = np.empty(1), np.empty(1)
-    engine.misses(outcome.duration_s, math.inf, ttft_limit_s, tpot_limit_s, outcome.engines, missed, cost)
-    return float(missed[0]), float(cost[0])
-
-
-def test_what_16_bits_cost_is_told_from_other_misses() -> None:
-    """Here a 16-bit step takes twice as long as one in FP8, so that half of every TPOT is lost to it."""
-    load = workload(200, 60.0, seed=12)
-    outcome = run(load)
-    long = load.output_tokens > 1
-    tpot = tpot_s(outcome.requests)[long]
-    for limit in np.quantile(tpot, [0.05, 0.3, 0.6, 0.9]).tolist():
-        missed, cost = shares(outcome, math.inf, limit)
-        assert missed == pytest.approx(np.mean(tpot > limit))
-        assert cost == pytest.approx(np.mean((tpot > limit) & (0.5 * tpot <= limit)))
-    limit = float(np.quantile(tpot_s(run(load, "static-fp8").requests)[long], 0.3))
-    assert shares(run(load, "static-fp8"), math.inf, limit) == (pytest.approx(0.7, abs=0.05), 0.0)
-
-
-def test_what_16_bits_cost_a_first_token_counts_from_the_queue_on() -> None:
-    """Alone half of a TTFT is lost; behind a queue at least that, with what those before it lost."""
-    alone, queued = run(workload(100, 0.5, seed=13)), run(workload(200, 60.0, seed=13))
-    ttft = ttft_s(alone.requests)
-    limit = float(np.median(ttft))
-    assert shares(alone, limit, math.inf)[1] == pytest.approx(np.mean((ttft > limit) & (0.5 * ttft <= limit)))
-    ttft = ttft_s(queued.requests)
-    limit = float(np.median(ttft))
-    assert shares(queued, limit, math.inf)[1] >= np.mean((ttft > limit) & (0.5 * ttft <= limit))
-
-
-def test_the_lengths_of_short_answers() -> None:
-    load = workload(200, 60.0, seed=14)
-    tokens = np.empty(1)
-    engine.short_outputs(0.05, run(load).engines, tokens)
-    counted = np.sort(load.output_tokens[load.output_tokens > 1])
-    assert tokens[0] == counted[int(0.05 * len(counted))]
+def test_the_share_of_requests_that_missed_a_limit() -> None:
+    outcome = run(workload(200, 60.0, seed=12))
+    long = outcome.requests["output"] > 1
+    ttft, tpot = ttft_s(outcome.requests), tpot_s(outcome.requests)[long]
+    share = np.empty(1)
+    for part in (0.05, 0.3, 0.6):
+        limits = float(np.quantile(ttft, 1.0 - part)), float(np.quantile(tpot, 1.0 - part))
+        recent.miss_shares(outcome.duration_s, math.inf, *limits, outcome.engines, share)
+        wanted = float(np.mean(ttft > limits[0]) + np.mean(tpot > limits[1]))
+        assert share[0] == pytest.approx(min(1.0, wanted))
+    recent.miss_shares(outcome.duration_s + 1e6, 10.0, 1.0, 1.0, outcome.engines, share)
+    assert math.isnan(share[0])
 
 
 @pytest.mark.parametrize(("changes", "field"), [({"replicas": 0}, "replicas"), ({"seed": -1}, "seed")])
