@@ -99,13 +99,13 @@ class StepWork(NamedTuple):
 def fitting(seconds: float, terms: StepTerms, work: StepWork) -> float:
     """How many tokens a step of ``seconds`` computes, decoding requests first; at most ``most_tokens``.
 
-    0 where not even the weights can be read in that time.
+    0 where the time is too short for these requests, or for reading the weights.
     """
     fixed_s = terms.overhead_s + work.requests * terms.sequence_s + work.context * terms.context_token_s
     left_s = seconds - fixed_s
-    if left_s < terms.weights_s:
-        return 0.0
     tokens = float(work.decodes)
+    if left_s < max(terms.weights_s, tokens * terms.token_s):
+        return 0.0
     left_s -= tokens * terms.token_s
     for prompt in range(len(work.prompt_tokens)):
         if tokens >= work.most_tokens:
@@ -113,7 +113,7 @@ def fitting(seconds: float, terms: StepTerms, work: StepWork) -> float:
         wanted = work.prompt_tokens[prompt]
         each_s = terms.token_s + terms.pair_s * (work.prompt_context[prompt] + 0.5 * wanted)
         if wanted * each_s >= left_s:
-            return min(float(work.most_tokens), tokens + max(0.0, left_s / max(each_s, 1e-12)))
+            return min(float(work.most_tokens), tokens + left_s / max(each_s, 1e-12))
         tokens += wanted
         left_s -= wanted * each_s
     # All there is fits, and what arrives until the step is composed may join.

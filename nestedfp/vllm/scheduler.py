@@ -90,7 +90,7 @@ class PrecisionMixin:
             now = time.monotonic()
             self.counts.add(tag, report, tokens, now)
             if self._times is not None:
-                self._times.finished(now)
+                self._times.finished(tag.scheduled_at, now)
             self.request_tokens.add(scheduled, report.plan)
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 

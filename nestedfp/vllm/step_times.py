@@ -50,13 +50,14 @@ class StepTimes:
         self._free_s = now + self.ahead_s(now) + predicted_s
         self._in_flight.append(_InFlight(plan, predicted_s, now))
 
-    def finished(self, now: float) -> None:
-        """The oldest step in flight has given its output; one from before there were bounds is not known."""
-        if not self._in_flight:
+    def finished(self, scheduled_s: float, now: float) -> None:
+        """The step scheduled then has given its output; one from before there were bounds is not known."""
+        began_s = max(scheduled_s, self._last_output_s)
+        self._last_output_s = now
+        if not self._in_flight or self._in_flight[0].scheduled_s != scheduled_s:
             return
         step = self._in_flight.popleft()
-        took_s = now - max(step.scheduled_s, self._last_output_s)
-        self._last_output_s = now
+        took_s = now - began_s
         self._free_s = now + sum(each.predicted_s for each in self._in_flight)
         # A plan in between says nothing of either precision.
         if step.plan in self.terms and step.predicted_s > 0.0 and took_s > 0.0:

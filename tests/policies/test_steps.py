@@ -86,8 +86,8 @@ def test_as_many_tokens_fit_as_the_latency_model_has_time_for(todo: StepWork, se
     found = fitting(seconds, SLOW, todo)
     if best == sizes[-1]:
         assert found == MOST
-    elif best < todo.decodes or best == 0:
-        assert found <= todo.decodes
+    elif best == 0:
+        assert found in (0.0, todo.decodes)
     else:
         assert best <= found + 1e-6 < best + 1 + 1e-6
 
@@ -164,6 +164,14 @@ def test_a_prompt_that_is_late_asks_for_nothing_but_is_still_in_the_way() -> Non
     fresh = ((500, 0, 0.1),)
     both = latest_first_token_s(MOST, BOUNDS, SLOW, FAST, work(prompts=late + fresh))
     assert both > latest_first_token_s(MOST, BOUNDS, SLOW, FAST, work(prompts=fresh))
+
+
+def test_decoding_requests_alone_can_be_too_many_for_the_time_left() -> None:
+    """600 tokens take 16 bits 14 ms without reading anything."""
+    many = ((1, 0.0164),) * 600
+    todo = work(many, requests=0, context=0.0)
+    assert fitting(0.010, SLOW, todo) == 0.0
+    assert choose(BOUNDS, SLOW, FAST, todo)[1] == PACE
 
 
 def test_a_full_cache_asks_for_fp8() -> None:

@@ -24,21 +24,31 @@ def test_the_time_ahead_is_that_of_all_steps_in_flight() -> None:
     times.scheduled("fp8", 1000, 0, 0, 5.01)
     both = step_s("fp16", 1000) + step_s("fp8", 1000)
     assert times.ahead_s(5.01) == pytest.approx(both - 0.01)
-    times.finished(5.02)
+    times.finished(5.0, 5.02)
     # The first ended sooner than predicted; the second has just begun.
     assert times.ahead_s(5.02) == pytest.approx(step_s("fp8", 1000))
-    times.finished(5.03)
+    times.finished(5.01, 5.03)
     assert times.ahead_s(5.03) == 0.0
-    times.finished(5.04)
+
+
+def test_a_step_from_before_the_bounds_is_not_taken_for_another() -> None:
+    times = StepTimes(TERMS)
+    times.scheduled("fp16", 1000, 0, 0, 5.01)
+    times.finished(5.0, 5.03)
+    assert times.corrections == {}
+    assert times.ahead_s(5.03) == pytest.approx(step_s("fp16", 1000) - 0.02)
+    times.finished(5.01, 5.03 + step_s("fp16", 1000))
+    assert times.corrections["fp16"] == pytest.approx(1.0)
 
 
 def test_the_terms_follow_the_steps_of_their_precision() -> None:
     times = StepTimes(TERMS)
     now = 1.0
     for _ in range(300):
-        times.scheduled("fp16", 1000, 4, 9000, now)
+        began = now
+        times.scheduled("fp16", 1000, 4, 9000, began)
         now += 3.0 * (step_s("fp16", 1000) + 4 * 10e-6 + 9000 * 40e-9)
-        times.finished(now)
+        times.finished(began, now)
     assert times.corrections == {"fp16": pytest.approx(3.0, rel=1e-3)}
     assert times.of("fp16").token_s == pytest.approx(3.0 * 20e-6, rel=1e-3)
     assert times.of("fp8") == TERMS["fp8"]
@@ -48,10 +58,11 @@ def test_the_terms_follow_the_steps_of_their_precision() -> None:
 def test_a_step_that_was_scheduled_ahead_is_timed_from_the_output_before_it() -> None:
     times = StepTimes(TERMS)
     took = step_s("fp16", 1000)
-    for number in range(50):
-        times.scheduled("fp16", 1000, 0, 0, 1.0 + number * took - took)
+    scheduled = [1.0 + number * took - took for number in range(50)]
+    for number, at in enumerate(scheduled):
+        times.scheduled("fp16", 1000, 0, 0, at)
         if number:
-            times.finished(1.0 + number * took)
+            times.finished(scheduled[number - 1], 1.0 + number * took)
     assert times.corrections["fp16"] == pytest.approx(1.0, rel=0.05)
 
 
@@ -59,5 +70,5 @@ def test_a_plan_in_between_counts_as_slow_as_16_bits_and_corrects_nothing() -> N
     times = StepTimes(TERMS)
     times.scheduled("mlp", 1000, 0, 0, 1.0)
     assert times.ahead_s(1.0) == pytest.approx(step_s("fp16", 1000))
-    times.finished(9.0)
+    times.finished(1.0, 9.0)
     assert times.corrections == {}
