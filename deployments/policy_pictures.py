@@ -57,7 +57,7 @@ def front(data: Mapping[str, Any]) -> str:
             element("circle", cx=left + 5, cy=26.0, r=4.0, fill="none" if hollow else colour, stroke=colour)
         )
         parts.append(label(left + 14, 30.0, name))
-        left += 22.0 + 7.5 * len(name)
+        left += 22.0 + 7.0 * len(name)
     note = f"{len(data['loads'])} loads, {data['settings']['replicas']} replicas; {data['label']}"
     return _svg(440.0, [*parts, label(WIDTH - 20.0, 50.0, note, anchor="end")])
 
