@@ -16,7 +16,7 @@ level for long enough, whichever mode is in force: returning does not need to be
 - With a named plan the middle rung is that plan, under the same levels as 16 bits.
 - Without one there are only 16 bits and FP8.
 
-Beside the plan levels carry a factor learned from the outcome: it falls while requests miss the SLO.
+In the last two the levels carry a factor learned from the outcome: it falls while requests miss the SLO.
 """
 
 from __future__ import annotations
