@@ -82,7 +82,7 @@ async def test_facts_of_the_worker_are_asked_anew_after_a_reload_of_weights() ->
 
     def step() -> None:
         core.scheduler.counts.add(
-            StepTag("fp16", "", 0.0), StepReport("fp16", None, None, core.loads), 1, 1, 1.0
+            StepTag("fp16", "", 0.0), StepReport("fp16", None, None, core.loads), 1, 1.0
         )
 
     assert (await control.status()).layers == {"nested": 4, "plain": 0}
