@@ -101,6 +101,14 @@ class Queue:
     """KV tokens of the running requests together."""
 
 
+def corrected_factor(before: float, predicted_s: float, measured_s: float) -> float:
+    """The factor on step times after one more step, which was predicted with ``before``; times above 0."""
+    low, high = _CORRECTION_RANGE
+    ratio = min(high, max(low, measured_s / predicted_s))
+    after: float = before * ratio**_CORRECTION_WEIGHT
+    return min(high, max(low, after))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyModel:
     """Step costs by mode, with a correction learned online from the steps that were seen.
@@ -168,10 +176,7 @@ class LatencyModel:
         )
         if mode not in self.costs or not usable:
             return self
-        low, high = _CORRECTION_RANGE
-        before = self.correction.get(mode, 1.0)
-        ratio = min(high, max(low, measured_s / predicted_s))
-        after = min(high, max(low, before * ratio**_CORRECTION_WEIGHT))
+        after = corrected_factor(self.correction.get(mode, 1.0), predicted_s, measured_s)
         return replace(self, correction={**self.correction, mode: after})
 
 

@@ -4,11 +4,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from nestedfp.policies.latency import corrected_factor
 from nestedfp.policies.steps import StepTerms
-
-_WEIGHT = 0.05
-"""Of one step in the mean of the ratios of measured to predicted times."""
-_RANGE = (1e-3, 1e3)
 
 
 class _InFlight(NamedTuple):
@@ -61,8 +58,6 @@ class StepTimes:
         self._free_s = now + sum(each.predicted_s for each in self._in_flight)
         # A plan in between says nothing of either precision.
         if step.plan in self.terms and step.predicted_s > 0.0 and took_s > 0.0:
-            low, high = _RANGE
             before = self.corrections.get(step.plan, 1.0)
-            ratio = min(high, max(low, took_s / step.predicted_s))
-            factor = self.corrections[step.plan] = min(high, max(low, before * ratio**_WEIGHT))
+            factor = self.corrections[step.plan] = corrected_factor(before, step.predicted_s, took_s)
             self._corrected[step.plan] = StepTerms(*(factor * term for term in self.terms[step.plan]))
