@@ -2,8 +2,14 @@
 
 A contender is a function of the index of an input set. A graph holds at least one call for each set, so that
 a weight is read again only after all the others; the host's launch cost does not enter.
+
+A device at its power limit slows its clock some milliseconds after the work that is to blame. So each pass
+visits the contenders in another order, lest one always pays for the same neighbour; and where a contender is
+to pay for its own energy alone, it runs for `settle_us` before it is timed for as long.
 """
 
+import math
+import random
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from statistics import median
@@ -37,10 +43,11 @@ def capture(contender: Contender, sets: int, calls: int, *, warm_up: int = 0) ->
     return graph
 
 
-def replay_us(graph: torch.cuda.CUDAGraph, calls: int, repeats: int) -> float:
-    """Median microseconds a call over `repeats` replays."""
+def replay_us(graph: torch.cuda.CUDAGraph, calls: int, repeats: int, unmeasured: int = 1) -> float:
+    """Median microseconds a call over `repeats` replays, after `unmeasured` others."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    graph.replay()
+    for _ in range(unmeasured):
+        graph.replay()
     events[0].record()
     for event in events[1:]:
         graph.replay()
@@ -49,13 +56,15 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int, repeats: int) -> float:
     return median(a.elapsed_time(b) * 1e3 / calls for a, b in pairwise(events))
 
 
-def sized_graph(contender: Contender, sets: int, graph_us: float) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of about `graph_us` of work, or one call for each set where that takes longer; its calls."""
+def sized_graph(contender: Contender, sets: int, graph_us: float) -> tuple[torch.cuda.CUDAGraph, int, float]:
+    """A graph of about `graph_us` of work, or one call for each set where that takes longer; its calls, and
+    roughly what a replay takes in microseconds."""
     graph = capture(contender, sets, sets, warm_up=_WARM_UP_CALLS)
-    rounds = round(graph_us / (replay_us(graph, sets, 1) * sets))
+    once_us = replay_us(graph, sets, 1) * sets
+    rounds = round(graph_us / once_us)
     if rounds < 2:
-        return graph, sets
-    return capture(contender, sets, sets * rounds), sets * rounds
+        return graph, sets, once_us
+    return capture(contender, sets, sets * rounds), sets * rounds, once_us * rounds
 
 
 def measure(
@@ -65,11 +74,17 @@ def measure(
     passes: int = 5,
     repeats: int = 3,
     graph_us: float = 400.0,
+    settle_us: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Microseconds a call of each contender, one number a pass; every pass visits all contenders in turn."""
+    """Microseconds a call of each contender, one number a pass. Every pass visits all of them, in an order
+    drawn anew; each runs for `settle_us`, then is timed for as long and for `repeats` graphs at least."""
     graphs = {name: sized_graph(contender, sets, graph_us) for name, contender in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    order, draw = list(graphs), random.Random(0)
     for _ in range(passes):
-        for name, (graph, calls) in graphs.items():
-            times[name].append(replay_us(graph, calls, repeats))
+        draw.shuffle(order)
+        for name in order:
+            graph, calls, us = graphs[name]
+            settle = math.ceil(settle_us / us)
+            times[name].append(replay_us(graph, calls, max(repeats, settle), max(1, settle)))
     return times
