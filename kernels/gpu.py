@@ -3,8 +3,9 @@
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
-from tempfile import TemporaryFile
+from tempfile import NamedTemporaryFile
 from types import TracebackType
 from typing import Any
 
@@ -65,8 +66,8 @@ class ClockMonitor:
 
     def __enter__(self) -> "ClockMonitor":
         command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
-        # Appending: the program writes at the end wherever `seen` has read to.
-        self._file = TemporaryFile("a+")
+        # By name, so that `seen` reads through a file position of its own.
+        self._file = NamedTemporaryFile("a")
         self._process = subprocess.Popen([*command, "-i", "0", "-lms", str(_SAMPLE_MS)], stdout=self._file)
         return self
 
@@ -79,8 +80,7 @@ class ClockMonitor:
 
     def seen(self) -> str:
         """The range of what was sampled so far, in words. Call it inside the block."""
-        self._file.seek(0)
-        samples = [_numbers(line) for line in self._file]
+        samples = [_numbers(line) for line in Path(self._file.name).read_text().splitlines()]
         columns = list(zip(*(sample for sample in samples if sample), strict=True))
         if not columns:
             return "not sampled"

@@ -45,11 +45,26 @@ def linear_16bit(
     _check("linear_16bit", x, upper, row_exponent, bias, order)
     _check_bytes("linear_16bit", "lower", lower, upper)
     _check_ahead("linear_16bit", ahead, upper)
+    return unchecked_16bit(x, upper, lower, row_exponent, bias, order=order, ahead=ahead)
+
+
+def unchecked_16bit(
+    x: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: KOrder = KOrder.NATURAL,
+    ahead: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """`linear_16bit` of operands that are known to fit: those of a layer, which meets them in every step."""
     if x.numel() == 0:
         return _empty(x, upper)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    product = _chosen(Mode.BITS16, tokens, (upper, lower), order, ahead)
-    return _unflatten(product(tokens, upper, lower, row_exponent, bias), x)
+    backend, product = _chosen(Mode.BITS16, tokens, (upper, lower), order)
+    more = {"ahead": ahead} if ahead and backend is Backend.HOPPER else {}
+    return _unflatten(product(tokens, upper, lower, row_exponent, bias, **more), x)
 
 
 def linear_fp8(
@@ -67,25 +82,41 @@ def linear_fp8(
     """
     _check("linear_fp8", x, upper, row_exponent, bias, order)
     _check_ahead("linear_fp8", ahead, upper)
+    return unchecked_fp8(x, upper, row_exponent, bias, order=order, ahead=ahead)
+
+
+def unchecked_fp8(
+    x: Tensor,
+    upper: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: KOrder = KOrder.NATURAL,
+    ahead: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """`linear_fp8` of operands that are known to fit."""
     if x.numel() == 0:
         return _empty(x, upper)
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    product = _chosen(Mode.FP8, tokens, (upper,), order, ahead)
-    return _unflatten(product(tokens, upper, row_exponent, bias), x)
+    backend, product = _chosen(Mode.FP8, tokens, (upper,), order)
+    more = {"ahead": ahead} if ahead and backend is Backend.HOPPER else {}
+    return _unflatten(product(tokens, upper, row_exponent, bias, **more), x)
 
 
 def _chosen(
-    mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder, ahead: tuple[Tensor, ...]
-) -> Callable[..., Tensor]:
-    N, K = weight[0].shape
-    problem = Problem(mode, x.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(x, weight))
-    backend, product = _product(problem, _capability(x.device))
-    return partial(product, ahead=ahead) if ahead and backend is Backend.HOPPER else product
+    mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder
+) -> tuple[Backend, Callable[..., Tensor]]:
+    fits = fits_bulk_copies(x, weight)
+    return _product(mode, x.shape[0], *weight[0].shape, x.dtype, order, fits, _capability(x.device))
 
 
 @lru_cache(maxsize=4096)
-def _product(problem: Problem, capability: Capability | None) -> tuple[Backend, Callable[..., Tensor]]:
+def _product(
+    mode: Mode, M: int, N: int, K: int, dtype: torch.dtype, order: KOrder, fits: bool,
+    capability: Capability | None,
+) -> tuple[Backend, Callable[..., Tensor]]:  # fmt: skip
     """The kernel for a problem: every layer meets the same few, and on a GPU the host's time counts."""
+    problem = Problem(mode, M, N, K, _DTYPES[dtype], order, fits)
     backend, config = choose(problem, capability)
     if backend is Backend.PORTABLE:
         _log_portable(problem.mode, problem.K, problem.order, problem.tma, capability)
@@ -105,12 +136,13 @@ def _empty(x: Tensor, upper: Tensor) -> Tensor:
 def fits_bulk_copies(x: Tensor, weight: tuple[Tensor, ...]) -> bool:
     """Aligned bases, and rows of x that are dense, aligned and do not overlap."""
     M, K = x.shape
-    pitch = x.stride(0) if M > 1 else K
-    return (
-        (x.stride(1) == 1 or K == 1)
-        and (M == 1 or (pitch >= K and pitch * x.element_size() % TMA_ALIGNMENT == 0))
-        and all(tensor.data_ptr() % TMA_ALIGNMENT == 0 for tensor in (x, *weight))
-    )
+    pitch, unit = x.stride()
+    if (unit != 1 and K > 1) or (M > 1 and (pitch < K or pitch * x.element_size() % TMA_ALIGNMENT)):
+        return False
+    starts = x.data_ptr()
+    for plane in weight:
+        starts |= plane.data_ptr()
+    return starts % TMA_ALIGNMENT == 0
 
 
 @cache

@@ -35,7 +35,7 @@ _ROUGH_US = 200.0
 # Of the first pass, so many candidates within this of the best are timed again, and of these the nearest.
 _MOST_NEAR, _NEAR, _NEAREST = 12, 1.08, 1.02
 # From so many tokens on a product may reach the power limit, which sets the clock within some milliseconds.
-_SETTLED_TOKENS, _SETTLE_US = 256, 30_000.0
+_SETTLED_TOKENS, _SETTLE_US = 1024, 30_000.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ _MULTIPROCESSORS = 132
 _GROUP_TOKENS = 1024
 # Weight rows of a tile: what fills the last wave best. wgmma takes any multiple of 8, the epilogue of 16.
 _FEW_ROWS = (32, 48, 64, 80, 96, 112, 128, 176)
-_MANY_ROWS = (48, 64, 80, 96, 128, 160, 192, 224, 256)
+_MANY_ROWS = (32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 # Of warpgroups with two blocks of 64 tokens.
 _BLOCK_ROWS = (96, 128)
 # Beyond it, a thread's sums leave no registers to exchange parts.

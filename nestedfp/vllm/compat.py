@@ -145,6 +145,17 @@ def allow_graph_capture(allowed: bool) -> None:
     set_cudagraph_capturing_enabled(allowed)
 
 
+def chain_launches(compilation_config: Any) -> None:
+    """Has torch.compile's kernels on Hopper and later start while the kernel before them ends, and let the
+    next one do so (programmatic dependent launch): weights are then on their way while a norm is computed.
+    A value that the user gave stays."""
+    import torch
+    from torch._inductor import config
+
+    if hasattr(config.triton, "enable_pdl") and torch.cuda.get_device_capability() >= (9, 0):
+        compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
+
+
 def fill_dummy_weights(fill: Any) -> None:
     """Makes `load_format="dummy"` fill each floating-point parameter by `fill(parameter)`; for benchmarks."""
     import torch

@@ -40,6 +40,7 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
 
     def init_device(self) -> None:
         super().init_device()
+        compat.chain_launches(self.compilation_config)
         runner = self.model_runner
         self._graphs = GraphBank(lambda: [Holder(*found) for found in compat.graph_holders(runner)])
         self._capture_one = runner.capture_model

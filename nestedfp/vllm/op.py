@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestedfp.kernels import linear_16bit, linear_fp8
 from nestedfp.kernels.layout import KOrder
+from nestedfp.kernels.product import unchecked_16bit, unchecked_fp8
 from nestedfp.precision import Precision
 from nestedfp.vllm.active import ACTIVE
 
+# A lookup: calling the enumeration takes longer.
+_ORDERS = {order.value: order for order in KOrder}
 _LIBRARY: Any = torch.library.Library("nestedfp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
     "linear(Tensor x, Tensor upper, Tensor lower, Tensor row_exponent, Tensor? bias, str kind, str order)"
@@ -27,10 +29,11 @@ def _linear(
     precision = ACTIVE.plan.precision(kind)
     if ACTIVE.record is not None:
         ACTIVE.record.write(row_exponent, precision)
+    # The layer's own were checked when it was nested, and x is what its model gives it.
     ahead = ACTIVE.read_after(row_exponent)
     if precision is Precision.FP8:
-        return linear_fp8(x, upper, row_exponent, bias, order=KOrder(order), ahead=ahead)
-    return linear_16bit(x, upper, lower, row_exponent, bias, order=KOrder(order), ahead=ahead)
+        return unchecked_fp8(x, upper, row_exponent, bias, order=_ORDERS[order], ahead=ahead)
+    return unchecked_16bit(x, upper, lower, row_exponent, bias, order=_ORDERS[order], ahead=ahead)
 
 
 def _linear_shape(

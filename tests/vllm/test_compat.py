@@ -1,6 +1,9 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch._inductor.config
 
 import nestedfp.vllm
 from nestedfp.vllm import compat
@@ -40,3 +43,27 @@ def test_engine_arguments_refuse_a_bad_setting_and_device() -> None:
         nestedfp.vllm.engine_arguments("cpu", inexact="x")
     with pytest.raises(ValueError, match="device is 'tpu'"):
         nestedfp.vllm.engine_arguments("tpu")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "expected"),
+    [
+        ((9, 0), {}, True),
+        ((12, 0), {}, True),
+        ((8, 9), {}, None),
+        ((9, 0), {"triton.enable_pdl": False}, False),
+    ],
+)
+def test_compiled_kernels_start_early_where_the_gpu_can_and_nobody_objects(
+    capability: tuple[int, int],
+    given: dict[str, bool],
+    expected: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    config = SimpleNamespace(inductor_compile_config=given)
+    compat.chain_launches(config)
+    assert config.inductor_compile_config.get("triton.enable_pdl") is expected
+    # torch must know the setting under this name, or compiling would fail.
+    with torch._inductor.config.patch(config.inductor_compile_config):
+        assert torch._inductor.config.triton.enable_pdl is bool(expected)

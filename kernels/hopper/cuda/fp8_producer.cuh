@@ -25,6 +25,7 @@ class Producer {
       load_weights(i, unit, i);
     }
     ptx::wait_for_previous_kernel();
+    ptx::let_next_kernel_start();
     await_codes(unit.m);
     Ring<STAGES> ring, last;
     for (int i = 0; i < early; ++i, ring.advance()) load_tokens(i, unit, i), last = ring;

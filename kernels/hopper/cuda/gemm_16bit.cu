@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     ptx::barrier_init_fence();
   }
   // CTAs that share K meet before they exchange sums, not here.
-  ptx::meet_and_let_next_start<CLUSTER, CLUSTER_K == 1>();
+  ptx::meet<CLUSTER, CLUSTER_K == 1>();
 
   // The copy engine is slow where a box reaches past the last token, so the last tile begins where it ends there.
   auto corner = [&](int tile) -> Corner {
@@ -131,6 +131,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       u16 ctas = 0;
       for (int i = 0; i < CLUSTER_ROWS; ++i) ctas |= 1 << (rank_token + i * CLUSTER_TOKENS);
       ptx::wait_for_previous_kernel();
+      ptx::let_next_kernel_start();
       Ring<X_STAGES> ring;
       for (int index = 0; index < schedule.count; ++index) {
         if constexpr (CLUSTER_K > 1) Pair::await_taken(base, index - schedule.whole_count);

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import NO_MAP, Kernel, ahead_of, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import (
+    NO_MAP,
+    Kernel,
+    Launch,
+    Planes,
+    address,
+    ahead_of,
+    planes_of,
+    tensor_map,
+)
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS, workspace
 
@@ -241,9 +250,9 @@ def _stores(config: Config, M: int, N: int) -> _Stores:
     return _Stores.SENT if M >= _LEAST_TOKENS_SENT and config.slices > 2 else _Stores.WIDE
 
 
-class _Launch(NamedTuple):
-    """All of a launch but the operands. numbers: the kernel's parameters behind them; boxes in rows, y's 0
-    where threads store it."""
+class _Shape(NamedTuple):
+    """All of a launch but where the operands lie. numbers: the kernel's parameters behind them; boxes in
+    rows, y's 0 where threads store it."""
 
     kernel: Kernel
     clusters: int
@@ -254,8 +263,8 @@ class _Launch(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _launch(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: int) -> _Launch:
-    kernel = _kernel(config, dtype, device)
+def _shape(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> _Shape:
+    kernel = _kernel(config, dtype, device.index)
     cut = plan(config, M, N, K, kernel.resident_clusters)
     # The copy engine is slow where a box reaches past the last token.
     boxes = config.cluster_rows * config.x_boxes
@@ -265,7 +274,28 @@ def _launch(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: 
     numbers = (M, N, K, config.group, cut.cut, cut.parts, x_bytes, stores)
     weight_box = config.rows // config.cluster_tokens
     y_box = config.slice if stores is _Stores.SENT else 0
-    return _Launch(kernel, cut.clusters, box, weight_box, y_box, tuple(map(ctypes.c_int, numbers)))
+    return _Shape(kernel, cut.clusters, box, weight_box, y_box, tuple(map(ctypes.c_int, numbers)))
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device,
+    x: int, x_pitch: int, upper: int, lower: int, row_exponent: int, bias: int | None, y: int, ahead: Planes,
+) -> Launch:  # fmt: skip
+    """Of operands at these addresses; x_pitch in elements."""
+    shape = _shape(config, M, N, K, dtype, device)
+    panels = (N * K // _UNIT, _UNIT, _UNIT, shape.weight_box, _UNIT)
+    partials, counters = map(address, workspace(device))
+    arguments = (
+        tensor_map(dtype, x, M, K, x_pitch, shape.x_box, _STEP),
+        tensor_map(torch.uint8, upper, *panels),
+        tensor_map(torch.uint8, lower, *panels),
+        tensor_map(dtype, y, M, N, N, shape.y_box, _ROWS) if shape.y_box else NO_MAP,
+        *map(ctypes.c_void_p, (y, row_exponent, bias, partials, counters)),
+        *shape.numbers,
+        ahead_of(ahead),
+    )
+    return shape.kernel.with_arguments(shape.clusters, arguments, device.index)
 
 
 def product(
@@ -284,22 +314,9 @@ def product(
     one plane or two that the next product reads.
     """
     (M, K), N = x.shape, upper.shape[0]
-    device = x.device
-    launch = _launch(config, M, N, K, x.dtype, device.index or 0)
-    partials, counters = workspace(device)
-    panels = (N * K // _UNIT, _UNIT, _UNIT, launch.weight_box, _UNIT)
-    launch.kernel(
-        launch.clusters,
-        (
-            tensor_map(x.dtype, x.data_ptr(), M, K, x.stride(0), launch.x_box, _STEP),
-            tensor_map(torch.uint8, upper.data_ptr(), *panels),
-            tensor_map(torch.uint8, lower.data_ptr(), *panels),
-            tensor_map(y.dtype, y.data_ptr(), M, N, N, launch.y_box, _ROWS) if launch.y_box else NO_MAP,
-            *map(pointer, (y, row_exponent, bias, partials, counters)),
-            *launch.numbers,
-            ahead_of(ahead),
-        ),
-    )
+    where = (upper.data_ptr(), lower.data_ptr(), row_exponent.data_ptr(), address(bias), y.data_ptr())
+    launch = _launch(config, M, N, K, x.dtype, x.device, x.data_ptr(), x.stride(0), *where, planes_of(ahead))
+    launch()
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     }
     ptx::barrier_init_fence();
   }
-  ptx::meet_and_let_next_start<CLUSTER>();
+  ptx::meet<CLUSTER>();
 
   if (warpgroup == CONSUMERS) {
 #if PRODUCER_REGISTERS

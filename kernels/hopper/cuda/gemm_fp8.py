@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda.compile import cubin
-from nestedfp.kernels.hopper.cuda.launch import NO_MAP, Kernel, ahead_of, pointer, tensor_map
+from nestedfp.kernels.hopper.cuda.launch import (
+    NO_MAP,
+    Kernel,
+    Launch,
+    Planes,
+    address,
+    ahead_of,
+    planes_of,
+    tensor_map,
+)
 from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import workspace
 from nestedfp.kernels.layout import KOrder
@@ -244,10 +253,10 @@ def _scratch(device: torch.device) -> _Scratch:
     return _Scratch(device)
 
 
-class _Launch(NamedTuple):
-    """All of a launch but the operands. height: rows of the codes; numbers, schedule: the kernel's parameters
-    before and behind the pitch of x; boxes in rows, those of y in columns, 0 where the copy engine stores
-    nothing."""
+class _Shape(NamedTuple):
+    """All of a launch but where the operands lie. height: rows of the codes; boxes in rows, those of y in
+    columns, 0 where the copy engine stores nothing; numbers: the kernel's parameters between the pitch of x
+    and what is asked ahead."""
 
     kernel: Kernel
     clusters: int
@@ -255,19 +264,21 @@ class _Launch(NamedTuple):
     x_box: int
     weight_box: int
     y_box: int
-    numbers: tuple[ctypes.c_int, ...]
-    schedule: tuple[Any, ...]
+    size: tuple[ctypes.c_int, ...]
+    numbers: tuple[Any, ...]
 
 
 @lru_cache(maxsize=4096)
-def _launch(config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.dtype, device: int) -> _Launch:
-    kernel = _kernel(config, dtype, device)
+def _shape(
+    config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.dtype, device: torch.device
+) -> _Shape:
+    kernel = _kernel(config, dtype, device.index)
     cut = plan(config, M, N, K, kernel.resident_clusters)
     box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
     rest = (box * config.cluster_rows * _CHUNK, int(panels), cut.front, cut.team_warps)
     tiles = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
     sent = config.deferred and cut.units > cut.clusters and N % 8 == 0
-    return _Launch(
+    return _Shape(
         kernel,
         cut.clusters,
         cut.tiles_m * config.tokens * config.cluster_tokens,
@@ -277,6 +288,30 @@ def _launch(config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.d
         tuple(map(ctypes.c_int, (M, N, K))),
         (*map(ctypes.c_int, rest), (ctypes.c_int * len(tiles))(*tiles)),
     )
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.dtype, device: torch.device,
+    x: int, x_pitch: int, upper: int, row_exponent: int, bias: int | None, y: int, ahead: Planes,
+) -> Launch:  # fmt: skip
+    """Of operands at these addresses; x_pitch in elements."""
+    shape = _shape(config, M, N, K, panels, dtype, device)
+    stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
+    scratch = _scratch(device)
+    codes = scratch.codes(shape.height * K).data_ptr()
+    scale, partials, flags = map(address, (scratch.scale, scratch.partials, scratch.flags))
+    arguments = (
+        tensor_map(torch.uint8, codes, shape.height, K, K, shape.x_box, _CHUNK),
+        tensor_map(torch.uint8, upper, *stored, shape.weight_box, _CHUNK),
+        tensor_map(dtype, y, M, N, N, _ROWS_A_WARP, shape.y_box) if shape.y_box else NO_MAP,
+        *map(ctypes.c_void_p, (y, x, codes, scale, row_exponent, bias, partials, flags)),
+        *shape.size,
+        ctypes.c_int((x_pitch if M > 1 else K) * dtype.itemsize),
+        *shape.numbers,
+        ahead_of(ahead),
+    )
+    return shape.kernel.with_arguments(shape.clusters, arguments, device.index)
 
 
 def product(
@@ -313,24 +348,9 @@ def _product(
     ahead: tuple[Tensor, ...],
 ) -> None:
     (M, K), N = x.shape, upper.shape[0]
-    device = x.device
     panels = order is KOrder.HOPPER
-    launch = _launch(config, M, N, K, panels, x.dtype, device.index or 0)
-    scratch = _scratch(device)
-    codes = scratch.codes(launch.height * K)
-    stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
-    launch.kernel(
-        launch.clusters,
-        (
-            tensor_map(torch.uint8, codes.data_ptr(), launch.height, K, K, launch.x_box, _CHUNK),
-            tensor_map(torch.uint8, upper.data_ptr(), *stored, launch.weight_box, _CHUNK),
-            tensor_map(y.dtype, y.data_ptr(), M, N, N, _ROWS_A_WARP, launch.y_box)
-            if launch.y_box
-            else NO_MAP,
-            *map(pointer, (y, x, codes, scratch.scale, row_exponent, bias, scratch.partials, scratch.flags)),
-            *launch.numbers,
-            ctypes.c_int((x.stride(0) if M > 1 else K) * x.element_size()),
-            *launch.schedule,
-            ahead_of(ahead),
-        ),
+    where = (upper.data_ptr(), row_exponent.data_ptr(), address(bias), y.data_ptr())
+    launch = _launch(
+        config, M, N, K, panels, x.dtype, x.device, x.data_ptr(), x.stride(0), *where, planes_of(ahead)
     )
+    launch()

@@ -1,10 +1,12 @@
 """Loading a cubin and launching it through the driver: clusters, tensor maps, early start.
 
-Everything goes through libcuda by ctypes. What a launch needs is kept for the next one: a step that is no
-CUDA graph, such as a prompt of a thousand tokens, can take as long as the host needs to launch it.
+Everything goes through libcuda by ctypes. What a launch needs is kept for the next one, whole where its
+operands lie where they lay: a step that is no CUDA graph, such as a prompt of a thousand tokens, can take as
+long as the host needs to launch it.
 """
 
 import ctypes
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -29,6 +31,9 @@ class TensorMap(ctypes.Structure):
 
     _fields_ = [("words", ctypes.c_uint64 * 16)]
 
+
+Launch = Callable[[], None]
+"""Launches a kernel once more, with the arguments that it was made with."""
 
 NO_MAP = TensorMap()
 """Where a kernel takes a map that this launch does not use."""
@@ -114,12 +119,12 @@ class Kernel:
         raised = driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared)
         _check(f"{name} with {shared} bytes of shared memory", raised)
         self.resident_clusters = self._resident_clusters(name)
-        self._launches: dict[tuple[int, int], _LaunchConfig] = {}
+        self._configs: dict[int, dict[int, _LaunchConfig]] = {}
 
     def _resident_clusters(self, name: str) -> int:
         """How many clusters the idle device holds at once."""
         count = ctypes.c_int()
-        launch = self._launch(self._cluster, None, early=False)
+        launch = self._config(self._cluster, None, early=False)
         driver = _driver()
         status = driver.cuOccupancyMaxActiveClusters(
             ctypes.byref(count), self._function, ctypes.byref(launch)
@@ -129,7 +134,7 @@ class Kernel:
             raise RuntimeError(f"{name}: no cluster of {self._cluster} fits this device")
         return count.value
 
-    def _launch(self, ctas: int, stream: int | None, *, early: bool) -> _LaunchConfig:
+    def _config(self, ctas: int, stream: int | None, *, early: bool) -> _LaunchConfig:
         attributes = (_Attribute * 2)()
         attributes[0].id = _CLUSTER_DIMENSION
         attributes[0].value[0], attributes[0].value[1], attributes[0].value[2] = self._cluster, 1, 1
@@ -144,35 +149,50 @@ class Kernel:
             2 if early else 1,
         )
 
-    def __call__(self, clusters: int, arguments: tuple[Any, ...]) -> None:
-        """Launches on the current stream; the kernel may start before the one before it has ended.
+    def with_arguments(self, clusters: int, arguments: tuple[Any, ...], device: int) -> Launch:
+        """A launch on the current stream of `device`, to be made any number of times; the kernel may start
+        before the one before it has ended.
 
         arguments: ctypes values in the order of the kernel's parameters.
         """
+        configs = self._configs.setdefault(clusters, {})  # by stream
         pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        stream = torch.cuda.current_stream().cuda_stream
-        launch = self._launches.get((clusters, stream))
-        if launch is None:
-            launch = self._launch(clusters * self._cluster, stream, early=True)
-            self._launches[clusters, stream] = launch
-        status = _driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, pointers, None)
-        _check(f"launching {clusters} clusters of {self._cluster}", status)
+        function, launch_kernel = self._function, _driver().cuLaunchKernelEx
+
+        def launch() -> None:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            config = configs.get(stream)
+            if config is None:
+                config = configs[stream] = self._config(clusters * self._cluster, stream, early=True)
+            status = launch_kernel(ctypes.byref(config), function, pointers, None)
+            if status != 0:
+                _check(f"launching {clusters} clusters of {self._cluster}", status)
+
+        # The pointers above lead into them.
+        launch.arguments = arguments  # type: ignore[attr-defined]
+        return launch
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """A tensor's address as an argument, null for None."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor lies, None for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
-def ahead_of(planes: tuple[Tensor, ...]) -> Ahead:
-    """The beginning of each of at most two planes of bytes, equally long: `AHEAD_BYTES` in all."""
-    return _ahead(tuple(plane.data_ptr() for plane in planes), planes[0].numel() if planes else 0)
+Planes = tuple[int, ...]
+"""The size of planes of bytes, equally long, and the address of each; empty without any."""
+
+
+def planes_of(tensors: tuple[Tensor, ...]) -> Planes:
+    """Of planes that the next product reads."""
+    return (tensors[0].numel(), *(tensor.data_ptr() for tensor in tensors)) if tensors else ()
 
 
 @lru_cache(maxsize=1 << 13)
-def _ahead(addresses: tuple[int, ...], size: int) -> Ahead:
+def ahead_of(planes: Planes) -> Ahead:
+    """The beginning of each of at most two planes: `AHEAD_BYTES` in all."""
+    size, addresses = (planes[0], planes[1:]) if planes else (0, ())
     # The copy engine asks for nothing off 16-byte boundaries.
-    aligned = [address for address in addresses if address % 16 == 0]
+    aligned = [where for where in addresses if where % 16 == 0]
     if not aligned:
         return Ahead()
     return Ahead((ctypes.c_void_p * 2)(*aligned), min(AHEAD_BYTES // len(aligned), size & ~15))

@@ -259,20 +259,26 @@ __device__ __forceinline__ void registers_less() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// After one thread has made the barriers: the CTA meets, or the cluster, and the next kernel may start. A cluster that
-// is not AWAITED only says that this CTA is there, and has to `cluster_wait` before it reaches into another.
+// After one thread has made the barriers: the CTA meets, or the cluster. A cluster that is not AWAITED only says that
+// this CTA is there, and has to `cluster_wait` before it reaches into another.
 template <int CLUSTER, bool AWAITED = true>
-__device__ __forceinline__ void meet_and_let_next_start() {
+__device__ __forceinline__ void meet() {
   if constexpr (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
   if constexpr (CLUSTER > 1 && AWAITED)
     cluster_wait();
   else
     __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 
 // The kernel launched before this one has ended, and its writes are visible.
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next kernel may start once every CTA has called this, after `wait_for_previous_kernel`: one that reads what an
+// earlier kernel wrote then finds it, whether or not it waits for this one first, as kernels that torch.compile writes
+// may not. Nothing is lost: the next one's CTAs find no room before this one's leave.
+__device__ __forceinline__ void let_next_kernel_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // --- counters in global memory ---
 
