@@ -32,8 +32,8 @@ from nestedfp.policies.simulation.state import BOUNDS, EngineSettings, Floats, R
 from nestedfp.policies.simulation.summary import attained
 from nestedfp.policies.steps import StepBounds
 
-TPOT_S: Final = 0.033
-TTFT_S: Final = 1.0
+TPOT_S: Final = Slo().tpot_s
+TTFT_S: Final = Slo().ttft_s
 LEAST_TOKENS: Final = 256.0
 
 
