@@ -21,7 +21,7 @@ arrays, and call nothing but each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -61,11 +61,28 @@ class StepBounds(NamedTuple):
     """Prompt tokens below which a step is not cut; infinite: no step is cut."""
 
 
+_PRECISIONS: Final = ("fp16", "fp8")
 LIMIT_NAMES: Final = (
     *StepBounds._fields,
-    *(f"{precision}_{term}" for precision in ("fp16", "fp8") for term in StepTerms._fields),
+    *(f"{precision}_{term}" for precision in _PRECISIONS for term in StepTerms._fields),
 )
-"""The names under which bounds and terms are sent with a mode."""
+"""The names under which bounds and terms are sent with a mode: ``pace_s``, ``fp16_token_s``."""
+
+
+def to_limits(bounds: StepBounds, terms: Mapping[str, StepTerms]) -> dict[str, float]:
+    """Bounds, and the terms of ``fp16`` and ``fp8``, by the names they are sent under."""
+    values = (*bounds, *(value for precision in _PRECISIONS for value in terms[precision]))
+    return dict(zip(LIMIT_NAMES, values, strict=True))
+
+
+def from_limits(limits: Mapping[str, float]) -> tuple[StepBounds, dict[str, StepTerms]]:
+    """What :func:`to_limits` was given; KeyError for a name that lacks."""
+    bounds = StepBounds(*(limits[name] for name in StepBounds._fields))
+    terms = {
+        precision: StepTerms(*(limits[f"{precision}_{term}"] for term in StepTerms._fields))
+        for precision in _PRECISIONS
+    }
+    return bounds, terms
 
 
 class StepWork(NamedTuple):

@@ -12,11 +12,11 @@ from nestedfp.policies.controllers.base import Controller, Memory, Wish
 from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.snapshot import Snapshot
-from nestedfp.policies.steps import StepBounds, StepTerms
+from nestedfp.policies.steps import StepBounds, StepTerms, to_limits
 
 
 def step_bounds(config: PolicyConfig) -> Mapping[str, float]:
-    """``StepBounds`` by name, and the terms of a step by mode and name (``fp16_token_s``), as limits.
+    """Bounds and terms as the limits of a mode.
 
     They follow from the settings alone and so never change: the engine corrects the terms by its own steps.
     """
@@ -30,11 +30,10 @@ def step_bounds(config: PolicyConfig) -> Mapping[str, float]:
         least_tokens=float(prediction.least_tokens),
     )
     terms = {
-        f"{mode}_{term}": float(getattr(costs[mode], term))
+        mode: StepTerms(*(float(getattr(costs[mode], term)) for term in StepTerms._fields))
         for mode in (FP16, FP8)
-        for term in StepTerms._fields
     }
-    return {**bounds._asdict(), **terms}
+    return to_limits(bounds, terms)
 
 
 class BoundedController(Controller):

@@ -15,6 +15,7 @@ from nestedfp.policies.steps import (
     CACHE,
     FIRST_TOKEN,
     IN_TIME,
+    LIMIT_NAMES,
     MARGIN,
     PACE,
     StepBounds,
@@ -23,7 +24,9 @@ from nestedfp.policies.steps import (
     choose,
     cut,
     fitting,
+    from_limits,
     latest_first_token_s,
+    to_limits,
 )
 
 COSTS = latency_model().costs
@@ -90,6 +93,16 @@ def test_as_many_tokens_fit_as_the_latency_model_has_time_for(todo: StepWork, se
         assert found in (0.0, todo.decodes)
     else:
         assert best <= found + 1e-6 < best + 1 + 1e-6
+
+
+def test_limits_are_read_as_they_were_written() -> None:
+    terms = {"fp16": SLOW, "fp8": FAST}
+    limits = to_limits(BOUNDS, terms)
+    assert tuple(limits) == LIMIT_NAMES
+    assert limits["fp8_token_s"] == FAST.token_s
+    assert from_limits(limits) == (BOUNDS, terms)
+    with pytest.raises(KeyError, match="fp16_pair_s"):
+        from_limits({name: value for name, value in limits.items() if name != "fp16_pair_s"})
 
 
 def test_what_nobody_waits_for_takes_a_full_step_in_16_bits() -> None:
