@@ -20,20 +20,28 @@ def step_bounds(config: PolicyConfig) -> Mapping[str, float]:
 
     They follow from the settings alone and so never change: the engine corrects the terms by its own steps.
     """
-    slo, prediction = config.slo, config.prediction
     costs = (config.latency or latency_model()).costs
-    bounds = StepBounds(
+    terms = {
+        mode: StepTerms(*(float(getattr(costs[mode], term)) for term in StepTerms._fields))
+        for mode in (FP16, FP8)
+    }
+    return to_limits(bounds_of(config), terms)
+
+
+def bounds_of(config: PolicyConfig) -> StepBounds:
+    """The bounds that ``config`` asks for."""
+    slo, prediction = config.slo, config.prediction
+    return StepBounds(
         pace_s=prediction.pace * slo.tpot_s,
         tpot_s=slo.tpot_s,
         ttft_s=prediction.first_token * slo.ttft_s,
         late_s=slo.ttft_s,
         least_tokens=float(prediction.least_tokens),
+        light_ttft_s=prediction.light_first_token * slo.ttft_s,
+        given_up_s=prediction.give_up * slo.ttft_s,
+        light_s=prediction.light_batch * slo.tpot_s,
+        heavy_s=prediction.heavy_batch * slo.tpot_s,
     )
-    terms = {
-        mode: StepTerms(*(float(getattr(costs[mode], term)) for term in StepTerms._fields))
-        for mode in (FP16, FP8)
-    }
-    return to_limits(bounds, terms)
 
 
 class BoundedController(Controller):
