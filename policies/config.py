@@ -56,10 +56,20 @@ class Prediction:
     tolerance: float = 0.005
     """Share of requests missed at which the levels fall."""
     pace: float = 0.9
-    """The most of the TPOT limit that a token may take on average in 16 bits. What is left of it keeps
-    batches small, so that a burst meets room."""
+    """The most of the TPOT limit that a token of a heavy batch may take on average in 16 bits. What is left
+    of it keeps batches small, so that a burst meets room. A light batch may take all of it."""
+    light_batch: float = 0.1
+    """Part of the TPOT limit: a batch that takes FP8 no more at any size of the step is light."""
+    heavy_batch: float = 0.2
+    """The same: one that takes as much is heavy; 0: every batch is."""
     first_token: float = 0.7
-    """Part of the TTFT limit: a prompt that would be later than this in FP8 does not wait for 16 bits."""
+    """Part of the TTFT limit: a prompt that would be later than this in FP8 does not wait for 16 bits, if the
+    batch is heavy."""
+    light_first_token: float = 0.8
+    """The same if it is light."""
+    give_up: float = 1.5
+    """Multiple of the TTFT limit: a prompt that would be as late as this in FP8 asks for none, unless the
+    batch is heavy."""
     least_tokens: int = 256
     """Prompt tokens below which a step is not cut to keep the pace; 0 cuts any, a whole chunk none."""
     horizon_s: float = 0.5
@@ -76,7 +86,15 @@ class Prediction:
             checks.name("prediction.between", self.between)
         checks.number("prediction.rest_s", self.rest_s)
         checks.number("prediction.pace", self.pace, above=0.0, maximum=1.0)
+        checks.number("prediction.light_batch", self.light_batch, maximum=1.0)
+        checks.number("prediction.heavy_batch", self.heavy_batch, maximum=1.0)
+        if self.light_batch > self.heavy_batch > 0.0:
+            raise InvalidField(
+                "prediction.light_batch", self.light_batch, f"give at most heavy_batch, {self.heavy_batch:g}"
+            )
         checks.number("prediction.first_token", self.first_token, above=0.0, maximum=1.0)
+        checks.number("prediction.light_first_token", self.light_first_token, above=0.0, maximum=1.0)
+        checks.number("prediction.give_up", self.give_up, minimum=1.0)
         checks.integer("prediction.least_tokens", self.least_tokens, minimum=0)
         checks.number("prediction.horizon_s", self.horizon_s)
         checks.number("prediction.tolerance", self.tolerance, above=0.0, maximum=1.0)

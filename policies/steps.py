@@ -10,6 +10,13 @@ met, and cuts the step to what 16 bits compute in time:
 - for every prompt, in its order, the time of its first token is predicted as if the engine served all that
   is before it in FP8 from the next step on. A prompt that would be late even so cannot wait for 16 bits.
 
+Both rules follow the batch. What it takes FP8 at any size of the step says how much of a reserve it needs.
+A light batch may use the whole TPOT limit, and its prompts wait longer for 16 bits. A heavy one is kept to
+the pace: its answers are long or many, and what they are ahead is what a burst meets. While the batch is not
+heavy, a prompt that FP8 would give its first token far too late counts as lost already: a queue of such
+prompts is served in 16 bits until FP8 would serve an arrival nearly in time. Under a heavy batch that queue
+might stay for good.
+
 So FP8 is taken at the last moment at which it still helps, by the step. An FP8 step is cut in the same way,
 to the time that the SLO itself leaves, since a step of some thousand tokens takes FP8 longer than one token
 may take, too. What is late already is lost and asks for nothing, nor does a batch that nearly fills the KV
@@ -21,7 +28,8 @@ arrays, and call nothing but each other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -50,22 +58,48 @@ class StepBounds(NamedTuple):
     """What steps are held to."""
 
     pace_s: float
-    """Mean time per output token that requests are kept to in 16 bits; at most ``tpot_s``."""
+    """Mean time per output token that a heavy batch is kept to in 16 bits; at most ``tpot_s``, to which a
+    light one is."""
     tpot_s: float
     """The SLO's, to which FP8 steps are cut."""
     ttft_s: float
-    """Predicted time to the first token from which on a prompt cannot wait; at most ``late_s``."""
+    """Predicted time to the first token from which on a prompt cannot wait, before a heavy batch."""
     late_s: float
     """Age from which on a request without a first token is lost."""
     least_tokens: float
     """Prompt tokens below which a step is not cut; infinite: no step is cut."""
+    light_ttft_s: float
+    """The same before a light batch."""
+    given_up_s: float
+    """Predicted time to the first token from which on a prompt counts as lost, unless the batch is heavy."""
+    light_s: float
+    """What a batch takes FP8 at any size of the step, up to which it is light."""
+    heavy_s: float
+    """The same, from which on it is heavy; 0: every batch is. In between, both bounds change evenly."""
 
 
+_PRECISIONS: Final = ("fp16", "fp8")
 LIMIT_NAMES: Final = (
     *StepBounds._fields,
-    *(f"{precision}_{term}" for precision in ("fp16", "fp8") for term in StepTerms._fields),
+    *(f"{precision}_{term}" for precision in _PRECISIONS for term in StepTerms._fields),
 )
-"""The names under which bounds and terms are sent with a mode."""
+"""The names under which bounds and terms are sent with a mode: ``pace_s``, ``fp16_token_s``."""
+
+
+def to_limits(bounds: StepBounds, terms: Mapping[str, StepTerms]) -> dict[str, float]:
+    """Bounds, and the terms of ``fp16`` and ``fp8``, by the names they are sent under."""
+    values = (*bounds, *(value for precision in _PRECISIONS for value in terms[precision]))
+    return dict(zip(LIMIT_NAMES, values, strict=True))
+
+
+def from_limits(limits: Mapping[str, float]) -> tuple[StepBounds, dict[str, StepTerms]]:
+    """What :func:`to_limits` was given; KeyError for a name that lacks."""
+    bounds = StepBounds(*(limits[name] for name in StepBounds._fields))
+    terms = {
+        precision: StepTerms(*(limits[f"{precision}_{term}"] for term in StepTerms._fields))
+        for precision in _PRECISIONS
+    }
+    return bounds, terms
 
 
 class StepWork(NamedTuple):
@@ -74,8 +108,8 @@ class StepWork(NamedTuple):
     pace_left_s: float
     """How long the step may take until the next request falls behind its pace: of all decoding requests that
     are not lost the least of ``made * pace_s - since_s``, where ``made`` counts the tokens after the first,
-    that of this step included, and ``since_s`` is the time from the first to the start of the step. Infinite
-    without any."""
+    that of this step included, and ``since_s`` is the time from the first to the start of the step. With
+    the pace of the batch (:func:`pace_of`); infinite without any."""
     slo_left_s: float
     """The same with ``tpot_s``, of the requests that have not missed it already."""
     prompt_tokens: Numbers
@@ -96,13 +130,37 @@ class StepWork(NamedTuple):
     """Whether the KV cache is nearly full."""
 
 
+def batch_s(terms: StepTerms, requests: int, context: float) -> float:
+    """What ``requests`` with ``context`` KV tokens take at any size of the step, weights apart."""
+    return terms.overhead_s + requests * terms.sequence_s + context * terms.context_token_s
+
+
+def heaviness(bounds: StepBounds, fast: StepTerms, requests: int, context: float) -> float:
+    """From 0, a light batch, to 1, a heavy one."""
+    taken_s = batch_s(fast, requests, context)
+    if taken_s >= bounds.heavy_s:
+        return 1.0
+    if taken_s <= bounds.light_s:
+        return 0.0
+    return (taken_s - bounds.light_s) / (bounds.heavy_s - bounds.light_s)
+
+
+def between(light: float, heavy: float, weight: float) -> float:
+    """A bound that is ``light`` at a weight of 0 and ``heavy`` at 1."""
+    return heavy if weight >= 1.0 else light + (heavy - light) * weight
+
+
+def pace_of(bounds: StepBounds, fast: StepTerms, requests: int, context: float) -> float:
+    """The mean time per output token that this batch is kept to in 16 bits."""
+    return between(bounds.tpot_s, bounds.pace_s, heaviness(bounds, fast, requests, context))
+
+
 def fitting(seconds: float, terms: StepTerms, work: StepWork) -> float:
     """How many tokens a step of ``seconds`` computes, decoding requests first; at most ``most_tokens``.
 
     0 where the time is too short for these requests, or for reading the weights.
     """
-    fixed_s = terms.overhead_s + work.requests * terms.sequence_s + work.context * terms.context_token_s
-    left_s = seconds - fixed_s
+    left_s = seconds - batch_s(terms, work.requests, work.context)
     tokens = float(work.decodes)
     if left_s < max(terms.weights_s, tokens * terms.token_s):
         return 0.0
@@ -141,7 +199,8 @@ def choose(bounds: StepBounds, slow: StepTerms, fast: StepTerms, work: StepWork)
     if tokens < min(wanted, work.decodes + bounds.least_tokens, float(work.most_tokens)):
         return cut(bounds, fast, work), PACE, tokens
     ttft_s = latest_first_token_s(int(tokens), bounds, slow, fast, work)
-    if ttft_s > bounds.ttft_s:
+    weight = heaviness(bounds, fast, work.requests, work.context)
+    if ttft_s > between(bounds.light_ttft_s, bounds.ttft_s, weight):
         return cut(bounds, fast, work), FIRST_TOKEN, ttft_s
     return int(tokens), IN_TIME, 0.0
 
@@ -149,16 +208,16 @@ def choose(bounds: StepBounds, slow: StepTerms, fast: StepTerms, work: StepWork)
 def latest_first_token_s(
     tokens: int, bounds: StepBounds, slow: StepTerms, fast: StepTerms, work: StepWork
 ) -> float:
-    """The longest predicted TTFT of the prompts that are not lost, after a 16-bit step of ``tokens`` and
-    nothing but FP8 from then on; 0 without prompts.
+    """The longest predicted TTFT of the prompts that are neither lost nor given up, after a 16-bit step of
+    ``tokens`` and nothing but FP8 from then on; 0 without any.
 
     FP8 steps are taken to be full, and their batch to be the present one.
     """
-    per_sequence_s = work.requests * fast.sequence_s + work.context * fast.context_token_s
-    full_s = fast.overhead_s + per_sequence_s + work.decodes * fast.token_s
+    heavy = heaviness(bounds, fast, work.requests, work.context) >= 1.0
+    given_up_s = math.inf if heavy else bounds.given_up_s
+    full_s = batch_s(fast, work.requests, work.context) + work.decodes * fast.token_s
     shared_s = full_s / max(1, work.most_tokens - work.decodes)
-    end_s = slow.overhead_s + work.requests * slow.sequence_s + work.context * slow.context_token_s
-    end_s += work.decodes * slow.token_s
+    end_s = batch_s(slow, work.requests, work.context) + work.decodes * slow.token_s
     room = float(tokens - work.decodes)
     floor_s = slow.weights_s - work.decodes * slow.token_s
     step_s = 0.0
@@ -171,6 +230,7 @@ def latest_first_token_s(
         step_s += taken * (slow.token_s + slow.pair_s * pairs)
         end_s += (wanted - taken) * (shared_s + fast.token_s + fast.pair_s * pairs)
         age_s = work.prompt_age_s[prompt]
-        if age_s <= bounds.late_s:
-            latest_s = max(latest_s, age_s + end_s + max(step_s, floor_s))
+        ttft_s = age_s + end_s + max(step_s, floor_s)
+        if age_s <= bounds.late_s and ttft_s < given_up_s:
+            latest_s = max(latest_s, ttft_s)
     return latest_s

@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from nestedfp.policies.steps import LIMIT_NAMES, StepBounds, StepTerms
-
-PRECISIONS = ("fp16", "fp8")
+from nestedfp.policies.steps import LIMIT_NAMES, StepBounds, StepTerms, from_limits
 
 
 @dataclass(frozen=True)
@@ -22,17 +20,13 @@ class BoundedSteps:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, float]) -> Self:
-        """From flat names: those of `StepBounds`, and `fp16_token_s` for a term. ValueError if one lacks."""
+        """From the names of `LIMIT_NAMES`; ValueError if one lacks."""
         missing = [name for name in LIMIT_NAMES if name not in data]
         if missing:
             raise ValueError(
                 f"limits: {missing[0]} is not given, but {next(iter(data))} is; give all or none"
             )
-        terms = {
-            precision: StepTerms(*(data[f"{precision}_{term}"] for term in StepTerms._fields))
-            for precision in PRECISIONS
-        }
-        return cls(StepBounds(*(data[name] for name in StepBounds._fields)), terms)
+        return cls(*from_limits(data))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nestedfp.policies.steps import StepBounds, StepWork
+from nestedfp.policies.steps import StepBounds, StepTerms, StepWork, pace_of
 
 
 class Progress:
@@ -23,6 +23,7 @@ class Progress:
         running: Sequence[Any],
         waiting: Iterable[Any],
         bounds: StepBounds,
+        fast: StepTerms,
         *,
         now: float,
         wall: float,
@@ -32,19 +33,20 @@ class Progress:
     ) -> StepWork:
         """What the requests of vLLM's scheduler ask of the next step, which starts in `ahead_s`.
 
-        `now` is monotonic, `wall` Unix seconds. Tokens that are still in flight count as made by then. What
-        the prefix cache holds of a queued prompt is not known yet, and counts as not computed.
+        `fast` are the terms of FP8. `now` is monotonic, `wall` Unix seconds. Tokens that are still in flight
+        count as made by then. What the prefix cache holds of a queued prompt is not known yet, and counts as
+        not computed.
         """
-        pace_s, tpot_s = bounds.pace_s, bounds.tpot_s
+        context = sum([request.num_computed_tokens for request in running])
+        pace_s, tpot_s = pace_of(bounds, fast, len(running), context), bounds.tpot_s
         pace_left_s = slo_left_s = math.inf
         prompts: list[tuple[float, float, float]] = []
-        decodes = context = 0
+        decodes = 0
         start_s, start_wall_s = now + ahead_s, wall + ahead_s
         started = self._started
         # Runs before every step, over every request: nothing here is called that need not be.
         for request in running:
             computed = request.num_computed_tokens
-            context += computed
             left = request.num_prompt_tokens - computed
             if left > 0:
                 prompts.append((left, computed, _age(request, start_wall_s)))

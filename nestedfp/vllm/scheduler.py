@@ -146,6 +146,7 @@ class PrecisionMixin:
             self.running,
             self.waiting,
             limits.steps.bounds,
+            self._times.of("fp8"),
             now=now,
             wall=time.time(),
             ahead_s=self._times.ahead_s(now),

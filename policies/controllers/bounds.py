@@ -12,29 +12,36 @@ from nestedfp.policies.controllers.base import Controller, Memory, Wish
 from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.snapshot import Snapshot
-from nestedfp.policies.steps import StepBounds, StepTerms
+from nestedfp.policies.steps import StepBounds, StepTerms, to_limits
 
 
 def step_bounds(config: PolicyConfig) -> Mapping[str, float]:
-    """``StepBounds`` by name, and the terms of a step by mode and name (``fp16_token_s``), as limits.
+    """Bounds and terms as the limits of a mode.
 
     They follow from the settings alone and so never change: the engine corrects the terms by its own steps.
     """
-    slo, prediction = config.slo, config.prediction
     costs = (config.latency or latency_model()).costs
-    bounds = StepBounds(
+    terms = {
+        mode: StepTerms(*(float(getattr(costs[mode], term)) for term in StepTerms._fields))
+        for mode in (FP16, FP8)
+    }
+    return to_limits(bounds_of(config), terms)
+
+
+def bounds_of(config: PolicyConfig) -> StepBounds:
+    """The bounds that ``config`` asks for."""
+    slo, prediction = config.slo, config.prediction
+    return StepBounds(
         pace_s=prediction.pace * slo.tpot_s,
         tpot_s=slo.tpot_s,
         ttft_s=prediction.first_token * slo.ttft_s,
         late_s=slo.ttft_s,
         least_tokens=float(prediction.least_tokens),
+        light_ttft_s=prediction.light_first_token * slo.ttft_s,
+        given_up_s=prediction.give_up * slo.ttft_s,
+        light_s=prediction.light_batch * slo.tpot_s,
+        heavy_s=prediction.heavy_batch * slo.tpot_s,
     )
-    terms = {
-        f"{mode}_{term}": float(getattr(costs[mode], term))
-        for mode in (FP16, FP8)
-        for term in StepTerms._fields
-    }
-    return {**bounds._asdict(), **terms}
 
 
 class BoundedController(Controller):

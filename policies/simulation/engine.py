@@ -36,9 +36,16 @@ AUTO_NUMBER = 2
 KV_HIGH = 0.9
 """Share of the KV cache in use from which on ``auto`` takes FP8, as the engine's default has it."""
 
-for _function in (steps.fitting, steps.latest_first_token_s, steps.cut):
+for _function in (
+    steps.batch_s,
+    steps.between,
+    steps.heaviness,
+    steps.fitting,
+    steps.latest_first_token_s,
+    steps.cut,
+):
     register_jitable(_function)
-_choose, _cut = njit(steps.choose), njit(steps.cut)
+_choose, _cut, _pace_of = njit(steps.choose), njit(steps.cut), njit(steps.pace_of)
 
 
 @njit
@@ -179,7 +186,17 @@ def _bounded(i: int, now: float, requests: Requests, cluster: Engines, costs: Co
     mode = 0 if replica.strict_running > 0 else replica.mode
     if replica.tpot_s == math.inf:
         return (0 if mode == AUTO_NUMBER else mode), costs.chunk_tokens
-    bounds = StepBounds(replica.pace_s, replica.tpot_s, replica.ttft_s, replica.late_s, replica.least_tokens)
+    bounds = StepBounds(
+        replica.pace_s,
+        replica.tpot_s,
+        replica.ttft_s,
+        replica.late_s,
+        replica.least_tokens,
+        replica.light_ttft_s,
+        replica.given_up_s,
+        replica.light_s,
+        replica.heavy_s,
+    )
     work = _work(i, now, bounds, requests, cluster, costs)
     if mode != AUTO_NUMBER:
         return mode, _cut(bounds, _terms(mode, costs), work)
@@ -194,12 +211,15 @@ def _work(
     """What replica ``i`` has to do. A preempted request is computed anew like a prompt that no one awaits."""
     replica = cluster.replicas[i]
     prompts = np.empty((3, replica.running + replica.waiting))
-    decodes = count = context = 0
+    context = 0
+    for k in range(replica.running):
+        context += requests[cluster.slots[i, k]].computed
+    pace_s = _pace_of(bounds, _terms(1, costs), replica.running, float(context))
+    decodes = count = 0
     pace_left_s = slo_left_s = math.inf
     for k in range(replica.running):
         r = cluster.slots[i, k]
         made = requests[r].generated
-        context += requests[r].computed
         if requests[r].prompt + made - requests[r].computed > 1 or made == 0:
             _note_prompt(prompts, count, r, now, requests)
             count += 1
@@ -207,7 +227,7 @@ def _work(
         decodes += 1
         if requests[r].first_s - requests[r].arrival_s <= bounds.late_s:
             since_s = now - requests[r].first_s
-            pace_left_s = min(pace_left_s, made * bounds.pace_s - since_s)
+            pace_left_s = min(pace_left_s, made * pace_s - since_s)
             if made * bounds.tpot_s > since_s:
                 slo_left_s = min(slo_left_s, made * bounds.tpot_s - since_s)
     r = replica.head

@@ -24,7 +24,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from nestedfp.policies.config import Slo
+from nestedfp.policies.config import PolicyConfig, Slo
+from nestedfp.policies.controllers.bounds import bounds_of
 from nestedfp.policies.protocol import AUTO, FP8, FP16
 from nestedfp.policies.simulation import engine
 from nestedfp.policies.simulation.cluster import DRAIN_S, Cluster, Outcome
@@ -32,16 +33,31 @@ from nestedfp.policies.simulation.state import BOUNDS, EngineSettings, Floats, R
 from nestedfp.policies.simulation.summary import attained
 from nestedfp.policies.steps import StepBounds
 
-TPOT_S: Final = 0.033
-TTFT_S: Final = 1.0
+TPOT_S: Final = Slo().tpot_s
+TTFT_S: Final = Slo().ttft_s
 LEAST_TOKENS: Final = 256.0
 
 
-def _level(pace: float, first_token: float, least_tokens: float = LEAST_TOKENS) -> StepBounds:
-    return StepBounds(pace * TPOT_S, TPOT_S, first_token * TTFT_S, TTFT_S, least_tokens)
+def _level(
+    pace: float, first_token: float, give_up: float = math.inf, least_tokens: float = LEAST_TOKENS
+) -> StepBounds:
+    """One pace for all batches; with ``give_up`` they are taken to be light ones, whose pace is 1."""
+    return StepBounds(
+        pace_s=pace * TPOT_S,
+        tpot_s=TPOT_S,
+        ttft_s=first_token * TTFT_S,
+        late_s=TTFT_S,
+        least_tokens=least_tokens,
+        light_ttft_s=first_token * TTFT_S,
+        given_up_s=give_up * TTFT_S,
+        light_s=0.0 if math.isinf(give_up) else math.inf,
+        heavy_s=0.0 if math.isinf(give_up) else math.inf,
+    )
 
 
 _SHARES: Final = (
+    (1.0, 0.95, 1.0),
+    (1.0, 0.8, 1.2),
     (1.0, 0.95),
     (1.0, 0.8),
     (0.9, 0.8),
@@ -53,14 +69,19 @@ _SHARES: Final = (
     (0.4, 0.1),
 )
 LEVELS: Final = (
-    StepBounds(math.inf, math.inf, math.inf, math.inf, math.inf),
-    _level(1.0, math.inf, 0.0),
-    *(_level(pace, first_token) for pace, first_token in _SHARES),
-    StepBounds(0.0, TPOT_S, 0.0, math.inf, LEAST_TOKENS),
-    StepBounds(0.0, 1e9, 0.0, math.inf, math.inf),
+    StepBounds(*[math.inf] * len(BOUNDS)),
+    _level(1.0, math.inf, least_tokens=0.0),
+    *(_level(*share) for share in _SHARES[:4]),
+    bounds_of(PolicyConfig()),
+    *(_level(*share) for share in _SHARES[4:]),
+    _level(0.0, 0.0)._replace(late_s=math.inf),
+    _level(0.0, 0.0, least_tokens=math.inf)._replace(tpot_s=1e9, late_s=math.inf),
 )
 """Bounds of ``auto``, from 16 bits always to FP8 always: first and last are the static policies, beside them
-stand 16 bits and FP8 in steps cut to the SLO (16 bits wherever the weights can be read in time)."""
+stand 16 bits and FP8 in steps cut to the SLO (16 bits wherever the weights can be read in time). The policy's
+own bounds are one, and the first two of the shares give up prompts as it does, sooner."""
+POLICY: Final = LEVELS.index(bounds_of(PolicyConfig()))
+"""The bounds that the policy sends."""
 CUT_FP8: Final = len(LEVELS) - 2
 _PENALTY: Final = 50.0
 Schedule = NDArray[np.int8]
@@ -114,12 +135,10 @@ def figures(requests: Requests, slo: Slo) -> tuple[float, float]:
 
 
 def schedule_of(outcome: Outcome) -> Schedule:
-    """A policy's run as a schedule: the level nearest to what was ordered in each second."""
+    """A policy's run as a schedule: the level of the mode that was ordered in each second."""
     modes = np.array(outcome.timeline.modes)
-    paces = np.array(outcome.timeline.pace_s)
-    middle = np.array([level.pace_s for level in LEVELS[2:-2]])
-    places = 2 + np.abs(paces[..., None] - middle).argmin(axis=-1)
-    places = np.where(np.isinf(paces), 0, np.where(modes == 0, 1, places))
+    bounded = np.isfinite(outcome.timeline.pace_s)
+    places = np.where(bounded, np.where(modes == 0, 1, POLICY), 0)
     result: Schedule = np.where(modes == 1, CUT_FP8, places).astype(np.int8)
     return result
 

@@ -161,7 +161,17 @@ def test_unknown_modes_and_limits_are_named(mode: str, limits: dict[str, float] 
 def test_auto_under_the_policys_limits_takes_fp8_only_for_what_is_behind() -> None:
     clock = Clock()
     simulated = engine(clock)
-    limits = {"pace_s": 0.9 * SLOW_S, "tpot_s": SLOW_S, "ttft_s": 1e9, "late_s": 1e9, "least_tokens": 0.0}
+    limits = {
+        "pace_s": 0.9 * SLOW_S,
+        "tpot_s": SLOW_S,
+        "ttft_s": 1e9,
+        "late_s": 1e9,
+        "least_tokens": 0.0,
+        "light_ttft_s": 1e9,
+        "given_up_s": 1e9,
+        "light_s": 0.0,
+        "heavy_s": 0.0,
+    }
     simulated.set_target("auto", epoch=1, reason="test", limits=limits)
     one = simulated.submit(10, 60, strict=False)
     run_to(simulated, clock, 60.0)

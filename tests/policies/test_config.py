@@ -44,6 +44,10 @@ def test_no_thresholds_means_those_of_the_slo() -> None:
     assert config.water["ttft_p90_s"].high < 4.0
 
 
+def test_every_batch_may_be_heavy_whatever_is_light() -> None:
+    assert PolicyConfig.from_dict({"prediction": {"heavy_batch": 0}}).prediction.light_batch > 0.0
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
@@ -65,6 +69,10 @@ def test_no_thresholds_means_those_of_the_slo() -> None:
         ({"max_flips_per_minute": 2.5}, "max_flips_per_minute"),
         ({"panic_factor": 0.5}, "panic_factor"),
         ({"dry_run": "yes"}, "dry_run"),
+        ({"prediction": {"light_batch": 0.3, "heavy_batch": 0.2}}, "prediction.light_batch"),
+        ({"prediction": {"heavy_batch": 1.5}}, "prediction.heavy_batch"),
+        ({"prediction": {"light_first_token": 0.0}}, "prediction.light_first_token"),
+        ({"prediction": {"give_up": 0.9}}, "prediction.give_up"),
         ({"plans": "mlp"}, "plans"),
         ({"plans": ["Not A Name"]}, "plans"),
     ],

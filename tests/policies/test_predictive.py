@@ -235,14 +235,25 @@ def test_auto_gives_way_only_after_a_long_rest(view: MakeView) -> None:
 
 
 def test_every_mode_is_sent_with_the_bounds_of_its_steps(view: MakeView) -> None:
-    run = Run("auto", prediction={"pace": 0.5, "first_token": 0.6, "least_tokens": 128})
+    settings = {"pace": 0.5, "first_token": 0.6, "light_first_token": 0.9, "light_batch": 0.2}
+    run = Run("auto", prediction={**settings, "heavy_batch": 0.4, "least_tokens": 128, "give_up": 2})
     first, later = run.at(0.0, view(**LIGHT))["a"], run.at(10.0, view(**LOADED))["a"]
     assert (first.mode, later.mode) == ("fp16", "auto")
     assert first.limits is later.limits is not None
     assert set(first.limits) == set(LIMIT_NAMES)
     bounds = {name: first.limits[name] for name in StepBounds._fields}
     assert bounds == pytest.approx(
-        {"pace_s": 0.0165, "tpot_s": 0.033, "ttft_s": 0.6, "late_s": 1.0, "least_tokens": 128.0}
+        {
+            "pace_s": 0.0165,
+            "tpot_s": 0.033,
+            "ttft_s": 0.6,
+            "late_s": 1.0,
+            "least_tokens": 128.0,
+            "light_ttft_s": 0.9,
+            "given_up_s": 2.0,
+            "light_s": 0.0066,
+            "heavy_s": 0.0132,
+        }
     )
     assert first.limits["fp8_token_s"] == latency_model().costs["fp8"].token_s
 

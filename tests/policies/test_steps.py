@@ -15,6 +15,7 @@ from nestedfp.policies.steps import (
     CACHE,
     FIRST_TOKEN,
     IN_TIME,
+    LIMIT_NAMES,
     MARGIN,
     PACE,
     StepBounds,
@@ -23,14 +24,28 @@ from nestedfp.policies.steps import (
     choose,
     cut,
     fitting,
+    from_limits,
     latest_first_token_s,
+    pace_of,
+    to_limits,
 )
 
 COSTS = latency_model().costs
 SLOW, FAST = (
     StepTerms(*(getattr(COSTS[mode], term) for term in StepTerms._fields)) for mode in ("fp16", "fp8")
 )
-BOUNDS = StepBounds(pace_s=0.0264, tpot_s=0.033, ttft_s=0.7, late_s=1.0, least_tokens=256.0)
+BOUNDS = StepBounds(
+    pace_s=0.0264,
+    tpot_s=0.033,
+    ttft_s=0.7,
+    late_s=1.0,
+    least_tokens=256.0,
+    light_ttft_s=0.8,
+    given_up_s=1.5,
+    light_s=0.0,
+    heavy_s=0.0,
+)
+"""Every batch is heavy."""
 MOST = 2048
 
 
@@ -90,6 +105,16 @@ def test_as_many_tokens_fit_as_the_latency_model_has_time_for(todo: StepWork, se
         assert found in (0.0, todo.decodes)
     else:
         assert best <= found + 1e-6 < best + 1 + 1e-6
+
+
+def test_limits_are_read_as_they_were_written() -> None:
+    terms = {"fp16": SLOW, "fp8": FAST}
+    limits = to_limits(BOUNDS, terms)
+    assert tuple(limits) == LIMIT_NAMES
+    assert limits["fp8_token_s"] == FAST.token_s
+    assert from_limits(limits) == (BOUNDS, terms)
+    with pytest.raises(KeyError, match="fp16_pair_s"):
+        from_limits({name: value for name, value in limits.items() if name != "fp16_pair_s"})
 
 
 def test_what_nobody_waits_for_takes_a_full_step_in_16_bits() -> None:
@@ -197,3 +222,44 @@ def test_a_step_in_16_bits_keeps_every_pace_and_every_first_token(todo: StepWork
     taken = min(tokens, int(there))
     assert step_s(COSTS["fp16"], taken, todo) <= todo.pace_left_s + 1e-9
     assert latest_first_token_s(tokens, BOUNDS, SLOW, FAST, todo) <= BOUNDS.ttft_s
+
+
+def test_the_pace_falls_from_the_limit_of_a_light_batch_to_that_of_a_heavy_one() -> None:
+    """FP8 takes 1.7 ms, 14 us a request and 46 ns a token of context at any size of the step."""
+    bounds = BOUNDS._replace(light_s=0.0033, heavy_s=0.0066)
+    paces = [pace_of(bounds, FAST, count, 1000.0 * count) for count in (0, 20, 50, 90, 500)]
+    assert paces[:2] == [bounds.tpot_s] * 2
+    assert paces[3:] == [bounds.pace_s] * 2
+    taken_s = 1.7e-3 + 50 * (14e-6 + 1000 * FAST.context_token_s)
+    share = (taken_s - 0.0033) / 0.0033
+    assert 0.0 < share < 1.0
+    assert paces[2] == pytest.approx(0.033 - share * (0.033 - 0.0264))
+    assert pace_of(BOUNDS, FAST, 0, 0.0) == BOUNDS.pace_s, "every batch is heavy"
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "heavy", "why"),
+    [
+        (0.65, True, IN_TIME),
+        (0.75, True, FIRST_TOKEN),
+        (0.75, False, IN_TIME),
+        (0.85, False, FIRST_TOKEN),
+    ],
+)
+def test_before_a_light_batch_a_prompt_waits_longer_for_16_bits(ttft_s: float, heavy: bool, why: int) -> None:
+    bounds = BOUNDS if heavy else BOUNDS._replace(light_s=0.01, heavy_s=0.02)
+    taken_s = latest_first_token_s(MOST, bounds, SLOW, FAST, work(prompts=((12_000, 0, 0.0),)))
+    assert choose(bounds, SLOW, FAST, work(prompts=((12_000, 0, ttft_s - taken_s),)))[1] == why
+
+
+def test_what_fp8_would_serve_far_too_late_is_given_up_unless_the_batch_is_heavy() -> None:
+    light = BOUNDS._replace(light_s=0.01, heavy_s=0.02)
+    hopeless = work(prompts=((120_000, 0, 0.1),))
+    assert latest_first_token_s(MOST, BOUNDS, SLOW, FAST, hopeless) > BOUNDS.given_up_s
+    assert choose(BOUNDS, SLOW, FAST, hopeless)[1] == FIRST_TOKEN
+    assert choose(light, SLOW, FAST, hopeless)[1] == IN_TIME
+    # What stands before it and can be in time asks for FP8 as ever.
+    both = work(prompts=((12_000, 0, 0.7), (120_000, 0, 0.1)))
+    _, why, ttft_s = choose(light, SLOW, FAST, both)
+    assert why == FIRST_TOKEN
+    assert 0.8 < ttft_s < 1.0

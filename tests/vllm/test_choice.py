@@ -7,7 +7,7 @@ from nestedfp.vllm.choice import Choice, Limits, StepFacts, choose
 
 QUIET = StepFacts(tokens=8, waiting=0, kv_usage=0.1)
 LIMITS = Limits(min_steps=3)
-BOUNDED: dict[str, object] = {name: float(place) for place, name in enumerate(LIMIT_NAMES)}
+BOUNDED: dict[str, float] = {name: float(place) for place, name in enumerate(LIMIT_NAMES)}
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,9 @@ def test_bad_limits_are_named(data: dict[str, object], message: str) -> None:
 def test_bounds_are_read_by_their_flat_names() -> None:
     limits = Limits.from_dict({**BOUNDED, "kv_high": 0.8})
     assert limits.steps is not None
-    assert limits.steps.bounds == StepBounds(0.0, 1.0, 2.0, 3.0, 4.0)
-    assert limits.steps.terms["fp16"] == StepTerms(5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
-    assert limits.steps.terms["fp8"].overhead_s == 11.0
+    assert limits.steps.bounds == StepBounds(*(BOUNDED[name] for name in StepBounds._fields))
+    for precision, terms in limits.steps.terms.items():
+        assert terms == StepTerms(*(BOUNDED[f"{precision}_{term}"] for term in StepTerms._fields))
+    assert set(limits.steps.terms) == {"fp16", "fp8"}
     assert limits.kv_high == 0.8
     assert Limits.from_dict({"kv_high": 0.8}).steps is None

@@ -6,10 +6,21 @@ from typing import Any
 
 import pytest
 
-from nestedfp.policies.steps import StepBounds, StepWork
+from nestedfp.policies.steps import StepBounds, StepTerms, StepWork
 from nestedfp.vllm.progress import Progress
 
-BOUNDS = StepBounds(pace_s=0.02, tpot_s=0.03, ttft_s=0.7, late_s=1.0, least_tokens=256.0)
+BOUNDS = StepBounds(
+    pace_s=0.02,
+    tpot_s=0.03,
+    ttft_s=0.7,
+    late_s=1.0,
+    least_tokens=256.0,
+    light_ttft_s=0.8,
+    given_up_s=1.5,
+    light_s=0.0,
+    heavy_s=0.0,
+)
+FAST = StepTerms(0.002, 0.003, 1e-5, 0.001, 1e-5, 0.0)
 
 
 def request(
@@ -33,11 +44,13 @@ def work(
     now: float = 10.0,
     wall: float = 90.5,
     ahead_s: float = 0.0,
+    bounds: StepBounds = BOUNDS,
 ) -> StepWork:
     return progress.work(
         running,
         waiting,
-        BOUNDS,
+        bounds,
+        FAST,
         now=now,
         wall=wall,
         ahead_s=ahead_s,
@@ -106,3 +119,14 @@ def test_a_request_whose_first_token_is_late_asks_for_nothing() -> None:
     assert work(progress, request("b", 1), wall=90.9).pace_left_s == 0.02
     assert work(progress, request("b", 2), wall=92.9).pace_left_s == 0.04, "its first token was in time"
     assert work(progress, request("c", 7), wall=95.0).pace_left_s == 0.02, "when was its first?"
+
+
+def test_a_light_batch_may_take_the_whole_limit() -> None:
+    """One request of 100 tokens takes FP8 4 ms at any size of the step, three take 8."""
+    bounds = BOUNDS._replace(light_s=0.004, heavy_s=0.012)
+    running = [request(key, 1) for key in "abc"]
+    assert work(Progress(), running[0], bounds=bounds).pace_left_s == 0.03
+    assert work(Progress(), *running, bounds=bounds).pace_left_s == pytest.approx(0.025)
+    # Prompts in the batch count as well.
+    prompt = request("p", 0, computed=600, prompt=1000)
+    assert work(Progress(), *running, prompt, bounds=bounds).pace_left_s == pytest.approx(0.02)

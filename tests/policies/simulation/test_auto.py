@@ -20,8 +20,18 @@ from nestedfp.vllm.progress import Progress
 from nestedfp.vllm.selection import PlanSelection
 from nestedfp.vllm.settings import Settings
 
-BOUNDS = StepBounds(pace_s=0.02, tpot_s=0.033, ttft_s=0.2, late_s=0.4, least_tokens=256.0)
-FREE = StepBounds(*(math.inf,) * 5)
+BOUNDS = StepBounds(
+    pace_s=0.02,
+    tpot_s=0.033,
+    ttft_s=0.2,
+    late_s=0.4,
+    least_tokens=256.0,
+    light_ttft_s=0.3,
+    given_up_s=0.6,
+    light_s=0.003,
+    heavy_s=0.006,
+)
+FREE = StepBounds(*(math.inf,) * len(StepBounds._fields))
 TERMS = {
     mode: StepTerms(*(getattr(costs, term) for term in StepTerms._fields))
     for mode, costs in latency_model().costs.items()
@@ -96,9 +106,9 @@ def test_the_simulator_bounds_its_steps_as_the_scheduler_does(rate: float, mode:
                 # The scheduler sees each request with its first token, as soon as it has it.
                 first = as_in_vllm(requests, r, generated=1)
                 at = float(requests["first_s"][r])
-                progress.work([first], [], BOUNDS, now=at, wall=at, **facts)
+                progress.work([first], [], BOUNDS, TERMS["fp8"], now=at, wall=at, **facts)
         batch = [as_in_vllm(requests, r) for r in running]
-        work = progress.work(batch, waiting, BOUNDS, now=made.now, wall=made.now, **facts)
+        work = progress.work(batch, waiting, BOUNDS, TERMS["fp8"], now=made.now, wall=made.now, **facts)
         bounded = selection.bound(work, TERMS.__getitem__, ())
         assert bounded is not None
         number, most = engine._bounded(0, made.now, requests, made.engines, costs_of(SETTINGS))
@@ -116,7 +126,8 @@ def test_without_bounds_auto_is_16_bits_and_tighter_ones_mean_more_fp8() -> None
         fp16, fp8 = tokens(cluster(20.0, "auto", BOUNDS._replace(pace_s=pace)))
         shares.append(fp8 / (fp16 + fp8))
     assert 0.0 < shares[0] < shares[1] < shares[2] < 1.0
-    assert tokens(cluster(12.0, "auto", StepBounds(0.0, 1e9, 0.0, math.inf, math.inf)))[0] == 0
+    fp8_always = FREE._replace(pace_s=0.0, tpot_s=1e9, ttft_s=0.0, heavy_s=0.0)
+    assert tokens(cluster(12.0, "auto", fp8_always))[0] == 0
 
 
 def test_cut_steps_keep_short_answers_within_the_slo() -> None:
@@ -138,7 +149,7 @@ def test_what_is_late_is_served_in_16_bits_and_what_is_not_is_not() -> None:
 
 
 def test_a_strict_request_has_no_token_in_fp8_within_auto() -> None:
-    made = cluster(12.0, "auto", BOUNDS._replace(ttft_s=0.0), strict=0.1)
+    made = cluster(12.0, "auto", BOUNDS._replace(ttft_s=0.0, light_ttft_s=0.0), strict=0.1)
     _, fp8 = tokens(made)
     assert fp8 > 0
     assert made.requests["fp8"][made.requests["strict"]].sum() == 0
