@@ -61,12 +61,12 @@ class Prediction:
     light_batch: float = 0.1
     """Part of the TPOT limit: a batch that takes FP8 no more at any size of the step is light."""
     heavy_batch: float = 0.2
-    """The same: one that takes as much is heavy; 0: every batch is."""
+    """Part of the TPOT limit: a batch that takes FP8 as much is heavy; 0: every batch is."""
     first_token: float = 0.7
     """Part of the TTFT limit: a prompt that would be later than this in FP8 does not wait for 16 bits, if the
     batch is heavy."""
     light_first_token: float = 0.8
-    """The same if it is light."""
+    """``first_token`` if the batch is light."""
     give_up: float = 1.5
     """Multiple of the TTFT limit: a prompt that would be as late as this in FP8 asks for none, unless the
     batch is heavy."""

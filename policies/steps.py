@@ -69,13 +69,13 @@ class StepBounds(NamedTuple):
     least_tokens: float
     """Prompt tokens below which a step is not cut; infinite: no step is cut."""
     light_ttft_s: float
-    """The same before a light batch."""
+    """``ttft_s`` before a light batch."""
     given_up_s: float
     """Predicted time to the first token from which on a prompt counts as lost, unless the batch is heavy."""
     light_s: float
     """What a batch takes FP8 at any size of the step, up to which it is light."""
     heavy_s: float
-    """The same, from which on it is heavy; 0: every batch is. In between, both bounds change evenly."""
+    """From which on it is heavy; 0: every batch is. In between, both bounds change evenly."""
 
 
 _PRECISIONS: Final = ("fp16", "fp8")
