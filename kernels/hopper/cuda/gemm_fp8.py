@@ -311,7 +311,7 @@ def _launch(
         *shape.numbers,
         ahead_of(ahead),
     )
-    return shape.kernel.with_arguments(shape.clusters, arguments, device.index)
+    return Launch(shape.kernel, shape.clusters, arguments, device.index)
 
 
 def product(

@@ -6,7 +6,6 @@ long as the host needs to launch it.
 """
 
 import ctypes
-from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -31,9 +30,6 @@ class TensorMap(ctypes.Structure):
 
     _fields_ = [("words", ctypes.c_uint64 * 16)]
 
-
-Launch = Callable[[], None]
-"""Launches a kernel once more, with the arguments that it was made with."""
 
 NO_MAP = TensorMap()
 """Where a kernel takes a map that this launch does not use."""
@@ -110,34 +106,32 @@ class Kernel:
 
     def __init__(self, cubin: bytes, name: str, *, threads: int, shared: int, cluster: int) -> None:
         torch.cuda.current_stream().cuda_stream  # noqa: B018 - makes the context that modules belong to
-        self._threads, self._shared, self._cluster = threads, shared, cluster
-        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._threads, self._shared, self.cluster = threads, shared, cluster
+        self._module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
         _check(f"loading {name}", driver.cuModuleLoadData(ctypes.byref(self._module), cubin))
-        found = driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
+        found = driver.cuModuleGetFunction(ctypes.byref(self.function), self._module, name.encode())
         _check(f"finding {name}", found)
-        raised = driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared)
+        raised = driver.cuFuncSetAttribute(self.function, _MAX_DYNAMIC_SHARED, shared)
         _check(f"{name} with {shared} bytes of shared memory", raised)
         self.resident_clusters = self._resident_clusters(name)
-        self._configs: dict[int, dict[int, _LaunchConfig]] = {}
+        self._configs: dict[tuple[int, int], _LaunchConfig] = {}
 
     def _resident_clusters(self, name: str) -> int:
         """How many clusters the idle device holds at once."""
         count = ctypes.c_int()
-        launch = self._config(self._cluster, None, early=False)
+        launch = self._config(self.cluster, None, early=False)
         driver = _driver()
-        status = driver.cuOccupancyMaxActiveClusters(
-            ctypes.byref(count), self._function, ctypes.byref(launch)
-        )
+        status = driver.cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, ctypes.byref(launch))
         _check(f"occupancy of {name}", status)
         if count.value < 1:
-            raise RuntimeError(f"{name}: no cluster of {self._cluster} fits this device")
+            raise RuntimeError(f"{name}: no cluster of {self.cluster} fits this device")
         return count.value
 
     def _config(self, ctas: int, stream: int | None, *, early: bool) -> _LaunchConfig:
         attributes = (_Attribute * 2)()
         attributes[0].id = _CLUSTER_DIMENSION
-        attributes[0].value[0], attributes[0].value[1], attributes[0].value[2] = self._cluster, 1, 1
+        attributes[0].value[0], attributes[0].value[1], attributes[0].value[2] = self.cluster, 1, 1
         attributes[1].id = _PROGRAMMATIC_STREAM_SERIALIZATION
         attributes[1].value[0] = 1
         return _LaunchConfig(
@@ -149,28 +143,32 @@ class Kernel:
             2 if early else 1,
         )
 
-    def with_arguments(self, clusters: int, arguments: tuple[Any, ...], device: int) -> Launch:
-        """A launch on the current stream of `device`, to be made any number of times; the kernel may start
-        before the one before it has ended.
+    def config(self, clusters: int, stream: int) -> _LaunchConfig:
+        """Of a launch of so many clusters that may start before the kernel in front of it has ended."""
+        found = self._configs.get((clusters, stream))
+        if found is None:
+            found = self._configs[clusters, stream] = self._config(
+                clusters * self.cluster, stream, early=True
+            )
+        return found
 
-        arguments: ctypes values in the order of the kernel's parameters.
-        """
-        configs = self._configs.setdefault(clusters, {})  # by stream
-        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-        function, launch_kernel = self._function, _driver().cuLaunchKernelEx
 
-        def launch() -> None:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            config = configs.get(stream)
-            if config is None:
-                config = configs[stream] = self._config(clusters * self._cluster, stream, early=True)
-            status = launch_kernel(ctypes.byref(config), function, pointers, None)
-            if status != 0:
-                _check(f"launching {clusters} clusters of {self._cluster}", status)
+class Launch:
+    """A kernel with its arguments, to be launched any number of times, on the stream of the moment."""
 
-        # The pointers above lead into them.
-        launch.arguments = arguments  # type: ignore[attr-defined]
-        return launch
+    def __init__(self, kernel: Kernel, clusters: int, arguments: tuple[Any, ...], device: int) -> None:
+        """arguments: ctypes values in the order of the kernel's parameters."""
+        self._kernel, self._clusters, self._device = kernel, clusters, device
+        # The pointers lead into the arguments, which must live as long.
+        self._arguments = arguments
+        self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+
+    def __call__(self) -> None:
+        """Launches on the current stream of the device."""
+        config = self._kernel.config(self._clusters, torch._C._cuda_getCurrentRawStream(self._device))
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._kernel.function, self._pointers, None)
+        if status != 0:
+            _check(f"launching {self._clusters} clusters of {self._kernel.cluster}", status)
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -98,7 +98,7 @@ def test_a_launch_is_made_again_on_the_stream_of_the_moment(monkeypatch: pytest.
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current, raising=False)
     kernel = launch.Kernel(b"", "product", threads=384, shared=1024, cluster=2)
     # Nothing else holds the argument: the launch must.
-    again = kernel.with_arguments(3, (ctypes.c_int(7),), 5)
+    again = launch.Launch(kernel, 3, (ctypes.c_int(7),), 5)
     gc.collect()
     for _ in range(2):
         again()
