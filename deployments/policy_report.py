@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Final
 
 from nestedfp.deployments.policy_pictures import burst, front
+from nestedfp.loadtests.markdown import markdown
 
 BEGIN: Final = "<!-- policy: begin (nestedfp report policy) -->"
 END: Final = "<!-- policy: end -->"
@@ -145,7 +146,7 @@ def _loads(rows: Iterable[Mapping[str, Any]]) -> str:
                 str(ours["max_flips_in_a_minute"]),
             )
         )
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def _unseen(held: Mapping[str, Any] | None) -> str:
@@ -202,7 +203,7 @@ def _steady(row: Mapping[str, Any]) -> str:
         )
         for name, policy in row["policies"].items()
     ]
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def _scaling(report: Mapping[str, Any]) -> str:
@@ -231,7 +232,7 @@ def _scaling(report: Mapping[str, Any]) -> str:
     if of_fp8 is not None:
         facts.append(f"{100 * of_fp8:.0f} % of what static FP8 with autoscaling saves")
     text = f"Load: {report['load']}; a replica starts in {report['startup_s']:g} s. {', '.join(facts)}."
-    return f"{_markdown(head, lines)}\n\n{text}"
+    return f"{markdown(head, lines)}\n\n{text}"
 
 
 def _paper(report: Mapping[str, Any]) -> str:
@@ -253,7 +254,7 @@ def _paper(report: Mapping[str, Any]) -> str:
         for name, policy in report["policies"].items()
     ]
     text = f"Arrivals thinned to {report['thinned_to']:g}, {report['replicas']} replicas."
-    return f"{_markdown(head, lines)}\n\n{text}"
+    return f"{markdown(head, lines)}\n\n{text}"
 
 
 def _minute(report: Mapping[str, Any]) -> str:
@@ -295,7 +296,7 @@ def _minute(report: Mapping[str, Any]) -> str:
         f" by {report['scale']:.4f}: {report['requests']} requests; {each}. What differs from the defaults"
         f" follows a policy's name."
     )
-    return f"{_markdown(head, lines)}\n\n{text}"
+    return f"{markdown(head, lines)}\n\n{text}"
 
 
 def _median(counts: Iterable[int]) -> str:
@@ -337,12 +338,8 @@ def _calibration(fits: Sequence[Mapping[str, Any]]) -> str:
     ]
     return (
         "Simulated over measured engine, less one. With fitted step times, throughput, TTFT and TPOT are "
-        f"within 10 % in: {'; '.join(within)} cells.\n\n" + _markdown(head, lines)
+        f"within 10 % in: {'; '.join(within)} cells.\n\n" + markdown(head, lines)
     )
-
-
-def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def _same(path: Path, text: str) -> bool:

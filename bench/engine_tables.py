@@ -1,0 +1,201 @@
+"""The README's tables of the engine: throughput and what else was seen, and its tests on a GPU."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nestedfp.loadtests.markdown import markdown
+
+ENGINE_CONTENDERS = ("vllm-16bit", "nestedfp-16bit", "vllm-fp8", "nestedfp-fp8")
+# Ours over theirs, with the bar as geometric mean (worst).
+ENGINE_RATIOS = (
+    ("nestedfp-16bit", "vllm-16bit", "≥ 0.99 (0.96)"),
+    ("nestedfp-fp8", "vllm-fp8", "≥ 1.00 (0.95)"),
+    ("nestedfp-fp8", "vllm-16bit", "≥ 1.3"),
+    ("nestedfp-fp8", "nestedfp-16bit", ""),
+)
+# What arXiv 2506.02024 reports for Llama-3.1-8B or, without a model of its own, for all: mean (worst).
+PAPER = {
+    ("nestedfp-16bit", "vllm-16bit"): "0.96",
+    ("nestedfp-fp8", "vllm-fp8"): "0.95 to 1.0 (0.835)",
+    ("nestedfp-fp8", "vllm-16bit"): "1.20",
+}
+# Where FP8 mode is to be faster still than plain 16 bits: short requests, small batches.
+SMALL_BATCHES, SMALL_BATCH_BAR = ((128, 128), 32), {("nestedfp-fp8", "vllm-16bit"): "≥ 1.45"}
+
+Cells = dict[tuple[int, int, int], dict[str, float]]
+
+
+def engine(data: Mapping[str, Any]) -> str:
+    """Throughput of the contenders by batch, then what else was seen, from `nestedfp bench engine`."""
+    runs: dict[tuple[str, str], Cells] = {}
+    spreads: dict[tuple[str, str], Cells] = {}
+    for row in data["rows"]:
+        run, cell = (row["model"], row["dtype"]), (row["input_len"], row["output_len"], row["batch"])
+        runs.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = row["tokens_per_s"]
+        if (spread := _spread(row)) is not None:
+            spreads.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = spread
+    seen = {name for cells in runs.values() for found in cells.values() for name in found}
+    names = [name for name in ENGINE_CONTENDERS if name in seen]
+    missing = [name for name in ENGINE_CONTENDERS if name not in names]
+    pairs = [pair for pair in ENGINE_RATIOS if pair[0] in names and pair[1] in names]
+    rows: list[list[str]] = []
+    for (model, dtype), cells in sorted(runs.items(), key=lambda run: run[0][::-1], reverse=True):
+        within = spreads.get((model, dtype), {})
+        label = f"{model}, {dtype}" if len({model for model, _ in runs}) > 1 else dtype
+        rows += [
+            [
+                f"{label}, {into}/{out}, batch {batch}",
+                *(_rate(found.get(name), within.get((into, out, batch), {}).get(name)) for name in names),
+                *(_ratio(found, *pair) for pair in pairs),
+            ]
+            for (into, out, batch), found in sorted(cells.items())
+        ]
+        means = [_mean_ratio(cells.values(), *pair) for pair in pairs]
+        rows.append([f"{label}: geometric mean (worst)", *[""] * len(names), *means])
+        few = [found for (*lengths, batch), found in cells.items() if _few(tuple(lengths), batch)]
+        least = [_least_ratio(few, ours, theirs) for ours, theirs, _ in pairs]
+        rows.append([f"{label}: worst of 128/128, batch 1 to 32", *[""] * len(names), *least])
+    paper = [PAPER.get((ours, theirs), "") for ours, theirs, _ in pairs]
+    rows.append(["the NestedFP paper, on its own baselines", *[""] * len(names), *paper])
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    models = ", ".join(dict.fromkeys(model for model, _ in runs))
+    return (
+        f"**Engine** ({models}, {data['device']}, {versions}, {data['date'][:10]}"
+        + _cards(data)
+        + "). Output tokens/s, input/output length"
+        + ("; medians, ± half the range of the passes over the median" if spreads else "")
+        + (f"; not measured in this run: {', '.join(missing)}" if missing else "")
+        + ".\n\n"
+        + markdown(["", *names, *(f"{ours} / {theirs}" for ours, theirs, _ in pairs)], rows)
+        + "".join(_one_engine(data, dtype) for dtype in sorted({dtype for _, dtype in runs}, reverse=True))
+    )
+
+
+def _cards(data: Mapping[str, Any]) -> str:
+    """The GPUs that each engine was spread over, where it was more than one."""
+    ranks = data.get("settings", {}).get("tensor_parallel_size", 1)
+    return f", {ranks} GPUs" if ranks > 1 else ""
+
+
+def _few(lengths: tuple[int, ...], batch: int) -> bool:
+    return (lengths, True) == (SMALL_BATCHES[0], batch <= SMALL_BATCHES[1])
+
+
+def _ratio(found: Mapping[str, float], ours: str, theirs: str, bar: str) -> str:
+    return f"{found[ours] / found[theirs]:.2f}" if ours in found and theirs in found else ""
+
+
+def _ratios_of(cells: Iterable[Mapping[str, float]], ours: str, theirs: str) -> list[float]:
+    return [found[ours] / found[theirs] for found in cells if ours in found and theirs in found]
+
+
+def _mean_ratio(cells: Iterable[Mapping[str, float]], ours: str, theirs: str, bar: str) -> str:
+    ratios = _ratios_of(cells, ours, theirs)
+    if not ratios:
+        return ""
+    return _barred(f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.3f})", bar)
+
+
+def _least_ratio(cells: Iterable[Mapping[str, float]], ours: str, theirs: str) -> str:
+    ratios = _ratios_of(cells, ours, theirs)
+    return _barred(f"{min(ratios):.3f}", SMALL_BATCH_BAR.get((ours, theirs), "")) if ratios else ""
+
+
+def _barred(shown: str, bar: str) -> str:
+    return f"{shown}; bar {bar}" if bar else shown
+
+
+def _one_engine(data: Mapping[str, Any], dtype: str) -> str:
+    """What the run saw of flips, memory and starts, each beside its bar; empty where it saw nothing."""
+    engines, solo = (
+        {entry["engine"]: entry for entry in data[kind] if entry.get("dtype", dtype) == dtype}
+        for kind in ("engines", "solo")
+    )
+    found, rows = engines.get("nestedfp", {}), []
+    if checks := found.get("checks"):
+        step, p99 = checks["step_ms"], f"{checks['flip_us_p99']:.0f} us"
+        slowed = f"{2 * step['flipping'] / (step['fp16'] + step['fp8']):.3f}"
+        tokens = "equal" if checks["fp16_tokens_equal_after_flips"] else "not equal"
+        rows = [
+            [f"swap of graphs, p99 of {checks['flips']:,} flips", p99, "≤ 1,000 us"],
+            ["step with a flip before it, over the mean of both modes", slowed, "≤ 1.02"],
+            ["greedy 16-bit tokens before and after the flips", tokens, "equal"],
+        ]
+    plain = solo.get("vllm-16bit") or engines.get("vllm-16bit")
+    ours = solo.get("nestedfp") or found
+    if ours and plain:
+        ratio = ours["memory"]["weights_bytes"] / plain["memory"]["weights_bytes"]
+        rows.append(["memory of weights over plain vLLM's", f"{ratio:.4f}", "≤ 1.005"])
+    if "nestedfp" in solo and "vllm-16bit" in solo:
+        (kept, there), (took, theirs) = (
+            [entry[what] for entry in (solo["nestedfp"], solo["vllm-16bit"])]
+            for what in ("memory", "start_s")
+        )
+        blocks = f"{kept['kv_blocks'] / there['kv_blocks']:.3f}"
+        rows.append(["KV-cache blocks at the same setting, over plain vLLM's", blocks, "≥ 0.97"])
+        rows.append([f"start alone, {took:.0f} s, over plain vLLM's", f"{took / theirs:.2f}", "≤ 1.5"])
+    table = markdown([f"{dtype}: flips, memory and starts", "measured", "bar"], rows)
+    return "\n\n" + table if rows else ""
+
+
+def engine_tests(data: Mapping[str, Any]) -> str:
+    """What the engine's tests found on a GPU, a row a run, from `bench/engine_tests.py`."""
+    header = data["header"]
+    rows = [
+        [
+            f"{run['model']}, {run['dtype']}, vLLM's runner {run['runner']}",
+            _outcomes(run),
+            *(_figure(run, name) for name in TESTED),
+            _of(run, "sizes_with_equal_logits", "sizes", "logits_equal"),
+            _of(run, "ranks_alike", "", "ranks_alike"),
+        ]
+        for run in data["runs"]
+    ]
+    cards = f"{header['devices']} x " if header["devices"] > 1 else ""
+    head = ["", "tests", *TESTED.values(), "16-bit logits with equal bits after flips", "ranks alike"]
+    return (
+        f"**Tests of the engine on a GPU** ({cards}{header['device']}, vllm {header['vllm']}, torch "
+        f"{header['torch']}, {header['date'][:10]}), every step checked on the device.\n\n"
+        + markdown(head, rows)
+    )
+
+
+TESTED = {
+    "flips": "flips under load",
+    "failed_requests": "failed requests",
+    "mixed_steps": "mixed steps",
+    "flip_us_p99": "swap, p99 us",
+}
+
+
+def _outcomes(run: Mapping[str, Any]) -> str:
+    if not run["complete"]:
+        return "not finished"
+    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(run["outcomes"].items()))
+
+
+def _figure(run: Mapping[str, Any], name: str) -> str:
+    value = run.get("figures", {}).get(name)
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _of(run: Mapping[str, Any], part: str, whole: str, flag: str) -> str:
+    """`part` of `whole` batch sizes, or a yes or no."""
+    figures = run.get("figures", {})
+    if whole in figures:
+        return f"{figures[part]:.0f} of {figures[whole]:.0f} batch sizes"
+    return "" if flag not in figures else "yes" if figures[flag] else "no"
+
+
+def _spread(row: Mapping[str, Any]) -> float | None:
+    """Half the range of the passes over their median; None where there was but one, or it is not known."""
+    if row.get("passes", 1) < 2:
+        return None
+    return float(row["tokens_per_s_max"] - row["tokens_per_s_min"]) / 2 / float(row["tokens_per_s"])
+
+
+def _rate(value: float | None, spread: float | None = None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if spread is None else f"{value:,.0f} ±{spread:.1%}".replace("%", " %")
