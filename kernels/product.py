@@ -45,26 +45,7 @@ def linear_16bit(
     _check("linear_16bit", x, upper, row_exponent, bias, order)
     _check_bytes("linear_16bit", "lower", lower, upper)
     _check_ahead("linear_16bit", ahead, upper)
-    return unchecked_16bit(x, upper, lower, row_exponent, bias, order=order, ahead=ahead)
-
-
-def unchecked_16bit(
-    x: Tensor,
-    upper: Tensor,
-    lower: Tensor,
-    row_exponent: Tensor,
-    bias: Tensor | None = None,
-    *,
-    order: KOrder = KOrder.NATURAL,
-    ahead: tuple[Tensor, ...] = (),
-) -> Tensor:
-    """`linear_16bit` of operands that are known to fit: those of a layer, which meets them in every step."""
-    if x.numel() == 0:
-        return _empty(x, upper)
-    tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    backend, product = _chosen(Mode.BITS16, tokens, (upper, lower), order)
-    more = {"ahead": ahead} if ahead and backend is Backend.HOPPER else {}
-    return _unflatten(product(tokens, upper, lower, row_exponent, bias, **more), x)
+    return multiply(Mode.BITS16, x, (upper, lower), row_exponent, bias, order, ahead)
 
 
 def linear_fp8(
@@ -82,55 +63,40 @@ def linear_fp8(
     """
     _check("linear_fp8", x, upper, row_exponent, bias, order)
     _check_ahead("linear_fp8", ahead, upper)
-    return unchecked_fp8(x, upper, row_exponent, bias, order=order, ahead=ahead)
+    return multiply(Mode.FP8, x, (upper,), row_exponent, bias, order, ahead)
 
 
-def unchecked_fp8(
+def multiply(
+    mode: Mode,
     x: Tensor,
-    upper: Tensor,
+    weight: tuple[Tensor, ...],
     row_exponent: Tensor,
-    bias: Tensor | None = None,
-    *,
-    order: KOrder = KOrder.NATURAL,
-    ahead: tuple[Tensor, ...] = (),
+    bias: Tensor | None,
+    order: KOrder,
+    ahead: tuple[Tensor, ...],
 ) -> Tensor:
-    """`linear_fp8` of operands that are known to fit."""
+    """The product of `mode` of operands that are known to fit, as a layer's are, which meets them in every
+    step. weight: the planes that the mode reads, (upper, lower) or (upper,)."""
+    N, K = weight[0].shape
     if x.numel() == 0:
-        return _empty(x, upper)
+        return x.new_empty((*x.shape[:-1], N))
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    backend, product = _chosen(Mode.FP8, tokens, (upper,), order)
+    problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(tokens, weight))
+    backend, product = _product(problem, _capability(x.device))
     more = {"ahead": ahead} if ahead and backend is Backend.HOPPER else {}
-    return _unflatten(product(tokens, upper, row_exponent, bias, **more), x)
-
-
-def _chosen(
-    mode: Mode, x: Tensor, weight: tuple[Tensor, ...], order: KOrder
-) -> tuple[Backend, Callable[..., Tensor]]:
-    fits = fits_bulk_copies(x, weight)
-    return _product(mode, x.shape[0], *weight[0].shape, x.dtype, order, fits, _capability(x.device))
+    y = product(tokens, *weight, row_exponent, bias, **more)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], N)
 
 
 @lru_cache(maxsize=4096)
-def _product(
-    mode: Mode, M: int, N: int, K: int, dtype: torch.dtype, order: KOrder, fits: bool,
-    capability: Capability | None,
-) -> tuple[Backend, Callable[..., Tensor]]:  # fmt: skip
+def _product(problem: Problem, capability: Capability | None) -> tuple[Backend, Callable[..., Tensor]]:
     """The kernel for a problem: every layer meets the same few, and on a GPU the host's time counts."""
-    problem = Problem(mode, M, N, K, _DTYPES[dtype], order, fits)
     backend, config = choose(problem, capability)
     if backend is Backend.PORTABLE:
         _log_portable(problem.mode, problem.K, problem.order, problem.tma, capability)
     module = _module(backend)
     linear = module.linear_fp8 if problem.mode is Mode.FP8 else module.linear_16bit
     return backend, partial(linear, order=problem.order, **({} if config is None else {"config": config}))
-
-
-def _unflatten(y: Tensor, x: Tensor) -> Tensor:
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _empty(x: Tensor, upper: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], upper.shape[0]))
 
 
 def fits_bulk_copies(x: Tensor, weight: tuple[Tensor, ...]) -> bool:

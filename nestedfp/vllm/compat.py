@@ -150,9 +150,8 @@ def chain_launches(compilation_config: Any) -> None:
     next one do so (programmatic dependent launch): weights are then on their way while a norm is computed.
     A value that the user gave stays."""
     import torch
-    from torch._inductor import config
 
-    if hasattr(config.triton, "enable_pdl") and torch.cuda.get_device_capability() >= (9, 0):
+    if torch.cuda.get_device_capability() >= (9, 0):
         compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestedfp.kernels.dispatch import Mode
 from nestedfp.kernels.layout import KOrder
-from nestedfp.kernels.product import unchecked_16bit, unchecked_fp8
+from nestedfp.kernels.product import multiply
 from nestedfp.precision import Precision
 from nestedfp.vllm.active import ACTIVE
 
@@ -32,8 +33,8 @@ def _linear(
     # The layer's own were checked when it was nested, and x is what its model gives it.
     ahead = ACTIVE.read_after(row_exponent)
     if precision is Precision.FP8:
-        return unchecked_fp8(x, upper, row_exponent, bias, order=_ORDERS[order], ahead=ahead)
-    return unchecked_16bit(x, upper, lower, row_exponent, bias, order=_ORDERS[order], ahead=ahead)
+        return multiply(Mode.FP8, x, (upper,), row_exponent, bias, _ORDERS[order], ahead)
+    return multiply(Mode.BITS16, x, (upper, lower), row_exponent, bias, _ORDERS[order], ahead)
 
 
 def _linear_shape(

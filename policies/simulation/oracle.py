@@ -42,6 +42,7 @@ def _level(
     pace: float, first_token: float, give_up: float = math.inf, least_tokens: float = LEAST_TOKENS
 ) -> StepBounds:
     """One pace for all batches; with ``give_up`` they are taken to be light ones, whose pace is 1."""
+    heavy_from_s = 0.0 if math.isinf(give_up) else math.inf
     return StepBounds(
         pace_s=pace * TPOT_S,
         tpot_s=TPOT_S,
@@ -50,8 +51,8 @@ def _level(
         least_tokens=least_tokens,
         light_ttft_s=first_token * TTFT_S,
         given_up_s=give_up * TTFT_S,
-        light_s=0.0 if math.isinf(give_up) else math.inf,
-        heavy_s=0.0 if math.isinf(give_up) else math.inf,
+        light_s=heavy_from_s,
+        heavy_s=heavy_from_s,
     )
 
 
