@@ -31,8 +31,7 @@ from nestedfp.vllm.bench.report import merged, slug, table
 from nestedfp.vllm.bench.session import Session
 
 SOLO_START_S = 60
-PROFILE_S = 15
-"""Time kept free for what comes after the grid, under a time limit."""
+"""Time kept free for each start after the grid, under a time limit."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--solo", default="", help="engines to start again alone at the end, on the whole card"
     )
-    parser.add_argument("--profile", action="store_true", help="time a decode and a prefill step by kernel")
+    parser.add_argument(
+        "--profile", action="store_true", help="time decode and prefill steps by kernel, before the grid"
+    )
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which to stop")
     parser.add_argument(
         "--wait-for", type=Path, help="time nothing before this file exists (or the time limit is near)"
@@ -88,7 +89,10 @@ def run(args: argparse.Namespace) -> int:
             while args.wait_for and not args.wait_for.exists() and session.seconds_left() > 60:
                 time.sleep(1)
             session.check()
-            later_s = SOLO_START_S * len(solo) + PROFILE_S * args.profile
+            if args.profile:
+                session.profile()
+                _write(args, session)
+            later_s = SOLO_START_S * len(solo)
             for cell in args.cells:
                 if not session.engines or session.seconds_left() <= later_s:
                     break
@@ -97,8 +101,6 @@ def run(args: argparse.Namespace) -> int:
                     continue
                 _write(args, session)
                 print(table(session.rows(cell)), flush=True)
-            if args.profile:
-                session.profile()
             session.stop()
             for name in solo:
                 if session.seconds_left() > 0:

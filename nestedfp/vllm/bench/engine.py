@@ -6,6 +6,7 @@ runs on the GPU between two calls. With tensor parallelism its workers are proce
 
 import random
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from itertools import chain
@@ -13,9 +14,11 @@ from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from nestedfp.vllm import compat
 from nestedfp.vllm.bench.models import DEVIATION
+from nestedfp.vllm.bench.timeline import Span, added_time
 
 CHECKED_PROMPTS = 8
 CHECKED_TOKENS = 64
@@ -209,40 +212,34 @@ class Engine:
         }
 
     def profile(self) -> dict[str, Any]:
-        """GPU time by kernel, in microseconds a step: a decode step of 32 requests, a prefill of 8 x 1024
-        tokens. The longest kernels by name, and `total`."""
+        """What kernels add (`added_time`) to a decode step of 32 and of 256 requests, and to a prefill of
+        8 x 1024 tokens."""
         if self._parking is not None:
             self._parking.unpark()
-        engine, found = self.llm.llm_engine, {}
-        for name, length, batch, tokens, skipped, steps in (
-            ("decode", 16, FLIPPED_BATCH, 32, 8, 8),
-            ("prefill", 1024, 8, 1, 0, 1),
-        ):
-            for index, prompt in enumerate(self.prompts(length, batch)):
-                engine.add_request(f"{name}-{index}", prompt, _greedy(tokens))
-            for _ in range(skipped):
+        return {
+            "decode": self._profiled(16, FLIPPED_BATCH, tokens=32, skipped=8, steps=8),
+            "decode of 256": self._profiled(16, 256, tokens=32, skipped=8, steps=8),
+            "prefill": self._profiled(1024, 8, tokens=1, skipped=0, steps=1),
+        }
+
+    def _profiled(self, length: int, batch: int, tokens: int, skipped: int, steps: int) -> dict[str, Any]:
+        engine = self.llm.llm_engine
+
+        def take(count: int) -> None:
+            for _ in range(count):
                 engine.step()
             torch.cuda.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                for _ in range(steps):
-                    engine.step()
-                torch.cuda.synchronize()
+
+        # The first time is a warm-up.
+        for profile in (nullcontext(), torch.profiler.profile(activities=[ProfilerActivity.CUDA])):
+            for index, prompt in enumerate(self.prompts(length, batch)):
+                engine.add_request(f"profile-{index}", prompt, _greedy(tokens))
+            take(skipped)
+            with profile:
+                take(steps)
             while engine.has_unfinished_requests():
                 engine.step()
-            kernels = [event for event in profile.key_averages() if event.self_device_time_total]
-            kernels.sort(key=lambda event: -event.self_device_time_total)
-            found[name] = {
-                "total": sum(event.self_device_time_total for event in kernels) / steps,
-                "kernels": [
-                    {
-                        "name": event.key[:90],
-                        "us": event.self_device_time_total / steps,
-                        "launches": event.count / steps,
-                    }
-                    for event in kernels[:PROFILED_KERNELS]
-                ],
-            }
-        return found
+        return added_time(_spans(profile), steps, PROFILED_KERNELS)
 
     def _stepwise(self, modes: tuple[str, str] | None) -> tuple[list[float], list[float]]:
         """Decodes one batch step by step, with another of `modes` before each; the seconds of each step that
@@ -289,6 +286,13 @@ def stored_bytes(model: torch.nn.Module) -> int:
     """Bytes of the memory behind a model's parameters and buffers; what they share counts once."""
     storages = (tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers()))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _spans(profile: Any) -> Iterator[Span]:
+    """What ran on the device while the torch profiler did."""
+    for event in profile.events():
+        if event.device_type is torch.profiler.DeviceType.CUDA and not event.is_user_annotation:
+            yield Span(event.name, event.time_range.start, event.time_range.end)
 
 
 def _worker_memory(worker: Any) -> tuple[int, int]:
