@@ -99,7 +99,7 @@ def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
     yield tile
     if tiles % resident == 0 or tiles > 16 * resident:
         return
-    if tile.cluster == 1 and tile.ctas == 1 and K >= 1024:
+    if tile.cluster <= 2 and tile.ctas == 1 and K >= 1024:
         yield replace(tile, cluster_k=2)
         if tiles > resident:
             yield replace(tile, cluster_k=2, waves=1)

@@ -34,20 +34,22 @@ __device__ __forceinline__ void exchange_in_turns(float (&sums)[SUMS], u32 buffe
   ptx::threads_sync<CONSUMERS * 128>(ALL_CONSUMERS);
 }
 
-// A thread's part in a cluster whose two CTAs have half of K each: of each tile either gives the other its sums of
-// every second slice, straight into the buffers of x and weights, which are idle then, and stores the rest.
+// A thread's part in a cluster whose halves have half of K each: of each tile, a CTA of either gives that CTA of the
+// other which has the same rows and tokens its sums of every second slice, straight into the buffers of x and weights,
+// which are idle then, and stores the rest.
 //
-// Neither may write before the other's buffers are idle, nor fill its own again before it has taken what it was given.
-// Nothing arrives at a CTA that has ended: it has waited for all that is sent to it.
+// Neither may write before the other's buffers are idle, nor may any that fills buffers, its own or those of others that
+// share its panels, before what was given there has been taken. Nothing arrives at a CTA that has ended: it has waited
+// for all that is sent to it, or for all others.
 class Pair {
  public:
   __device__ __forceinline__ Pair(u32 base, u32 warp, u32 lane, u32 rank)
       : base_(base), buffer_(base + warp * GIVEN_BYTES + lane * 16), given_(base + GIVEN + warp * GIVEN_SLICES * 8),
-        lane_(lane), rank_(rank) {}
+        lane_(lane), half_(rank / WORKER), worker_(rank - rank % WORKER), other_(rank ^ WORKER) {}
 
   __device__ __forceinline__ static void init(u32 base) {
     ptx::barrier_init(base + READY, CONSUMERS * 4);
-    ptx::barrier_init(base + TAKEN, CONSUMERS * 4);
+    ptx::barrier_init(base + TAKEN, CONSUMERS * 4 * WORKER);
     for (int i = 0; i < CONSUMERS * 4 * GIVEN_SLICES; ++i) ptx::barrier_init(base + GIVEN + i * 8, 1);
   }
 
@@ -61,16 +63,16 @@ class Pair {
   template <class Store>
   __device__ __forceinline__ void exchange(float (&sums)[SUMS], int first, int end, Store store) {
     // The other has made its barriers.
-    if (exchanges_ == 0) ptx::cluster_wait();
-    const u32 parity = exchanges_++ & 1, other = rank_ ^ 1;
-    auto stays = [&](int slice) { return u32(slice - first & 1) == rank_; };
-    if (lane_ == 0) ptx::barrier_arrive_at(base_ + READY, other);
+    if (MEET_LATE && exchanges_ == 0) ptx::cluster_wait();
+    const u32 parity = exchanges_++ & 1;
+    auto stays = [&](int slice) { return u32(slice - first & 1) == half_; };
+    if (lane_ == 0) ptx::barrier_arrive_at(base_ + READY, other_);
     if (lane_ < GIVEN_SLICES) {
-      const bool some = first + int(lane_ * 2 + rank_) < end;
+      const bool some = first + int(lane_ * 2 + half_) < end;
       ptx::barrier_expect(given_ + lane_ * 8, some ? GIVEN_SLICE_BYTES : 0);
     }
     ptx::barrier_wait(base_ + READY, parity);
-    const u32 to = ptx::address_at(buffer_, other), to_given = ptx::address_at(given_, other);
+    const u32 to = ptx::address_at(buffer_, other_), to_given = ptx::address_at(given_, other_);
 #pragma unroll
     for (int slice = 0; slice < SLICES; ++slice) {
       if (slice < first || slice >= end || stays(slice)) continue;
@@ -97,11 +99,15 @@ class Pair {
     // The copy engine writes there next.
     ptx::copies_fence();
     __syncwarp();
-    if (lane_ == 0) ptx::barrier_arrive(base_ + TAKEN);
+    if (lane_ >= WORKER) return;
+    if constexpr (WORKER == 1)
+      ptx::barrier_arrive(base_ + TAKEN);
+    else
+      ptx::barrier_arrive_at(base_ + TAKEN, worker_ + lane_);
   }
 
  private:
-  const u32 base_, buffer_, given_, lane_, rank_;
+  const u32 base_, buffer_, given_, lane_, half_, worker_, other_;
   int exchanges_ = 0;
 };
 

@@ -20,8 +20,8 @@
 //   With SETS = 2 sets of registers a warpgroup rebuilds one step while its step before multiplies; with one set,
 //   which leaves room for more warpgroups, it rebuilds while the others multiply. AHEAD it loads the bytes of the
 //   next 128 of K before it multiplies the last of these, which pays where one warpgroup multiplies few tokens;
-// * with CLUSTER_K = 2 the two CTAs of a cluster have half of K each of a tile, which lets tiles be large where there are
-//   few (exchange_16bit.cuh);
+// * with CLUSTER_K = 2 the two halves of a cluster have half of K each of a tile, or of a few that share panels, which
+//   lets tiles be large where there are few (exchange_16bit.cuh);
 // * a warpgroup scales, adds the bias and stores by itself, or has the copy engine store (output_16bit.cuh), while the
 //   producers fill buffers for the next tile.
 // schedule.cuh says how tiles are shared and why gathering the parts of a tile cannot deadlock.
@@ -58,13 +58,12 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
   const u32 x_full = base + X_FULL, x_empty = base + X_EMPTY;
   const u32 weight_full = base + WEIGHT_FULL, weight_empty = base + WEIGHT_EMPTY;
   const u32 rank = CLUSTER == 1 ? 0 : ptx::cluster_rank();
-  // CTAs that share K have neither tokens nor rows in common with others: the two clusterings exclude one another.
-  const u32 rank_token = CLUSTER_K > 1 ? 0 : rank % CLUSTER_TOKENS;
-  const u32 rank_row = CLUSTER_K > 1 ? 0 : rank / CLUSTER_TOKENS;
+  // Of the CTAs that share panels with this one: the first, and where this one stands among them.
+  const u32 worker = CLUSTER_K == 1 ? 0 : rank - rank % WORKER;
+  const u32 rank_token = (rank - worker) % CLUSTER_TOKENS, rank_row = (rank - worker) / CLUSTER_TOKENS;
   const int row_tiles = (N + ROWS * CLUSTER_ROWS - 1) / (ROWS * CLUSTER_ROWS);
   const int token_tiles = (M + TOKENS * CLUSTER_TOKENS - 1) / (TOKENS * CLUSTER_TOKENS);
   const int last_token = max((M + SLICE - 1) / SLICE * SLICE - TOKENS, 0);
-  constexpr int WORKER = CLUSTER / CLUSTER_K;
   const Schedule schedule(blockIdx.x / WORKER, gridDim.x / WORKER, row_tiles * token_tiles, cut, parts, K / UNIT);
   const u32 warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
   const u32 thread = threadIdx.x % 128;
@@ -81,8 +80,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     if constexpr (CLUSTER_K > 1) Pair::init(base);
     ptx::barrier_init_fence();
   }
-  // CTAs that share K meet before they exchange sums, not here.
-  ptx::meet<CLUSTER, CLUSTER_K == 1>();
+  ptx::meet<CLUSTER, !MEET_LATE>();
 
   // The copy engine is slow where a box reaches past the last token, so the last tile begins where it ends there.
   auto corner = [&](int tile) -> Corner {
@@ -101,7 +99,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       // Weights depend on nothing: they are asked for before the kernel before this one has ended.
       constexpr int PART = ROWS / CLUSTER_TOKENS;
       u16 ctas = 0;
-      for (int i = 0; i < CLUSTER_TOKENS; ++i) ctas |= 1 << (i + rank_row * CLUSTER_TOKENS);
+      for (int i = 0; i < CLUSTER_TOKENS; ++i) ctas |= 1 << (worker + i + rank_row * CLUSTER_TOKENS);
       Ring<WEIGHT_STAGES> ring;
       u32 last_full = weight_full, last_parity = 0;
       for (int index = 0; index < schedule.count; ++index) {
@@ -129,7 +127,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       ask_ahead(ahead);
     } else if (thread == 32) {
       u16 ctas = 0;
-      for (int i = 0; i < CLUSTER_ROWS; ++i) ctas |= 1 << (rank_token + i * CLUSTER_TOKENS);
+      for (int i = 0; i < CLUSTER_ROWS; ++i) ctas |= 1 << (worker + rank_token + i * CLUSTER_TOKENS);
       ptx::wait_for_previous_kernel();
       ptx::let_next_kernel_start();
       Ring<X_STAGES> ring;
@@ -170,14 +168,14 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       if constexpr (CLUSTER_ROWS == 1)
         ptx::barrier_arrive(x_empty + stage * 8);
       else
-        ptx::barrier_arrive_at(x_empty + stage * 8, rank_token + lane * CLUSTER_TOKENS);
+        ptx::barrier_arrive_at(x_empty + stage * 8, worker + rank_token + lane * CLUSTER_TOKENS);
     };
     auto release_weights = [&](int stage) {
       if (lane >= CLUSTER_TOKENS) return;
       if constexpr (CLUSTER_TOKENS == 1)
         ptx::barrier_arrive(weight_empty + stage * 8);
       else
-        ptx::barrier_arrive_at(weight_empty + stage * 8, lane + rank_row * CLUSTER_TOKENS);
+        ptx::barrier_arrive_at(weight_empty + stage * 8, worker + lane + rank_row * CLUSTER_TOKENS);
     };
     // Of this warpgroup: where its sums of part `part` of `tile` lie, one float4 a thread, and the tile's counter.
     auto scratch = [&](int part, int tile) {
@@ -358,5 +356,5 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
   }
   // Others that share a panel with this CTA still signal here until they are through.
   __syncwarp();
-  if constexpr (CLUSTER > 1 && CLUSTER_K == 1) ptx::cluster_sync();
+  if constexpr (WORKER > 1) ptx::cluster_sync();
 }

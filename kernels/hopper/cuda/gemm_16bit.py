@@ -58,8 +58,9 @@ class Config:
     warpgroups alone; with sliced_k 2 two warpgroups have 64 rows together, take turns in K, and `tokens` is a
     multiple of 32. cluster_tokens, cluster_rows: CTAs of a cluster along each. ctas: programs a
     multiprocessor. split: parts into which K is cut in the tiles that do not fill a wave, and in those of
-    `waves` full waves beside them; cluster_k 2: there are two, and the CTAs of a cluster, which have nothing
-    else in common then, exchange their sums directly. group: token tiles that run side by side.
+    `waves` full waves beside them; cluster_k 2: there are two, and the two halves of a cluster, each of
+    cluster_tokens by cluster_rows CTAs, exchange their sums directly. group: token tiles that run side by
+    side.
     """
 
     tokens: int

@@ -4,7 +4,11 @@
 
 namespace {
 
-constexpr int CLUSTER = CLUSTER_TOKENS * CLUSTER_ROWS * CLUSTER_K;
+// CTAs that share panels of x or weights, and with them a place in the schedule; of those a cluster has CLUSTER_K groups.
+constexpr int WORKER = CLUSTER_TOKENS * CLUSTER_ROWS;
+constexpr int CLUSTER = WORKER * CLUSTER_K;
+// CTAs that share K alone meet before they exchange sums, not at the start.
+constexpr bool MEET_LATE = CLUSTER_K > 1 && WORKER == 1;
 constexpr int ROWS = 64 * CONSUMERS / SLICED_K;
 constexpr int STEP = 64;   // of K: what one stage of x holds, and a quarter of the products of a unit
 constexpr int UNIT = 128;  // of K: what one stage of weights holds
@@ -41,7 +45,7 @@ static_assert(X_BOX % 8 == 0 && X_BOX <= 256 && MMA_TOKENS % 8 == 0 && MMA_TOKEN
 static_assert(ROWS % (8 * CLUSTER_TOKENS) == 0);
 static_assert(OWN_TOKENS % SLICE == 0 && SLICE % 16 == 0);
 static_assert(SLICED_K == 1 || (CONSUMERS == 2 && SLICED_K == 2 && TOKENS % 32 == 0 && SETS == 1 && !AHEAD));
-static_assert(CLUSTER_K == 1 || CLUSTER == 2);
+static_assert(CLUSTER_K <= 2);
 static_assert(BUFFERS >= 2);
 static_assert(CLUSTER_K == 1 || CONSUMERS * 4 * GIVEN_BYTES <= OUTPUT_OFFSET);
 

@@ -1,4 +1,4 @@
-// How persistent workers (CTAs or clusters) share the tiles of a product: whole tiles in turn, and tiles whose K is
+// How persistent workers (CTAs, clusters or halves of clusters) share the tiles of a product: whole tiles in turn, and tiles whose K is
 // cut into equal parts, which are those that would not fill a wave.
 //
 // The first `cut` tiles are cut into `parts` stretches of their `tile_units` units of K; part p of tile t has number
@@ -8,7 +8,7 @@
 // of all parts. It waits there for parts alone, and no part waits for anything: waits end if all workers are resident,
 // whatever the order in which they run.
 //
-// With CLUSTER_K = 2 the two parts of a tile belong to the two CTAs of a cluster, workers 2 c and 2 c + 1, which run
+// With CLUSTER_K = 2 the two parts of a tile belong to the two halves of a cluster, workers 2 c and 2 c + 1, which run
 // them at the same time and exchange their sums directly (exchange_16bit.cuh).
 #pragma once
 

@@ -291,7 +291,7 @@ def stored_bytes(model: torch.nn.Module) -> int:
 def _spans(profile: Any) -> Iterator[Span]:
     """What ran on the device while the torch profiler did."""
     for event in profile.events():
-        if event.device_type is torch.profiler.DeviceType.CUDA and not event.is_user_annotation:
+        if event.device_type == torch.profiler.DeviceType.CUDA and not event.is_user_annotation:
             yield Span(event.name, event.time_range.start, event.time_range.end)
 
 

@@ -29,6 +29,11 @@ SHARED_K = [
     Config(176, 3, cluster_k=2),
     Config(256, cluster_k=2),
     Config(256, cluster_k=2, waves=1),
+    Config(64, cluster_tokens=2, sliced_k=2, cluster_k=2),
+    Config(128, cluster_tokens=2, cluster_k=2),
+    Config(128, 3, cluster_tokens=2, cluster_k=2, waves=1),
+    Config(256, cluster_rows=2, cluster_k=2),
+    Config(256, cluster_rows=2, cluster_k=2, waves=1),
 ]
 
 
