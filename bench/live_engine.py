@@ -1,0 +1,254 @@
+"""Bounded steps on a real engine: one load, in static modes and in `auto`, beside the simulator's prediction.
+
+    python bench/live_engine.py plan --engine bench/data/engine-<device>.json --out plan.json
+    python bench/live_engine.py run plan.json
+
+`plan` runs anywhere: it fits the simulated engine to the measured one, draws a load of bursts around the
+capacity in 16 bits, and simulates each contender on it. `run` needs the GPU and vLLM: one engine serves the
+load once for each contender, requests arriving by the clock. Both write what `live-<device>.json` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+MODEL = "llama-3.1-8b"
+SETTINGS = {"max_num_batched_tokens": 2048, "max_num_seqs": 256}
+BLOCKS, BLOCK_TOKENS = 16_384, 16
+CAPTURE_SIZES = [1, 2, 4, 8, *range(16, 257, 16)]
+# Of the capacity in 16 bits: between bursts, and in them. Seconds of either.
+CALM, BURST, CALM_S, BURST_S, BURSTS = 0.7, 1.7, 8.0, 4.0, 3
+DRAIN_S = 60.0
+CONTENDERS = ("static-fp16", "static-fp8", "static-fp16, cut steps", "auto, cut steps")
+
+
+class Served(NamedTuple):
+    """One request's times in seconds from the start, and how many tokens it made."""
+
+    arrival: float
+    first: float
+    last: float
+    tokens: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("plan", help="draw a load and simulate it")
+    command.add_argument("--engine", type=Path, required=True, help="file of `nestedfp bench engine`")
+    command.add_argument("--out", type=Path, default=Path("plan.json"))
+    command.add_argument("--seed", type=int, default=1)
+    command.set_defaults(run=plan)
+    command = commands.add_parser("run", help="serve it on this machine's GPU")
+    command.add_argument("plan", type=Path)
+    command.add_argument("--wait-for", type=Path, help="begin once this file exists")
+    command.add_argument("--out", type=Path, help="default: bench/data/live-<device>.json")
+    command.set_defaults(run=run)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Writes the load, the limits that the policy sends, and what is predicted of each contender."""
+    from dataclasses import replace
+
+    from nestedfp.loadtests.synthetic import Lengths, gamma, square_wave
+    from nestedfp.policies.config import PolicyConfig
+    from nestedfp.policies.controllers.bounds import step_bounds
+    from nestedfp.policies.policy import Policy
+    from nestedfp.policies.simulation.calibration import measured_engine
+    from nestedfp.policies.simulation.capacity import capacity_rps
+    from nestedfp.policies.simulation.cluster import simulate
+    from nestedfp.policies.simulation.summary import summarize
+
+    settings = measured_engine(json.loads(arguments.engine.read_text()))
+    settings = replace(settings, max_sequences=SETTINGS["max_num_seqs"], kv_tokens=BLOCKS * BLOCK_TOKENS)
+    prompt, output = Lengths(500, 0.8, 1500), Lengths(100, 0.8, 400)
+    config = PolicyConfig.from_dict({"controller": "predictive"})
+    config = replace(config, latency=settings.model)
+    static = Policy(PolicyConfig.from_dict({"controller": "static-fp16"}))
+    lengths = gamma(prompt, output, rate_rps=20, duration_s=100, seed=arguments.seed)
+    capacity = capacity_rps(lengths, static, replicas=1, seed=arguments.seed, settings=settings)
+    load = square_wave(
+        prompt,
+        output,
+        calm_rps=CALM * capacity,
+        burst_rps=BURST * capacity,
+        calm_s=CALM_S,
+        burst_s=BURST_S,
+        bursts=BURSTS,
+        seed=arguments.seed,
+    )
+    given = {
+        "static-fp16": {"controller": "static-fp16"},
+        "static-fp8": {"controller": "static-fp8"},
+        "static-fp16, cut steps": {"controller": "static-fp16", "cut_steps": True},
+        "auto, cut steps": {"controller": "predictive"},
+    }
+    simulated = {}
+    for name, policy in given.items():
+        chosen = replace(PolicyConfig.from_dict(policy), latency=settings.model)
+        outcome = simulate(load, Policy(chosen), replicas=1, seed=arguments.seed, settings=settings)
+        summary = summarize(outcome, chosen.slo, settings.label)
+        simulated[name] = {
+            "attainment": summary["attainment"],
+            "fp16_token_share": summary["fp16_token_share"],
+            "ttft_ms": summary["ttft_ms"],
+            "tpot_ms": summary["tpot_ms"],
+        }
+        print(name, simulated[name], flush=True)
+    columns = (load.arrival_s, load.prompt_tokens, load.output_tokens)
+    found = {
+        "load": list(load.history),
+        "capacity_rps": capacity,
+        "simulator": settings.label,
+        "slo": {"ttft_s": config.slo.ttft_s, "tpot_s": config.slo.tpot_s},
+        "limits": dict(step_bounds(config)),
+        "simulated": simulated,
+        "requests": [list(request) for request in zip(*(column.tolist() for column in columns), strict=True)],
+    }
+    arguments.out.write_text(json.dumps(found) + "\n")
+    print(f"{arguments.out}: {len(load)} requests, capacity {capacity:.1f} a second")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Serves the plan's load in each contender's mode, and writes how it went beside what was predicted."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    import torch
+
+    from nestedfp.vllm.bench.engine import Engine
+    from nestedfp.vllm.bench.models import model_folder
+    from nestedfp.vllm.bench.process import versions
+    from nestedfp.vllm.bench.report import slug
+
+    planned = json.loads(arguments.plan.read_text())
+    with tempfile.TemporaryDirectory() as scratch:
+        task = {
+            "model": str(model_folder(MODEL, Path(scratch))),
+            "dtype": "float16",
+            "engine": "nestedfp",
+            "device": "cuda",
+            "blocks": BLOCKS,
+            "capture_sizes": CAPTURE_SIZES,
+            "settings": SETTINGS,
+        }
+        engine = Engine(task)
+    while arguments.wait_for and not arguments.wait_for.exists():
+        time.sleep(1)
+    limits = planned["limits"]
+    orders = {
+        "static-fp16": ("fp16", None),
+        "static-fp8": ("fp8", None),
+        "static-fp16, cut steps": ("fp16", limits),
+        "auto, cut steps": ("auto", limits),
+    }
+    requests = planned.pop("requests")
+    # Steps of sizes that are met for the first time compile nothing, but set launches up.
+    for mode in ("fp16", "fp8"):
+        engine.control("set_target", mode=mode, epoch=0, limits=None)
+        serve(engine, requests[: len(requests) // 4])
+    rows = []
+    for name in CONTENDERS:
+        mode, bounds = orders[name]
+        engine.control("set_target", mode=mode, epoch=0, limits=bounds)
+        before = engine.control("status")
+        served = serve(engine, requests)
+        after = engine.control("status")
+        rows.append({"contender": name, **figures(served, len(requests), planned["slo"], before, after)})
+        print(json.dumps(rows[-1]), flush=True)
+    device = torch.cuda.get_device_name()
+    found = {
+        "device": device,
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": MODEL,
+        "settings": engine.settings,
+        **planned,
+        "rows": rows,
+    }
+    out = arguments.out or Path("bench/data") / f"live-{slug(device)}.json"
+    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def serve(engine: Any, requests: list[list[float]]) -> list[Served]:
+    """Sends each request (arrival in seconds, prompt tokens, output tokens) when it is due, and steps the
+    engine in between; those that end within a minute of the last arrival."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    core = engine.llm.llm_engine
+    prompts = [engine.prompts(int(length), 1)[0] for _, length, _ in requests]
+    first: dict[str, float] = {}
+    made: dict[str, int] = {}
+    served: list[Served] = []
+    start, sent = time.perf_counter(), 0
+    wall = time.time()
+    while sent < len(requests) or core.has_unfinished_requests():
+        now = time.perf_counter() - start
+        if now > requests[-1][0] + DRAIN_S:
+            core.abort_request([str(index) for index in range(sent)])
+            break
+        while sent < len(requests) and requests[sent][0] <= now:
+            arrival, _, tokens = requests[sent]
+            params = SamplingParams(
+                temperature=0.0,
+                max_tokens=int(tokens),
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            core.add_request(str(sent), prompts[sent], params, arrival_time=wall + arrival)
+            sent += 1
+        if not core.has_unfinished_requests():
+            time.sleep(max(0.0, requests[sent][0] - now))
+            continue
+        outputs = core.step()
+        now = time.perf_counter() - start
+        for output in outputs:
+            tokens = len(output.outputs[0].token_ids)
+            if tokens:
+                first.setdefault(output.request_id, now)
+                made[output.request_id] = made.get(output.request_id, 0) + tokens
+            if output.finished:
+                name = output.request_id
+                served.append(Served(requests[int(name)][0], first[name], now, made[name]))
+    return served
+
+
+def figures(
+    served: list[Served], sent: int, slo: dict[str, float], before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, Any]:
+    """Attainment of the SLO by all that were sent, and what the engine counted meanwhile."""
+    ttft = [each.first - each.arrival for each in served]
+    tpot = [(each.last - each.first) / max(1, each.tokens - 1) for each in served]
+    met = sum(a <= slo["ttft_s"] and b <= slo["tpot_s"] for a, b in zip(ttft, tpot, strict=True))
+    tokens = {plan: after["tokens"][plan] - before["tokens"][plan] for plan in after["tokens"]}
+    return {
+        "requests": {"sent": sent, "served": len(served)},
+        "attainment": met / sent,
+        "fp16_token_share": tokens["fp16"] / max(1, sum(tokens.values())),
+        "ttft_ms": percentiles(ttft),
+        "tpot_ms": percentiles(tpot),
+        "steps": sum(after["steps"].values()) - sum(before["steps"].values()),
+        "bounded_steps": after["bounded_steps"] - before["bounded_steps"],
+        "flips": after["flips"] - before["flips"],
+        "step_corrections": after["step_corrections"],
+    }
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p50, p90 and p99 in milliseconds."""
+    hundredths = quantiles(seconds, n=100)
+    return {f"p{at}": round(1e3 * hundredths[at - 1], 1) for at in (50, 90, 99)}
+
+
+if __name__ == "__main__":
+    main()
