@@ -169,6 +169,30 @@ TESTED = {
 }
 
 
+def live(data: Mapping[str, Any]) -> str:
+    """One load on one engine in four modes, beside the simulator, from `bench/live_engine.py`."""
+    rows = [
+        [
+            row["contender"],
+            f"{row['attainment']:.1%} ({predicted['attainment']:.1%})".replace("%", " %"),
+            f"{row['fp16_token_share']:.2f} ({predicted['fp16_token_share']:.2f})",
+            *(f"{row[what]['p50']:.0f}, {row[what]['p99']:.0f}" for what in ("ttft_ms", "tpot_ms")),
+            f"{row['bounded_steps']:,} of {row['steps']:,}",
+            f"{row['flips']:,}",
+        ]
+        for row in data["rows"]
+        for predicted in (data["simulated"][row["contender"]],)
+    ]
+    slo, sent = data["slo"], data["rows"][0]["requests"]["sent"]
+    head = ["", "SLO met", "tokens in 16 bits", "TTFT p50, p99, ms", "TPOT p50, p99, ms", "steps cut", "flips"]
+    return (
+        f"**Bounded steps on one engine, live** ({data['model']}, {data['device']}, vllm "
+        f"{data['versions']['vllm']}, {data['date'][:10]}). {sent:,} requests, arriving by the clock: "
+        f"{data['load'][0]}. SLO: TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1e3:g} ms; in brackets what "
+        "the simulated engine, fitted to the table above, predicts.\n\n" + markdown(head, rows)
+    )
+
+
 def _outcomes(run: Mapping[str, Any]) -> str:
     if not run["complete"]:
         return "not finished"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_tables import engine, engine_tests
+from engine_tables import engine, engine_tests, live
 
 from nestedfp.kernels.shapes import TOKEN_GROUPS
 from nestedfp.loadtests.markdown import markdown
@@ -173,6 +173,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "kernel-tests-*.json": kernel_tests,
     "engine-*.json": engine,
     "tensor-parallel-*.json": engine,
+    "live-*.json": live,
     "vllm-tests-*.json": engine_tests,
     "cpu-decode-*.json": cpu_decode,
     "demo-*.json": demo,

@@ -62,7 +62,7 @@ def rule(M: int, N: int, K: int) -> Config:
     return min(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
 
 
-def candidates(M: int, N: int, K: int, most: int = 40) -> list[Settings]:
+def candidates(M: int, N: int, K: int, most: int = 48) -> list[Settings]:
     """What the tuner times for a shape: the `most` that a model of the multiprocessor finds fastest."""
     ranked = sorted(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
     chosen: dict[tuple[int | bool, ...], Config] = {}
@@ -120,28 +120,35 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     ranks configurations; it predicts no times."""
     tiles = cluster_tiles(config, M, N)
     work = plan(config, M, N, K, _resident(config))
-    active = work.clusters * config.cluster
+    workers, ctas = work.clusters * config.cluster_k, config.cluster // config.cluster_k
     multiply = config.tokens * 2
     row_groups = config.warpgroups // config.sliced_k
     panel_bytes = (config.tokens + config.rows) * 128
     l2_bytes = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128
-    step = max(
-        multiply * row_groups * config.ctas,
-        # A warpgroup rebuilds once its products before have been handed to the tensor cores.
-        (multiply + _REBUILD) / config.sliced_k,
-        panel_bytes * config.ctas / _INTO,
-        l2_bytes * active / _L2,
-        config.rows * 128 * active / ceil_div(M, config.tokens) / _MEMORY,
-    )
-    steps = K / 64
-    workers = work.clusters * config.cluster_k
-    parts = ceil_div(work.cut * work.parts, workers)
-    whole = ceil_div(tiles - work.cut, workers)
     floats = config.rows * config.tokens * config.ctas
     part_float, gather = (_PAIR_FLOAT, _PAIR) if config.cluster_k > 1 else (_PART_FLOAT, _GATHER)
+    steps = K / 64
+
+    def step(active: int) -> float:
+        """Of K, while so many workers have a tile."""
+        return max(
+            multiply * row_groups * config.ctas,
+            # A warpgroup rebuilds once its products before have been handed to the tensor cores.
+            (multiply + _REBUILD) / config.sliced_k,
+            panel_bytes * config.ctas / _INTO,
+            l2_bytes * active * ctas / _L2,
+            config.rows * 128 * active * ctas / ceil_div(M, config.tokens) / _MEMORY,
+        )
+
+    def rounds(segments: int, steps: float, beside: float) -> float:
+        """So many tiles or parts, of `steps` steps and what each costs beside them."""
+        full, rest = divmod(segments, workers)
+        cycles = full * (steps * step(workers) + beside)
+        return cycles + steps * step(rest) + beside if rest else cycles
+
     cycles = _LAUNCH + (_CLUSTER_LAUNCH if config.cluster > 1 else 0)
-    cycles += whole * (steps * step + _TILE)
-    cycles += parts * (steps / work.parts * step + _TILE + part_float * floats)
-    cycles += gather if parts else 0
+    cycles += rounds(tiles - work.cut, steps, _TILE)
+    if work.cut:
+        cycles += rounds(work.cut * work.parts, steps / work.parts, _TILE + part_float * floats) + gather
     products = tiles * config.cluster // config.cluster_k * multiply * row_groups * steps / _MULTIPROCESSORS
     return max(cycles, products * (_POWER + _REBUILD_POWER / config.tokens))

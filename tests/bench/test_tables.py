@@ -179,3 +179,19 @@ def test_a_pytest_report_is_read(tmp_path: Path) -> None:
         "figures": {"flips": 7.0},
     }
     assert list(module.runs("m", 2)) == ["tp2"]
+
+
+def test_a_live_load_is_shown_beside_what_was_predicted(module: ModuleType) -> None:
+    percentiles = {"p50": 10.2, "p90": 20.0, "p99": 30.7}
+    row = {
+        "contender": "auto", "requests": {"sent": 1000, "served": 990}, "attainment": 0.95,
+        "fp16_token_share": 0.5, "ttft_ms": percentiles, "tpot_ms": percentiles, "steps": 2000,
+        "bounded_steps": 30, "flips": 7,
+    }  # fmt: skip
+    data = {
+        "model": "m", "device": "D", "versions": {"vllm": "1"}, "date": "2026-01-01T00:00:00",
+        "load": ["square"], "slo": {"ttft_s": 1.0, "tpot_s": 0.033}, "rows": [row],
+        "simulated": {"auto": {"attainment": 0.991, "fp16_token_share": 0.6}},
+    }  # fmt: skip
+    expected = "| auto | 95.0 % (99.1 %) | 0.50 (0.60) | 10, 31 | 10, 31 | 30 of 2,000 | 7 |"
+    assert expected in module.live(data)
