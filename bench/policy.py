@@ -297,7 +297,7 @@ def calibration() -> list[dict[str, Any]]:
                         "roofline_errors": assumed.errors,
                         "fitted_errors": fitted.errors,
                         "fitted_costs": asdict(fitted.costs),
-                        "fitted_first_token_s": fitted.first_token_s,
+                        "fitted_host": fitted.host._asdict(),
                     }
                 )
     return report

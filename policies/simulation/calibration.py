@@ -1,8 +1,9 @@
 """The simulated engine against measured ones: step costs fitted to the cells of an engine benchmark.
 
-A cell is a batch of equal requests sent at once, with its throughput and the medians of its requests' TTFT
-and TPOT. The simulator serves the same batch with the same limits; the costs are fitted so that its three
-figures meet the measured ones.
+A cell is a batch of equal requests, with its throughput and the medians of its requests' TTFT and TPOT. The
+benchmark hands all of them over one after another before the first step, each at its own time of arrival, so
+half of that is part of the median TTFT. The simulator serves the same batch with the same limits; the costs are
+fitted so that its three figures meet the measured ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from nestedfp.policies.simulation.summary import tpot_s, ttft_s
 
 _COSTS: Final = ("overhead_s", "weights_s", "token_s", "sequence_s", "context_token_s", "pair_s")
 _FIRST_STEP, _LAST_STEP = 1.4, 1.02
-_FIRST_TOKEN_S: Final = 0.005
 _BLOCK_TOKENS: Final = 16
 
 
@@ -54,13 +54,25 @@ class Limits:
     max_sequences: int = 512
 
 
+class Host(NamedTuple):
+    """What the benchmark's host adds: a first token takes so long beside its steps, and each request of a
+    batch so long to be handed over."""
+
+    first_token_s: float
+    request_s: float
+
+
+_NO_HOST: Final = Host(0.0, 0.0)
+_FIRST_HOST: Final = Host(first_token_s=0.005, request_s=0.0002)
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Costs, what a first token takes beside its steps, and by cell the relative error of throughput, TTFT
-    and TPOT: model over measured, less one."""
+    """Costs of steps and of the host, and by cell the relative error of throughput, TTFT and TPOT: model over
+    measured, less one."""
 
     costs: StepCosts
-    first_token_s: float
+    host: Host
     errors: tuple[tuple[float, float, float], ...]
 
     @property
@@ -97,9 +109,9 @@ def cells_of(benchmark: Mapping[str, Any], contender: str, dtype: str) -> list[C
     ]
 
 
-def errors_of(costs: StepCosts, cells: Sequence[Cell], limits: Limits, first_token_s: float = 0.0) -> Fit:
+def errors_of(costs: StepCosts, cells: Sequence[Cell], limits: Limits, host: Host = _NO_HOST) -> Fit:
     """How far the simulated engine is from the measured cells with these costs."""
-    return Fit(costs, first_token_s, tuple(_errors(costs, cell, limits, first_token_s) for cell in cells))
+    return Fit(costs, host, tuple(_errors(costs, cell, limits, host) for cell in cells))
 
 
 def calibrate(
@@ -111,18 +123,18 @@ def calibrate(
     """
     if not cells:
         raise InvalidField("cells", 0, "give at least one measured cell")
-    best = errors_of(start, cells, limits, _FIRST_TOKEN_S)
+    best = errors_of(start, cells, limits, _FIRST_HOST)
     step = _FIRST_STEP
     while step > _LAST_STEP:
         improved = False
-        for name in (*_COSTS, None):
+        for name in (*_COSTS, *Host._fields):
             for factor in (step, 1.0 / step):
-                costs, first_token_s = best.costs, best.first_token_s
-                if name is None:
-                    first_token_s *= factor
+                costs, host = best.costs, best.host
+                if name in Host._fields:
+                    host = host._replace(**{name: getattr(host, name) * factor})
                 else:
                     costs = replace(costs, **{name: getattr(costs, name) * factor})
-                trial = errors_of(costs, cells, limits, first_token_s)
+                trial = errors_of(costs, cells, limits, host)
                 if _loss(trial) < _loss(best):
                     best, improved = trial, True
         heard(best)
@@ -161,7 +173,7 @@ def _loss(fit: Fit) -> float:
     return sum(error * error for cell in fit.errors for error in cell)
 
 
-def _errors(costs: StepCosts, cell: Cell, limits: Limits, first_token_s: float) -> tuple[float, float, float]:
+def _errors(costs: StepCosts, cell: Cell, limits: Limits, host: Host) -> tuple[float, float, float]:
     model = LatencyModel(costs={FP16: costs, FP8: costs}, chunk_tokens=limits.chunk_tokens)
     settings = EngineSettings(
         model=model,
@@ -180,10 +192,11 @@ def _errors(costs: StepCosts, cell: Cell, limits: Limits, first_token_s: float) 
     while cluster.busy:
         cluster.tick(cluster.now + 60.0)
     requests = cluster.requests
-    seconds = first_token_s + float(requests["finish_s"].max())
+    handed_over_s = cell.batch * host.request_s
+    seconds = handed_over_s + host.first_token_s + float(requests["finish_s"].max())
     figures = (
         cell.batch * cell.output_tokens / seconds,
-        first_token_s + float(np.median(ttft_s(requests))),
+        handed_over_s / 2 + host.first_token_s + float(np.median(ttft_s(requests))),
         float(np.median(tpot_s(requests))),
     )
     first, second, third = (ours / theirs - 1.0 for ours, theirs in zip(figures, cell.figures(), strict=True))

@@ -10,6 +10,7 @@ from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.roofline import latency_model
 from nestedfp.policies.simulation.calibration import (
     Cell,
+    Host,
     Limits,
     calibrate,
     cells_of,
@@ -19,7 +20,7 @@ from nestedfp.policies.simulation.calibration import (
 
 TRUE = latency_model().of("fp16")
 LIMITS = Limits(chunk_tokens=2048)
-FIRST_TOKEN_S = 0.003
+HOST = Host(first_token_s=0.003, request_s=0.0001)
 SHAPES = ((1, 128, 64), (32, 128, 64), (128, 256, 32), (16, 1024, 32))
 
 
@@ -30,17 +31,17 @@ def cells() -> list[Cell]:
         unit = Cell(
             batch=batch, prompt_tokens=prompt, output_tokens=output, tokens_per_s=1.0, ttft_s=1.0, tpot_s=1.0
         )
-        speed, ttft, tpot = (
-            1.0 + error for error in errors_of(TRUE, [unit], LIMITS, FIRST_TOKEN_S).errors[0]
-        )
+        speed, ttft, tpot = (1.0 + error for error in errors_of(TRUE, [unit], LIMITS, HOST).errors[0])
         made.append(replace(unit, tokens_per_s=speed, ttft_s=ttft, tpot_s=tpot))
     return made
 
 
 def test_the_right_costs_have_no_error_and_wrong_ones_do() -> None:
-    assert errors_of(TRUE, cells(), LIMITS, FIRST_TOKEN_S).worst == pytest.approx(0.0, abs=1e-12)
+    assert errors_of(TRUE, cells(), LIMITS, HOST).worst == pytest.approx(0.0, abs=1e-12)
     assert errors_of(TRUE, cells(), LIMITS).worst > 0.2, "a first token takes more than its steps"
-    assert errors_of(TRUE.scaled(1.3), cells(), LIMITS, FIRST_TOKEN_S).worst > 0.2
+    slow = errors_of(TRUE, cells(), LIMITS, HOST._replace(request_s=0.001)).errors
+    assert slow[0][1] < 0.06 < slow[1][1], "32 requests wait for one another to be handed over, one hardly does"
+    assert errors_of(TRUE.scaled(1.3), cells(), LIMITS, HOST).worst > 0.2
 
 
 def test_a_wrong_start_is_corrected() -> None:
