@@ -184,12 +184,13 @@ def live(data: Mapping[str, Any]) -> str:
         for predicted in (data["simulated"][row["contender"]],)
     ]
     slo, sent = data["slo"], data["rows"][0]["requests"]["sent"]
-    head = ["", "SLO met", "tokens in 16 bits", "TTFT p50, p99, ms", "TPOT p50, p99, ms", "steps cut", "flips"]
+    times = [f"{what} p50, p99, ms" for what in ("TTFT", "TPOT")]
+    head = ["", "SLO met", "tokens in 16 bits", *times, "steps cut", "flips"]
     return (
         f"**Bounded steps on one engine, live** ({data['model']}, {data['device']}, vllm "
         f"{data['versions']['vllm']}, {data['date'][:10]}). {sent:,} requests, arriving by the clock: "
-        f"{data['load'][0]}. SLO: TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1e3:g} ms; in brackets what "
-        "the simulated engine, fitted to the table above, predicts.\n\n" + markdown(head, rows)
+        f"{data['load'][0]}. SLO: TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1e3:g} ms; in brackets "
+        "what the simulated engine, fitted to the table above, predicts.\n\n" + markdown(head, rows)
     )
 
 

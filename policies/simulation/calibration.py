@@ -2,8 +2,8 @@
 
 A cell is a batch of equal requests, with its throughput and the medians of its requests' TTFT and TPOT. The
 benchmark hands all of them over one after another before the first step, each at its own time of arrival, so
-half of that is part of the median TTFT. The simulator serves the same batch with the same limits; the costs are
-fitted so that its three figures meet the measured ones.
+half of that is part of the median TTFT. The simulator serves the same batch with the same limits; the costs
+are fitted so that its three figures meet the measured ones.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_the_right_costs_have_no_error_and_wrong_ones_do() -> None:
     assert errors_of(TRUE, cells(), LIMITS, HOST).worst == pytest.approx(0.0, abs=1e-12)
     assert errors_of(TRUE, cells(), LIMITS).worst > 0.2, "a first token takes more than its steps"
     slow = errors_of(TRUE, cells(), LIMITS, HOST._replace(request_s=0.001)).errors
-    assert slow[0][1] < 0.06 < slow[1][1], "32 requests wait for one another to be handed over, one hardly does"
+    assert slow[0][1] < 0.06 < slow[1][1], "each of 32 requests waits until all are handed over"
     assert errors_of(TRUE.scaled(1.3), cells(), LIMITS, HOST).worst > 0.2
 
 
