@@ -15,8 +15,9 @@ from nestedfp.kernels.layout import KOrder
 _MULTIPROCESSORS = 132
 # The most tokens of a tile by warpgroups: what ptxas (CUDA 13.0) compiles without spilling, clustered or not.
 _MOST_TOKENS = {1: 256, 2: 352, 3: 192, 4: 96}
-# And in clusters along the tokens, or with K in turns.
-_MOST_TOKENS_CLUSTERED = 256
+# And in clusters along the tokens, or with K in turns; and in clusters that share K and panels, of which four
+# warpgroups spill at any size.
+_MOST_TOKENS_CLUSTERED, _MOST_TOKENS_SHARED = 256, 288
 _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
 # An H100's cycles, measured: of a rebuild of 64 x 64 weights, while other warpgroups multiply; bytes a cycle
@@ -99,7 +100,8 @@ def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
     yield tile
     if tiles % resident == 0 or tiles > 16 * resident:
         return
-    if tile.cluster <= 2 and tile.ctas == 1 and K >= 1024:
+    shared = tile.cluster == 2 and tile.warpgroups < 4 and tile.tokens <= _MOST_TOKENS_SHARED
+    if (tile.cluster == 1 or shared) and tile.ctas == 1 and K >= 1024:
         yield replace(tile, cluster_k=2)
         if tiles > resident:
             yield replace(tile, cluster_k=2, waves=1)
