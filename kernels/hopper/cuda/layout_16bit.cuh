@@ -4,7 +4,7 @@
 
 namespace {
 
-// CTAs that share panels of x or weights, and with them a place in the schedule; of those a cluster has CLUSTER_K groups.
+// CTAs that share panels of x or weights, and with them a place in the schedule; a cluster has CLUSTER_K times as many.
 constexpr int WORKER = CLUSTER_TOKENS * CLUSTER_ROWS;
 constexpr int CLUSTER = WORKER * CLUSTER_K;
 // CTAs that share K alone meet before they exchange sums, not at the start.
@@ -45,7 +45,7 @@ static_assert(X_BOX % 8 == 0 && X_BOX <= 256 && MMA_TOKENS % 8 == 0 && MMA_TOKEN
 static_assert(ROWS % (8 * CLUSTER_TOKENS) == 0);
 static_assert(OWN_TOKENS % SLICE == 0 && SLICE % 16 == 0);
 static_assert(SLICED_K == 1 || (CONSUMERS == 2 && SLICED_K == 2 && TOKENS % 32 == 0 && SETS == 1 && !AHEAD));
-static_assert(CLUSTER_K <= 2);
+static_assert(CLUSTER_K == 1 || (CLUSTER_K == 2 && WORKER <= 2));
 static_assert(BUFFERS >= 2);
 static_assert(CLUSTER_K == 1 || CONSUMERS * 4 * GIVEN_BYTES <= OUTPUT_OFFSET);
 

