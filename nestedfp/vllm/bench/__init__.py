@@ -14,9 +14,9 @@ that gives the start-up time with warm caches and the number of KV-cache blocks 
 The file written holds a header (device, versions, date, settings), `rows` (one a contender and
 cell: medians over the passes, with the spread of the throughput), `engines` with start-up and memory and, for
 NestedFP engines, `checks`: flips before every step, their cost, and whether greedy tokens in 16 bits were
-the same afterwards; `solo`; `failures`; and, with `--profile`, `profiles`: what each kernel adds to decode and
-prefill steps of each contender, in microseconds. With `--keep` it also holds what an earlier run on such a
-device found for other cells, dtypes and models.
+the same afterwards; `solo`; `failures`; and, with `--profile`, `profiles`: what each kernel adds to decode
+and prefill steps of each contender, in microseconds. With `--keep` it also holds what an earlier run on such
+a device found for other cells, dtypes and models.
 """
 
 import argparse
