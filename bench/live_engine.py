@@ -230,11 +230,19 @@ def figures(
     """Attainment of the SLO by all that were sent, and what the engine counted meanwhile."""
     ttft = [each.first - each.arrival for each in served]
     tpot = [(each.last - each.first) / max(1, each.tokens - 1) for each in served]
-    met = sum(a <= slo["ttft_s"] and b <= slo["tpot_s"] for a, b in zip(ttft, tpot, strict=True))
+    late, slow = (
+        [each > slo[limit] for each in times] for limit, times in (("ttft_s", ttft), ("tpot_s", tpot))
+    )
+    missed = {
+        "ttft": sum(a and not b for a, b in zip(late, slow, strict=True)),
+        "tpot": sum(b and not a for a, b in zip(late, slow, strict=True)),
+        "both": sum(a and b for a, b in zip(late, slow, strict=True)),
+    }
     tokens = {plan: after["tokens"][plan] - before["tokens"][plan] for plan in after["tokens"]}
     return {
         "requests": {"sent": sent, "served": len(served)},
-        "attainment": met / sent,
+        "attainment": (len(served) - sum(missed.values())) / sent,
+        "missed": missed,
         "fp16_token_share": tokens["fp16"] / max(1, sum(tokens.values())),
         "ttft_ms": percentiles(ttft),
         "tpot_ms": percentiles(tpot),

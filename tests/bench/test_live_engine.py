@@ -77,6 +77,7 @@ def test_a_request_that_was_not_served_has_not_met_the_slo(module: ModuleType) -
     }
     found = module.figures([in_time, slow, late], 4, {"ttft_s": 1.0, "tpot_s": 0.033}, COUNTS, after)
     assert found["attainment"] == 0.25
+    assert found["missed"] == {"ttft": 1, "tpot": 1, "both": 0}
     assert found["fp16_token_share"] == 0.75
     assert found["requests"] == {"sent": 4, "served": 3}
     assert (found["steps"], found["flips"]) == (4, 2)
