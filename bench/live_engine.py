@@ -28,7 +28,24 @@ CAPTURE_SIZES = [*_FEW, *_SOME, *range(1280, 2049, 256)]
 # Of the capacity in 16 bits: between bursts, and in them. Seconds of either.
 CALM, BURST, CALM_S, BURST_S, BURSTS = 0.7, 1.7, 8.0, 4.0, 3
 DRAIN_S = 60.0
-CONTENDERS = ("static-fp16", "static-fp8", "static-fp16, cut steps", "auto, cut steps")
+
+
+class Contender(NamedTuple):
+    """The simulated policy, and the live engine's mode and whether the policy's limits go with it."""
+
+    policy: dict[str, Any]
+    mode: str
+    bounded: bool
+
+
+CONTENDERS = {
+    "static-fp16": Contender({"controller": "static-fp16"}, "fp16", bounded=False),
+    "static-fp8": Contender({"controller": "static-fp8"}, "fp8", bounded=False),
+    "static-fp16, cut steps": Contender(
+        {"controller": "static-fp16", "cut_steps": True}, "fp16", bounded=True
+    ),
+    "auto, cut steps": Contender({"controller": "predictive"}, "auto", bounded=True),
+}
 
 
 class Served(NamedTuple):
@@ -88,15 +105,9 @@ def plan(arguments: argparse.Namespace) -> None:
         bursts=BURSTS,
         seed=arguments.seed,
     )
-    given = {
-        "static-fp16": {"controller": "static-fp16"},
-        "static-fp8": {"controller": "static-fp8"},
-        "static-fp16, cut steps": {"controller": "static-fp16", "cut_steps": True},
-        "auto, cut steps": {"controller": "predictive"},
-    }
     simulated = {}
-    for name, policy in given.items():
-        chosen = replace(PolicyConfig.from_dict(policy), latency=settings.model)
+    for name, contender in CONTENDERS.items():
+        chosen = replace(PolicyConfig.from_dict(contender.policy), latency=settings.model)
         outcome = simulate(load, Policy(chosen), replicas=1, seed=arguments.seed, settings=settings)
         summary = summarize(outcome, chosen.slo, settings.label)
         simulated[name] = {
@@ -144,22 +155,15 @@ def run(arguments: argparse.Namespace) -> None:
         engine = Engine(task)
     while arguments.wait_for and not arguments.wait_for.exists():
         time.sleep(1)
-    limits = planned["limits"]
-    orders = {
-        "static-fp16": ("fp16", None),
-        "static-fp8": ("fp8", None),
-        "static-fp16, cut steps": ("fp16", limits),
-        "auto, cut steps": ("auto", limits),
-    }
     requests = planned.pop("requests")
     # Steps of sizes that are met for the first time compile nothing, but set launches up.
     for mode in ("fp16", "fp8"):
         engine.control("set_target", mode=mode, epoch=0, limits=None)
         serve(engine, requests[: len(requests) // 4])
     rows = []
-    for name in CONTENDERS:
-        mode, bounds = orders[name]
-        engine.control("set_target", mode=mode, epoch=0, limits=bounds)
+    for name, contender in CONTENDERS.items():
+        limits = planned["limits"] if contender.bounded else None
+        engine.control("set_target", mode=contender.mode, epoch=0, limits=limits)
         before = engine.control("status")
         served = serve(engine, requests)
         after = engine.control("status")
