@@ -122,7 +122,7 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     ranks configurations; it predicts no times."""
     tiles = cluster_tiles(config, M, N)
     work = plan(config, M, N, K, _resident(config))
-    workers, ctas = work.clusters * config.cluster_k, config.cluster // config.cluster_k
+    workers = work.clusters * config.cluster_k
     multiply = config.tokens * 2
     row_groups = config.warpgroups // config.sliced_k
     panel_bytes = (config.tokens + config.rows) * 128
@@ -138,8 +138,8 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
             # A warpgroup rebuilds once its products before have been handed to the tensor cores.
             (multiply + _REBUILD) / config.sliced_k,
             panel_bytes * config.ctas / _INTO,
-            l2_bytes * active * ctas / _L2,
-            config.rows * 128 * active * ctas / ceil_div(M, config.tokens) / _MEMORY,
+            l2_bytes * active * config.worker / _L2,
+            config.rows * 128 * active * config.worker / ceil_div(M, config.tokens) / _MEMORY,
         )
 
     def rounds(segments: int, steps: float, beside: float) -> float:
@@ -152,5 +152,5 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     cycles += rounds(tiles - work.cut, steps, _TILE)
     if work.cut:
         cycles += rounds(work.cut * work.parts, steps / work.parts, _TILE + part_float * floats) + gather
-    products = tiles * config.cluster // config.cluster_k * multiply * row_groups * steps / _MULTIPROCESSORS
+    products = tiles * config.worker * multiply * row_groups * steps / _MULTIPROCESSORS
     return max(cycles, products * (_POWER + _REBUILD_POWER / config.tokens))

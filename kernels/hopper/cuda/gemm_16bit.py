@@ -79,8 +79,13 @@ class Config:
         return 64 * self.warpgroups // self.sliced_k
 
     @property
+    def worker(self) -> int:
+        """CTAs that share panels of x or weights, and a place in the schedule."""
+        return self.cluster_tokens * self.cluster_rows
+
+    @property
     def cluster(self) -> int:
-        return self.cluster_tokens * self.cluster_rows * self.cluster_k
+        return self.worker * self.cluster_k
 
     @property
     def slice(self) -> int:

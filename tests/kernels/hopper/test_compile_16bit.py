@@ -84,7 +84,7 @@ def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
         resident = 132 * config.ctas // config.cluster
         work = plan(config, M, N, K, resident)
         tiles = cluster_tiles(config, M, N)
-        assert tiles * config.cluster // config.cluster_k * config.rows * config.tokens >= M * N
+        assert tiles * config.worker * config.rows * config.tokens >= M * N
         assert 1 <= work.clusters <= resident
         assert 0 <= work.cut <= tiles
         assert 1 <= work.parts <= max(1, K // 128), "a part holds some of K"
