@@ -174,7 +174,7 @@ def live(data: Mapping[str, Any]) -> str:
     rows = [
         [
             row["contender"],
-            f"{row['attainment']:.1%} ({predicted['attainment']:.1%})".replace("%", " %"),
+            f"{_percent(row['attainment'])} ({_percent(predicted['attainment'])})",
             f"{row['fp16_token_share']:.2f} ({predicted['fp16_token_share']:.2f})",
             *(f"{row[what]['p50']:.0f}, {row[what]['p99']:.0f}" for what in ("ttft_ms", "tpot_ms")),
             f"{row['bounded_steps']:,} of {row['steps']:,}",
@@ -223,4 +223,8 @@ def _spread(row: Mapping[str, Any]) -> float | None:
 def _rate(value: float | None, spread: float | None = None) -> str:
     if value is None:
         return "not measured"
-    return f"{value:,.0f}" if spread is None else f"{value:,.0f} ±{spread:.1%}".replace("%", " %")
+    return f"{value:,.0f}" if spread is None else f"{value:,.0f} ±{_percent(spread)}"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")

@@ -17,14 +17,16 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import quantiles
 from typing import Any, NamedTuple
 
+import yaml
+
+from nestedfp.loadtests.metrics import distribution_ms
+
 MODEL = "llama-3.1-8b"
-SETTINGS = {"max_num_batched_tokens": 2048, "max_num_seqs": 256}
+CONFIG = Path(__file__).resolve().parent.parent / "deployments" / "configs" / "gpu.yaml"
+"""What the engine takes its sizes from: of steps, of the batch, and of what it captures."""
 BLOCKS, BLOCK_TOKENS = 16_384, 16
-_FEW, _SOME = [1, 2, 4, 8, *range(16, 257, 16)], [*range(320, 513, 64), *range(640, 1025, 128)]
-CAPTURE_SIZES = [*_FEW, *_SOME, *range(1280, 2049, 256)]
 # Of the capacity in 16 bits: between bursts, and in them. Seconds of either.
 CALM, BURST, CALM_S, BURST_S, BURSTS = 0.7, 1.7, 8.0, 4.0, 3
 DRAIN_S = 60.0
@@ -88,7 +90,7 @@ def plan(arguments: argparse.Namespace) -> None:
     from nestedfp.policies.simulation.summary import summarize
 
     settings = measured_engine(json.loads(arguments.engine.read_text()))
-    settings = replace(settings, max_sequences=SETTINGS["max_num_seqs"], kv_tokens=BLOCKS * BLOCK_TOKENS)
+    settings = replace(settings, max_sequences=shipped()["max_num_seqs"], kv_tokens=BLOCKS * BLOCK_TOKENS)
     prompt, output = Lengths(500, 0.8, 1500), Lengths(100, 0.8, 400)
     config = PolicyConfig.from_dict({"controller": "predictive"})
     config = replace(config, latency=settings.model)
@@ -141,7 +143,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nestedfp.vllm.bench.process import versions
     from nestedfp.vllm.bench.report import slug
 
-    planned = json.loads(arguments.plan.read_text())
+    planned, sizes = json.loads(arguments.plan.read_text()), shipped()
     with tempfile.TemporaryDirectory() as scratch:
         task = {
             "model": str(model_folder(MODEL, Path(scratch))),
@@ -149,8 +151,8 @@ def run(arguments: argparse.Namespace) -> None:
             "engine": "nestedfp",
             "device": "cuda",
             "blocks": BLOCKS,
-            "capture_sizes": CAPTURE_SIZES,
-            "settings": SETTINGS,
+            "capture_sizes": sizes["compilation_config"]["cudagraph_capture_sizes"],
+            "settings": {name: sizes[name] for name in ("max_num_batched_tokens", "max_num_seqs")},
         }
         engine = Engine(task)
     while arguments.wait_for and not arguments.wait_for.exists():
@@ -183,11 +185,20 @@ def run(arguments: argparse.Namespace) -> None:
     out.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def shipped() -> dict[str, Any]:
+    """The engine's arguments in `CONFIG`."""
+    arguments: dict[str, Any] = yaml.safe_load(CONFIG.read_text())["applications"][0]["args"]["engine"][
+        "arguments"
+    ]
+    return arguments
+
+
 def serve(engine: Any, requests: list[list[float]]) -> list[Served]:
     """Sends each request (arrival in seconds, prompt tokens, output tokens) when it is due, and steps the
     engine in between; those that end within a minute of the last arrival."""
-    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
+
+    from nestedfp.vllm.bench.engine import greedy
 
     core = engine.llm.llm_engine
     prompts = [engine.prompts(int(length), 1)[0] for _, length, _ in requests]
@@ -203,13 +214,8 @@ def serve(engine: Any, requests: list[list[float]]) -> list[Served]:
             break
         while sent < len(requests) and requests[sent][0] <= now:
             arrival, _, tokens = requests[sent]
-            params = SamplingParams(
-                temperature=0.0,
-                max_tokens=int(tokens),
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-            )
+            params = greedy(int(tokens))
+            params.output_kind = RequestOutputKind.DELTA
             core.add_request(str(sent), prompts[sent], params, arrival_time=wall + arrival)
             sent += 1
         if not core.has_unfinished_requests():
@@ -248,19 +254,13 @@ def figures(
         "attainment": (len(served) - sum(missed.values())) / sent,
         "missed": missed,
         "fp16_token_share": tokens["fp16"] / max(1, sum(tokens.values())),
-        "ttft_ms": percentiles(ttft),
-        "tpot_ms": percentiles(tpot),
+        "ttft_ms": distribution_ms(ttft),
+        "tpot_ms": distribution_ms(tpot),
         "steps": sum(after["steps"].values()) - sum(before["steps"].values()),
         "bounded_steps": after["bounded_steps"] - before["bounded_steps"],
         "flips": after["flips"] - before["flips"],
         "step_corrections": after["step_corrections"],
     }
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """p50, p90 and p99 in milliseconds."""
-    hundredths = quantiles(seconds, n=100)
-    return {f"p{at}": round(1e3 * hundredths[at - 1], 1) for at in (50, 90, 99)}
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class Engine:
         """One batch, all requests at once: output tokens/s, and the medians of TTFT and TPOT in ms."""
         if self._parking is not None:
             self._parking.unpark()
-        prompts, params = self.prompts(input_len, batch), _greedy(output_len)
+        prompts, params = self.prompts(input_len, batch), greedy(output_len)
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
@@ -168,7 +168,7 @@ class Engine:
         """
         if self._parking is not None:
             self._parking.unpark()
-        prompts, params = self.prompts(64, CHECKED_PROMPTS), _greedy(CHECKED_TOKENS)
+        prompts, params = self.prompts(64, CHECKED_PROMPTS), greedy(CHECKED_TOKENS)
 
         def tokens() -> list[list[int]]:
             outputs = self.llm.generate(prompts, params, use_tqdm=False)
@@ -233,7 +233,7 @@ class Engine:
         # The first time is a warm-up.
         for profile in (nullcontext(), torch.profiler.profile(activities=[ProfilerActivity.CUDA])):
             for index, prompt in enumerate(self.prompts(length, batch)):
-                engine.add_request(f"profile-{index}", prompt, _greedy(tokens))
+                engine.add_request(f"profile-{index}", prompt, greedy(tokens))
             take(skipped)
             with profile:
                 take(steps)
@@ -246,7 +246,7 @@ class Engine:
         holds the whole batch and no prompt, and of each flip."""
         engine, counts = self.llm.llm_engine, self.core.scheduler.counts if modes else None
         for index, prompt in enumerate(self.prompts(16, FLIPPED_BATCH)):
-            engine.add_request(f"step-{index}", prompt, _greedy(STEPWISE_TOKENS))
+            engine.add_request(f"step-{index}", prompt, greedy(STEPWISE_TOKENS))
         times, costs, step, flips = [], [], 0, counts.flips if counts else 0
         while engine.has_unfinished_requests():
             if modes:
@@ -316,7 +316,8 @@ def _engine_arguments(engine: str, device: Any, settings: dict[str, Any]) -> dic
     return {"quantization": "fp8"} if engine == "vllm-fp8" else {}
 
 
-def _greedy(tokens: int) -> Any:
+def greedy(tokens: int) -> Any:
+    """vLLM's sampling parameters of a request that makes so many tokens."""
     from vllm import SamplingParams
 
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
