@@ -20,7 +20,7 @@ _GROUP_TOKENS = 1024
 _FEW_ROWS = (32, 48, 64, 80, 96, 112, 128, 176)
 _MANY_ROWS = (32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 # Of warpgroups with two blocks of 64 tokens.
-_BLOCK_ROWS = (96, 128)
+_BLOCK_ROWS = (96, 128, 160, 176, 192)
 # Beyond it, a thread's sums leave no registers to exchange parts.
 _MOST_SPLIT_COLUMNS = 320
 # Cycles after a tile whose outputs are packed to be stored later, and what that way costs the last tile.

@@ -38,6 +38,8 @@ _MOST_STAGES = 16
 _ROWS_A_WARP = 16
 # Columns of a token that a warp keeps in registers while it quantises: eight times sixteen a thread.
 _HELD_A_WARP = 8 * 16 * 32
+# Of a warpgroup's two blocks together; with more, whole lines spill.
+_MOST_COLUMNS_WHOLE_LINES = 320
 # As gemm_fp8.cu lays out its flags: counts of token tiles, of CTAs, of parts of split tiles.
 _TOKEN_FLAGS = 1024
 _FLAGS = _TOKEN_FLAGS + 1 + 4096
@@ -85,8 +87,10 @@ class Config:
 
     @property
     def slice(self) -> int:
-        """Columns of the output that a warp stages at once: whole lines of 128 bytes where it can."""
-        return max(gcd(self.rows, 64), 16) if self.rows > 64 else 16
+        """Columns of the output that a warp stages at once: whole lines of 128 bytes where it can, half of one
+        where that many sums leave no registers for more."""
+        most = 64 if self.blocks * self.rows <= _MOST_COLUMNS_WHOLE_LINES else 32
+        return max(gcd(self.rows, most), 16) if self.rows > 64 else 16
 
     @property
     def _slice_bytes(self) -> int:

@@ -37,6 +37,9 @@ SOME = [
     Config(256, cluster_tokens=2, split=2),
     Config(128, blocks=2, split=2),
     Config(128, blocks=2, cluster_tokens=2),
+    Config(160, blocks=2, cluster_rows=2, split=2),
+    Config(176, blocks=2, cluster_tokens=2),
+    Config(192, blocks=2, cluster_rows=2),
     Config(256, cluster_tokens=2, deferred=1),
     Config(224, cluster_rows=2, split=2, deferred=1),
     Config(128, blocks=2, split=2, deferred=1),
@@ -67,6 +70,7 @@ def test_slices_are_staged_where_the_stages_leave_room() -> None:
         (Config(256, cluster_tokens=2), 4, 1),
         (Config(224, cluster_tokens=2), 4, 5),
         (Config(128, blocks=2), 4, 2),
+        (Config(192, blocks=2), 3, 6),
         (Config(192), 5, 1),
         (Config(128), 6, 2),
     ):
