@@ -131,7 +131,7 @@ class Config:
         """The macros of gemm_fp8.cu."""
         producer, consumer = 0, 0
         if self.ctas == 1 and self.warpgroups == 2:
-            producer, consumer = (56, 224) if self.blocks * self.rows <= 256 else (48, 232)
+            producer, consumer = (56, 224) if self.blocks * self.rows <= 256 else (40, 232)
         return {
             "CONSUMERS": self.warpgroups,
             "BLOCKS": self.blocks,

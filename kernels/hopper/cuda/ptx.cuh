@@ -219,12 +219,12 @@ __device__ __forceinline__ void threads_sync(u32 id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// The second half of `cluster_sync`.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
 
 // This thread of its block, this block, and how many there are; read anew instead of kept in registers.
 __device__ __forceinline__ u32 thread() {
@@ -263,7 +263,7 @@ __device__ __forceinline__ void registers_less() {
 // this CTA is there, and has to `cluster_wait` before it reaches into another.
 template <int CLUSTER, bool AWAITED = true>
 __device__ __forceinline__ void meet() {
-  if constexpr (CLUSTER > 1) asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  if constexpr (CLUSTER > 1) cluster_arrive();
   if constexpr (CLUSTER > 1 && AWAITED)
     cluster_wait();
   else

@@ -46,7 +46,7 @@ template <int HOLD, class Largest>
 __device__ __forceinline__ void quantise(const u8* x, u8* codes, float* scale, int K, u32 lane, u32 lanes, bool permute,
                                          Largest largest) {
   const int chunks = K / 16;
-  u32 held[HOLD][8];
+  u32 held[HOLD > 0 ? HOLD : 1][8];
   u32 magnitudes = 0;
   auto load = [&](u32 (&words)[8], int chunk) {
     const uint4* from = reinterpret_cast<const uint4*>(x) + chunk * 2;

@@ -75,6 +75,16 @@ def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     assert config.shared_memory <= SHARED_MEMORY // config.ctas - 1024
 
 
+@pytest.mark.parametrize("config", SOME, ids=repr)
+def test_what_the_producer_gives_up_is_what_consumers_take(config: Config) -> None:
+    """setmaxnreg waits for registers of its own CTA: more than it was launched with, and it waits forever."""
+    macros = config.defines(torch.float16)
+    threads = (config.warpgroups + 1) * 128
+    launched = 65536 // threads // 8 * 8 * threads
+    taken = macros["PRODUCER_REGISTERS"] * 128 + macros["CONSUMER_REGISTERS"] * config.warpgroups * 128
+    assert taken <= launched
+
+
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:

@@ -77,6 +77,18 @@ def test_slices_are_staged_where_the_stages_leave_room() -> None:
         assert (config.stages, config.slices) == (stages, slices)
 
 
+@pytest.mark.parametrize("config", SOME, ids=repr)
+def test_what_the_producer_gives_up_is_what_consumers_take(config: Config) -> None:
+    """setmaxnreg waits for registers of its own CTA: more than it was launched with, and it waits forever."""
+    macros = config.defines(torch.float16)
+    if macros["PRODUCER_REGISTERS"] == 0:
+        return
+    threads = (config.warpgroups + 1) * 128
+    launched = 65536 // threads // 8 * 8 * threads
+    taken = macros["PRODUCER_REGISTERS"] * 128 + macros["CONSUMER_REGISTERS"] * config.warpgroups * 128
+    assert taken <= launched
+
+
 @pytest.mark.parametrize("M", [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384])
 @pytest.mark.parametrize(("N", "K"), [(4096, 4096), (65536, 5120), (5120, 32768), (77, 80), (16, 16)])
 def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
