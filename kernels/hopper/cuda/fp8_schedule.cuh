@@ -23,6 +23,7 @@ constexpr int BARRIER_OFFSET = SCRATCH_OFFSET + CONSUMERS * 4 * 2 * 4;
 constexpr int WAITS = CLUSTER_M + CLUSTER_N - 1;  // CTAs that a panel of this one goes to
 // Of `flags`: counts of quantised rows by token tile, then CTAs that are through with them, then parts of split tiles.
 constexpr int DONE = 1024, PART_FLAGS = 1025;
+// Turns of a token that the quantiser holds; beside so many sums the producer's warps have registers for none.
 constexpr int FRONT_HOLD = 8, BACKGROUND_HOLD = BLOCKS * BLOCK_N > 256 ? 0 : 1;
 constexpr int SUMS = BLOCK_N / 2;  // of a thread in 64 tokens
 // Named barriers: 1 + w inside warpgroup w; among all consumers.

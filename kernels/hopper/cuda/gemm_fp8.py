@@ -130,6 +130,7 @@ class Config:
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of gemm_fp8.cu."""
         producer, consumer = 0, 0
+        # Of the 168 that each of 384 threads is launched with.
         if self.ctas == 1 and self.warpgroups == 2:
             producer, consumer = (56, 224) if self.blocks * self.rows <= 256 else (40, 232)
         return {

@@ -21,7 +21,7 @@ from nestedfp.kernels.hopper.cuda.gemm_16bit import (
 from nestedfp.kernels.hopper.linear_16bit import candidates
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS
 
-from .machine_code import disassemble
+from .machine_code import assert_registers_suffice, disassemble
 
 SOME = [
     Config(256),
@@ -75,14 +75,9 @@ def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     assert config.shared_memory <= SHARED_MEMORY // config.ctas - 1024
 
 
-@pytest.mark.parametrize("config", SOME, ids=repr)
+@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled()]), ids=repr)
 def test_what_the_producer_gives_up_is_what_consumers_take(config: Config) -> None:
-    """setmaxnreg waits for registers of its own CTA: more than it was launched with, and it waits forever."""
-    macros = config.defines(torch.float16)
-    threads = (config.warpgroups + 1) * 128
-    launched = 65536 // threads // 8 * 8 * threads
-    taken = macros["PRODUCER_REGISTERS"] * 128 + macros["CONSUMER_REGISTERS"] * config.warpgroups * 128
-    assert taken <= launched
+    assert_registers_suffice(config.defines(torch.float16))
 
 
 @pytest.mark.parametrize("M", TOKENS)

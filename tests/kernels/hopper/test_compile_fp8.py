@@ -13,7 +13,7 @@ from nestedfp.kernels.dispatch import Backend, Mode, table
 from nestedfp.kernels.hopper.cuda.gemm_fp8 import SHARED_MEMORY, Config, code, plan
 from nestedfp.kernels.hopper.fp8 import candidates
 
-from .machine_code import disassemble
+from .machine_code import assert_registers_suffice, disassemble
 
 PER_PROGRAM = SHARED_MEMORY - 1024
 
@@ -77,16 +77,9 @@ def test_slices_are_staged_where_the_stages_leave_room() -> None:
         assert (config.stages, config.slices) == (stages, slices)
 
 
-@pytest.mark.parametrize("config", SOME, ids=repr)
+@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled()]), ids=repr)
 def test_what_the_producer_gives_up_is_what_consumers_take(config: Config) -> None:
-    """setmaxnreg waits for registers of its own CTA: more than it was launched with, and it waits forever."""
-    macros = config.defines(torch.float16)
-    if macros["PRODUCER_REGISTERS"] == 0:
-        return
-    threads = (config.warpgroups + 1) * 128
-    launched = 65536 // threads // 8 * 8 * threads
-    taken = macros["PRODUCER_REGISTERS"] * 128 + macros["CONSUMER_REGISTERS"] * config.warpgroups * 128
-    assert taken <= launched
+    assert_registers_suffice(config.defines(torch.float16))
 
 
 @pytest.mark.parametrize("M", [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384])
