@@ -101,7 +101,7 @@ def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
     if tiles % resident == 0 or tiles > 16 * resident:
         return
     shared = tile.cluster == 2 and tile.warpgroups < 4 and tile.tokens <= _MOST_TOKENS_SHARED
-    if (tile.cluster == 1 or shared) and tile.ctas == 1 and K >= 1024:
+    if (tile.cluster == 1 or shared) and K >= 1024:
         yield replace(tile, cluster_k=2)
         if tiles > resident:
             yield replace(tile, cluster_k=2, waves=1)

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nestedfp.kernels import timing, tune
+from nestedfp.kernels import timing
 
 
 @pytest.fixture
@@ -41,10 +41,3 @@ def test_a_contender_settles_for_as_long_as_it_is_timed(
 ) -> None:
     timing.measure(CONTENDERS, 4, passes=1, settle_us=settle_us)
     assert {(repeats, unmeasured) for _, repeats, unmeasured in replayed} == {(timed, before)}
-
-
-def test_the_tuner_goes_on_with_those_near_the_best() -> None:
-    times = {"a": [10.0], "b": [10.9], "c": [9.8], "d": [10.5], "e": [30.0], "f": [12.0]}
-    assert list(tune._nearest(CONTENDERS, times, 1.08)) == ["c", "a", "d"]
-    many: dict[str, timing.Contender] = {str(i): CONTENDERS["a"] for i in range(40)}
-    assert list(tune._nearest(many, {name: [100.0 + int(name)] for name in many}, 1.5)) == list(many)[:12]

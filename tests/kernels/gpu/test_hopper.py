@@ -24,6 +24,8 @@ SHARED_K = [
     Config(128, cluster_tokens=2, sliced_k=2),
     Config(256, cluster_rows=2, sliced_k=2, split=3),
     Config(16, 1, cluster_k=2),
+    Config(16, 1, ctas=2, cluster_k=2),
+    Config(64, 1, ctas=2, cluster_k=2),
     Config(64, sliced_k=2, cluster_k=2),
     Config(96, 4, cluster_k=2, waves=1),
     Config(176, 3, cluster_k=2),

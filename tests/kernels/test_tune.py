@@ -1,0 +1,58 @@
+"""What the tuner keeps, on times that are given instead of measured."""
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from nestedfp.kernels import contest, tune
+from nestedfp.kernels.contest import Operands
+from nestedfp.kernels.dispatch import Config, Mode
+from nestedfp.kernels.timing import Contender
+
+CONFIGS: list[Config] = [{"tokens": 16}, {"tokens": 32}, {"tokens": 64}]
+
+
+def contender(name: str) -> Contender:
+    return cast(Contender, name)
+
+
+def test_it_goes_on_with_those_near_the_best() -> None:
+    contenders = {name: contender(name) for name in "abcdef"}
+    times = {"a": [10.0], "b": [10.9], "c": [9.8], "d": [10.5], "e": [30.0], "f": [12.0]}
+    assert list(tune._nearest(contenders, times, 1.08)) == ["c", "a", "d"]
+    many = {str(i): contender("a") for i in range(40)}
+    assert list(tune._nearest(many, {name: [100.0 + int(name)] for name in many}, 1.5)) == list(many)[:12]
+
+
+Times = tuple[float, float, float]
+"""Microseconds of each of CONFIGS."""
+
+
+def kept(monkeypatch: pytest.MonkeyPatch, served: Times, alone: Times | None) -> tuple[Config, float] | None:
+    """What `fastest` keeps; without `alone` products are served as they are alone."""
+
+    def measure(contenders: Mapping[str, Any], *_: Any, passes: int, **__: Any) -> dict[str, list[float]]:
+        return {name: [us] * passes for name, us in contenders.items()}
+
+    def product(us: Times) -> tune.Product:
+        return lambda config: cast(Contender, us[CONFIGS.index(config)])
+
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(contest, "error", lambda *_: 0.0)
+    operands = cast(Operands, SimpleNamespace(sets=1, dtype="float16"))
+    first = product(served)
+    return tune.fastest(
+        first, first if alone is None else product(alone), Mode.BITS16, CONFIGS, operands, 8, passes=3
+    )
+
+
+def test_time_alone_decides_between_those_that_serve_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The third is the fastest alone, and too slow where it serves.
+    assert kept(monkeypatch, (20.0, 20.1, 21.0), (19.0, 18.0, 10.0)) == ({"tokens": 32}, 20.1)
+    assert kept(monkeypatch, (20.0, 20.5, 20.3), (19.0, 10.0, 10.0)) == ({"tokens": 16}, 20.0)
+
+
+def test_without_a_small_kernel_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kept(monkeypatch, (20.1, 20.0, 30.0), None) == ({"tokens": 32}, 20.0)
