@@ -32,11 +32,12 @@ _BLOCK_TOKENS: Final = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One measured batch; times in seconds."""
+    """One measured batch; times in seconds. kv_tokens: what the engine's KV cache held."""
 
     batch: int
     prompt_tokens: int
     output_tokens: int
+    kv_tokens: int = KV_CAPACITY_TOKENS
     tokens_per_s: float
     ttft_s: float
     tpot_s: float
@@ -47,10 +48,9 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of the measured engine: tokens of a step, of its KV cache, and requests in a batch."""
+    """Of the measured engine: tokens of a step, and requests in a batch."""
 
     chunk_tokens: int
-    kv_tokens: int = KV_CAPACITY_TOKENS
     max_sequences: int = 512
 
 
@@ -83,20 +83,17 @@ class Fit:
 def limits_of(benchmark: Mapping[str, Any]) -> Limits:
     """The limits in a file of ``nestedfp bench engine``."""
     settings = benchmark["settings"]
-    blocks = settings.get("num_gpu_blocks_override")
-    known = {"kv_tokens": _BLOCK_TOKENS * blocks} if blocks else {}
-    return Limits(
-        chunk_tokens=settings["max_num_batched_tokens"], max_sequences=settings["max_num_seqs"], **known
-    )
+    return Limits(chunk_tokens=settings["max_num_batched_tokens"], max_sequences=settings["max_num_seqs"])
 
 
 def cells_of(benchmark: Mapping[str, Any], contender: str, dtype: str) -> list[Cell]:
     """The cells of one contender and dtype in such a file, without those that lack a figure."""
     return [
         Cell(
-            batch=int(checks.integer("batch", row["batch"], minimum=1)),
+            batch=checks.integer("batch", row["batch"], minimum=1),
             prompt_tokens=row["input_len"],
             output_tokens=row["output_len"],
+            kv_tokens=_BLOCK_TOKENS * checks.integer("kv_blocks", row.get("kv_blocks"), minimum=1),
             tokens_per_s=row["tokens_per_s"],
             ttft_s=1e-3 * row["ttft_ms"],
             tpot_s=1e-3 * row["tpot_ms"],
@@ -178,7 +175,7 @@ def _errors(costs: StepCosts, cell: Cell, limits: Limits, host: Host) -> tuple[f
     settings = EngineSettings(
         model=model,
         max_sequences=limits.max_sequences,
-        kv_tokens=limits.kv_tokens,
+        kv_tokens=cell.kv_tokens,
         noise=0.0,
         flip_s=0.0,
     )

@@ -91,7 +91,7 @@ def measured(tmp_path: Path, factor: float, contenders: tuple[str, ...]) -> str:
             rows.append(
                 {"model": "some-8b", "dtype": "float16", "contender": contender, "batch": batch}
                 | {"input_len": prompt, "output_len": tokens, "tokens_per_s": 1 + speed}
-                | {"ttft_ms": 1e3 * (1 + ttft), "tpot_ms": 1e3 * (1 + tpot)}
+                | {"ttft_ms": 1e3 * (1 + ttft), "tpot_ms": 1e3 * (1 + tpot), "kv_blocks": 10_000}
             )
     path = tmp_path / "engine.json"
     settings = {"max_num_batched_tokens": 8192, "max_num_seqs": 512}
@@ -117,6 +117,10 @@ def test_step_times_of_a_measured_engine(
     path = measured(tmp_path, 2.0, ("nestedfp-fp8",))
     assert call(*words, "--engine", path) == 2
     assert "nestedfp-16bit in float16" in capsys.readouterr().err
+    path = measured(tmp_path, 2.0, ("nestedfp-16bit", "nestedfp-fp8"))
+    Path(path).write_text(Path(path).read_text().replace("kv_blocks", "blocks"))
+    assert call(*words, "--engine", path) == 2
+    assert "kv_blocks: got None" in capsys.readouterr().err
 
 
 def test_the_fit_shows_its_progress_on_a_terminal_and_clears_it(

@@ -85,6 +85,7 @@ def test_the_file_holds_medians_and_spread_of_all_passes(
     assert (rows["vllm-16bit"]["tokens_per_s_min"], rows["vllm-16bit"]["tokens_per_s_max"]) == (90.0, 110.0)
     assert rows["nestedfp-fp8"]["passes"] == 3
     assert rows["nestedfp-fp8"]["memory_bytes"] == 16
+    assert rows["nestedfp-fp8"]["kv_blocks"] == 4096
 
 
 def test_contenders_take_turns_there_and_back(parser: argparse.ArgumentParser, tmp_path: Path) -> None:

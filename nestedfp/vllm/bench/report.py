@@ -19,6 +19,7 @@ def rows_of(
         cells[entry["input_len"], entry["output_len"], entry["batch"], entry["contender"]].append(entry)
     rows = []
     for (input_len, output_len, batch, contender), entries in cells.items():
+        memory = facts[CONTENDERS[contender][0]]["memory"]
         speeds = [entry["tokens_per_s"] for entry in entries]
         rows.append(
             {
@@ -34,7 +35,8 @@ def rows_of(
                 "passes": len(speeds),
                 "ttft_ms": median(entry["ttft_ms"] for entry in entries),
                 "tpot_ms": median(entry["tpot_ms"] for entry in entries),
-                "memory_bytes": facts[CONTENDERS[contender][0]]["memory"]["weights_bytes"],
+                "memory_bytes": memory["weights_bytes"],
+                "kv_blocks": memory["kv_blocks"],
             }
         )
     return rows

@@ -53,10 +53,8 @@ def test_a_wrong_start_is_corrected() -> None:
 
 def test_a_batch_that_the_kv_cache_does_not_hold_waits() -> None:
     cell = Cell(batch=32, prompt_tokens=64, output_tokens=256, tokens_per_s=1.0, ttft_s=1.0, tpot_s=1.0)
-    roomy, tight = (
-        errors_of(TRUE, [cell], Limits(chunk_tokens=2048, kv_tokens=tokens)).errors[0]
-        for tokens in (16_384, 4_096)
-    )
+    cells = [replace(cell, kv_tokens=tokens) for tokens in (16_384, 4_096)]
+    roomy, tight = errors_of(TRUE, cells, LIMITS).errors
     assert tight[0] < 0.7 * roomy[0]
     assert tight[1] > 2 * roomy[1]
 
@@ -64,8 +62,6 @@ def test_a_batch_that_the_kv_cache_does_not_hold_waits() -> None:
 def test_limits_are_the_benchmarks() -> None:
     settings = {"max_num_batched_tokens": 8192, "max_num_seqs": 64}
     assert limits_of({"settings": settings}) == Limits(chunk_tokens=8192, max_sequences=64)
-    shared = {**settings, "num_gpu_blocks_override": 100}
-    assert limits_of({"settings": shared}).kv_tokens == 1600
 
 
 def test_cells_come_from_a_benchmark_and_none_is_refused() -> None:
@@ -78,6 +74,7 @@ def test_cells_come_from_a_benchmark_and_none_is_refused() -> None:
         "tokens_per_s": 700.0,
         "ttft_ms": 20.0,
         "tpot_ms": 5.0,
+        "kv_blocks": 100,
     }
     (cell,) = cells_of(
         {
@@ -92,5 +89,6 @@ def test_cells_come_from_a_benchmark_and_none_is_refused() -> None:
         "float16",
     )
     assert cell.figures() == (700.0, 0.02, 0.005)
+    assert cell.kv_tokens == 1600
     with pytest.raises(InvalidField, match="cells"):
         calibrate(TRUE, [], LIMITS)
