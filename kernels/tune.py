@@ -2,7 +2,7 @@
 
 A table is `{"header": ..., "rows": [...]}`, one row a shape: {mode, dtype, M, N, K, us, config}, the fastest
 configuration and its microseconds a call, FP8 with the quantiser. Candidates are the kernel's own and what
-the package's table holds already; they are timed once, those near the best again, by turns. One that is wrong
+the package's table holds already; they are timed roughly, those near the best again, by turns. One that is wrong
 or does not run is reported and left out.
 
 They are timed as a server runs them. Of few tokens, Hopper's follow a small kernel of early start, as
@@ -38,8 +38,9 @@ _KEY = ("mode", "dtype", "M", "N", "K")
 Cell = tuple[str, str, int, int, int]
 Product = Callable[[Config], Contender]
 _GPU_BACKENDS = [str(Backend.HOPPER), str(Backend.PORTABLE)]
-_ROUGH_US = 200.0
-# Of the first pass, so many candidates within this of the best are timed again, and of these the nearest.
+# One pass can meet the GPU at a bad moment, and the best of a cell would be lost.
+_ROUGH_US, _ROUGH_PASSES = 200.0, 2
+# Of these passes, so many candidates within this of the best are timed again, and of these the nearest.
 _MOST_NEAR, _NEAR, _NEAREST = 12, 1.08, 1.02
 # Of few tokens, those within this of the best are as good.
 _TIED = 1.01
@@ -171,7 +172,7 @@ def fastest(
         return None
     settle_us = _SETTLE_US if M >= _SETTLED_TOKENS else 0.0
     sets = operands.sets
-    rough = measure(contenders, sets, passes=1, repeats=1, graph_us=_ROUGH_US)
+    rough = measure(contenders, sets, passes=_ROUGH_PASSES, repeats=1, graph_us=_ROUGH_US)
     near = _nearest(contenders, rough, _NEAR)
     times = measure(near, sets, passes=1, settle_us=settle_us)
     if passes > 1:
@@ -190,10 +191,11 @@ def fastest(
 def _nearest(
     contenders: Mapping[str, Contender], times: Mapping[str, list[float]], within: float
 ) -> dict[str, Contender]:
-    """At most `_MOST_NEAR` of the contenders, by one pass over them: those `within` of the best's time."""
-    by_time = sorted(times, key=lambda name: times[name][0])
-    most = within * times[by_time[0]][0]
-    return {name: contenders[name] for name in by_time[:_MOST_NEAR] if times[name][0] <= most}
+    """At most `_MOST_NEAR` of the contenders, by the best of each one's passes: those `within` of the best."""
+    least = {name: min(taken) for name, taken in times.items()}
+    by_time = sorted(least, key=lambda name: least[name])
+    most = within * least[by_time[0]]
+    return {name: contenders[name] for name in by_time[:_MOST_NEAR] if least[name] <= most}
 
 
 def _products(backend: ModuleType, mode: Mode, operands: Operands, M: int) -> Product:

@@ -20,7 +20,7 @@ def contender(name: str) -> Contender:
 
 def test_it_goes_on_with_those_near_the_best() -> None:
     contenders = {name: contender(name) for name in "abcdef"}
-    times = {"a": [10.0], "b": [10.9], "c": [9.8], "d": [10.5], "e": [30.0], "f": [12.0]}
+    times = {"a": [10.0, 19.0], "b": [10.9], "c": [25.0, 9.8], "d": [10.5], "e": [30.0], "f": [12.0]}
     assert list(tune._nearest(contenders, times, 1.08)) == ["c", "a", "d"]
     many = {str(i): contender("a") for i in range(40)}
     assert list(tune._nearest(many, {name: [100.0 + int(name)] for name in many}, 1.5)) == list(many)[:12]
