@@ -2,8 +2,8 @@
 
 A table is `{"header": ..., "rows": [...]}`, one row a shape: {mode, dtype, M, N, K, us, config}, the fastest
 configuration and its microseconds a call, FP8 with the quantiser. Candidates are the kernel's own and what
-the package's table holds already; they are timed roughly, those near the best again, by turns. One that is wrong
-or does not run is reported and left out.
+the package's table holds already; they are timed roughly, those near the best again, by turns. One that is
+wrong or does not run is reported and left out.
 
 They are timed as a server runs them. Of few tokens, Hopper's follow a small kernel of early start, as
 torch.compile writes them between products, and ask for the next one's weights, which changes the order: of
@@ -191,7 +191,7 @@ def fastest(
 def _nearest(
     contenders: Mapping[str, Contender], times: Mapping[str, list[float]], within: float
 ) -> dict[str, Contender]:
-    """At most `_MOST_NEAR` of the contenders, by the best of each one's passes: those `within` of the best."""
+    """At most `_MOST_NEAR` of the contenders, by each one's best pass: those `within` of the best of all."""
     least = {name: min(taken) for name, taken in times.items()}
     by_time = sorted(least, key=lambda name: least[name])
     most = within * least[by_time[0]]
