@@ -52,12 +52,13 @@ UNKNOWN_MISSES: Final = 0.5
 """Share of requests missed, over the tolerance, before any is known."""
 LIGHT: Final = (0.4, 0.3)
 """16-bit pressure from which ``auto`` takes over, and up to which it gives way."""
-OVERLOAD_S: Final = 10.0
-"""How long FP8 must have been overloaded before it is ordered outright: bursts pass within ``auto``."""
 FP8_OVERLOAD: Final = 1.0
-"""FP8 load from which there is nothing left to choose."""
-RETURN_LOAD: Final = 1.6
-"""16-bit load up to which ``auto`` may take over from FP8."""
+"""Mean FP8 load of all replicas from which there is nothing left to choose. One replica alone is beyond it by
+chance, and for as long as its queue takes to drain."""
+OVERLOAD_S: Final = 12.0
+"""How long it must have been so before FP8 is ordered outright: bursts pass within ``auto``."""
+EASED_S: Final = 1.0
+"""How long it must not have been so before ``auto`` takes over again."""
 _MAX_REASON_PRESSURE: Final = 99.0
 
 
@@ -145,7 +146,7 @@ class PredictiveController(Controller):
         """Every replica's place on the ladder."""
         slow = self._forecast(memory.model.of(FP16), facts)
         fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
-        fast_load = engine_load(facts, memory.model.of(FP8), memory.output_tokens)
+        fast_load = float(engine_load(facts, memory.model.of(FP8), memory.output_tokens).mean())
         rungs = self._rungs(slow, fast_load, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
         kept = kept_for_strict(views, modes)
@@ -166,7 +167,7 @@ class PredictiveController(Controller):
                 if now - since >= rungs[place].strain_s:
                     # A rung that takes strain for a while is not passed over.
                     goal = place + 1 if rungs[place + 1].strain_s else goal
-                    wish = self._relief(rungs, place, goal, slow, fast_load, row)
+                    wish = self._relief(rungs, place, goal, slow, row)
             elif best < place:
                 rung = rungs[best]
                 last = memory.calm_since.get(replica_id, ("", now))
@@ -185,18 +186,16 @@ class PredictiveController(Controller):
             memory, calm_since=calm_since, strained_since=strained_since, shedding=frozenset(shedding)
         )
 
-    def _rungs(self, slow: _Forecast, fast_load: Floats, facts: Facts, memory: _Memory) -> list[_Rung]:
+    def _rungs(self, slow: _Forecast, fast_load: float, facts: Facts, memory: _Memory) -> list[_Rung]:
         """The ladder with today's pressures; FP8, the last resort, has none."""
         settings = self._settings
         slow_pressure = self._pressure(slow)
         last = _Rung(FP8, np.full_like(slow_pressure, -math.inf), 0.0, 0.0, 0.0)
         if settings.between == AUTO:
-            # 1 where even FP8 is overloaded, 0 where auto may return.
-            loaded = engine_load(facts, memory.model.of(FP16), memory.output_tokens) > RETURN_LOAD
-            auto = np.where(fast_load >= FP8_OVERLOAD, 1.0, np.where(loaded, 0.5, 0.0))
+            auto = np.full_like(slow_pressure, fast_load)
             return [
                 _Rung(FP16, slow_pressure, LIGHT[0], LIGHT[1], settings.rest_s),
-                _Rung(AUTO, auto, 1.0, 0.0, self._calm_s, OVERLOAD_S),
+                _Rung(AUTO, auto, FP8_OVERLOAD, FP8_OVERLOAD, EASED_S, OVERLOAD_S),
                 last,
             ]
         factor = _factor(memory.missed)
@@ -236,9 +235,7 @@ class PredictiveController(Controller):
         pressure: Floats = np.maximum(forecast.ttft_s / self._slo.ttft_s, forecast.tpot_s / self._slo.tpot_s)
         return pressure
 
-    def _relief(
-        self, rungs: list[_Rung], place: int, needed: int, slow: _Forecast, fast_load: Floats, row: int
-    ) -> Wish:
+    def _relief(self, rungs: list[_Rung], place: int, needed: int, slow: _Forecast, row: int) -> Wish:
         """The way down: what crossed the level of the rung in force."""
         rung = rungs[place]
         pressure = float(rung.pressure[row])
@@ -247,8 +244,8 @@ class PredictiveController(Controller):
                 mode=rungs[needed].mode,
                 reason="more load than FP8 serves",
                 signal="fp8_load",
-                value=float(fast_load[row]),
-                threshold=FP8_OVERLOAD,
+                value=pressure,
+                threshold=rung.high,
                 urgent=True,
             )
         signal, value, limit = self._crossing(slow, row)

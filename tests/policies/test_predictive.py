@@ -218,12 +218,29 @@ def test_misses_are_averaged_by_rate_and_forgotten() -> None:
 
 def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
     run = Run("auto")
-    modes = [run.at(step * 0.1, view(**HEAVY))["a"].mode for step in range(130)]
-    assert set(modes[:95]) == {"auto"}
-    assert modes[-1] == "fp8"
-    modes = [run.at(13.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(80)]
+    targets = [run.at(step * 0.1, view(**HEAVY))["a"] for step in range(130)]
+    assert {target.mode for target in targets[:115]} == {"auto"}
+    assert targets[-1].mode == "fp8"
+    order = next(target for target in targets if target.mode == "fp8")
+    assert order.signal == "fp8_load"
+    assert order.value is not None
+    assert order.value >= order.threshold == 1.0
+    modes = [run.at(15.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(60)]
     assert modes[0] == "fp8"
     assert modes[-1] == "auto"
+
+
+def test_fp8_is_ordered_of_all_replicas_or_none(view: MakeView) -> None:
+    """One replica with a long queue is no overload where the others have room; all together are one."""
+    queue = {**BUSY, "waiting": 40, "waiting_prompt_tokens": 40_000, "oldest_waiting_s": 0.5}
+    uneven = [view("0", **queue), *(view(str(number), **BUSY) for number in range(1, 4))]
+    even = [view(str(number), **queue) for number in range(4)]
+    for views, mode in ((uneven, "auto"), (even, "fp8")):
+        run = Run("auto")
+        for step in range(150):
+            targets = run.at(step * 0.1, *views)
+        assert targets["0"].mode == mode
+        assert ("fp8" in {target.mode for target in targets.values()}) == (mode == "fp8")
 
 
 def test_auto_gives_way_only_after_a_long_rest(view: MakeView) -> None:
