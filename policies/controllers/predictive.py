@@ -11,8 +11,8 @@ pressure is below its high level, and up again to the first whose pressure has s
 level for long enough, whichever mode is in force: returning does not need to be tried out.
 
 - With ``between: auto`` the middle rung leaves the choice of single steps to the engine. As it costs next to
-  no FP8 while the load is light, it is taken early and given up late. FP8 is ordered where the load is more
-  than FP8 serves.
+  no FP8 while the load is light, it is taken early and given up late. FP8 is ordered of all replicas, where
+  together they have had more load than FP8 serves for a while.
 - With a named plan the middle rung is that plan, under the same levels as 16 bits.
 - Without one there are only 16 bits and FP8.
 
