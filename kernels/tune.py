@@ -91,10 +91,9 @@ def run(args: argparse.Namespace) -> int:
                 torch.cuda.empty_cache()
                 operands = Operands(N, K, dtype, max(args.tokens))
             configs = tried[mode, dtype, M, N, K]
-            alone = _products(backend, Mode(mode), operands, M)
-            served = alone
+            served = alone = _products(backend, Mode(mode), operands, partial(operands.x, M=M))
             if M <= _FEW_TOKENS and backend is hopper:
-                served = _products_behind_small_kernel(Mode(mode), operands, M)
+                served = _products(backend, Mode(mode), operands, _copied_tokens(operands, M), chained=True)
             best = fastest(served, alone, Mode(mode), configs, operands, M, args.passes)
             if best is None:
                 print(f"{mode} {dtype} {M}x{N}x{K}: no candidate runs", flush=True)
@@ -178,11 +177,9 @@ def fastest(
     if passes > 1:
         again = measure(_nearest(near, times, _NEAREST), sets, passes=passes - 1, settle_us=settle_us)
         times = {name: times[name] + taken for name, taken in again.items()}
-    us = {name: median(taken) for name, taken in times.items()}
-    least = min(us.values())
-    tied = {name: alone(configs[int(name)]) for name in us if us[name] <= _TIED * least}
-    order = us
-    if alone is not served and len(tied) > 1:
+    order = us = {name: median(taken) for name, taken in times.items()}
+    if alone is not served:
+        tied = {name: alone(configs[int(name)]) for name in us if us[name] <= _TIED * min(us.values())}
         order = {name: median(taken) for name, taken in measure(tied, sets, passes=passes).items()}
     name = min(order, key=lambda name: order[name])
     return configs[int(name)], round(us[name], 3)
@@ -198,35 +195,38 @@ def _nearest(
     return {name: contenders[name] for name in by_time[:_MOST_NEAR] if least[name] <= most}
 
 
-def _products(backend: ModuleType, mode: Mode, operands: Operands, M: int) -> Product:
+def _products(
+    backend: ModuleType,
+    mode: Mode,
+    operands: Operands,
+    tokens: Callable[[int], Tensor],
+    *,
+    chained: bool = False,
+) -> Product:
+    """Of the tokens of a set; `chained`, which is Hopper's, each asks for the next set's weights."""
     linear: Callable[..., Tensor] = backend.linear_fp8 if mode is Mode.FP8 else backend.linear_16bit
 
+    def planes(i: int) -> tuple[Tensor, ...]:
+        w = operands.nested(i % operands.sets)
+        return (w.upper,) if mode is Mode.FP8 else (w.upper, w.lower)
+
     def call(config: Config, i: int) -> Tensor:
         w = operands.nested(i)
-        planes = _planes(mode, operands, i)
-        return linear(operands.x(i, M), *planes, w.row_exponent, order=w.order, config=config)
+        more = {"ahead": planes(i + 1)} if chained else {}
+        return linear(tokens(i), *planes(i), w.row_exponent, order=w.order, config=config, **more)
 
     return lambda config: partial(call, config)
 
 
-def _products_behind_small_kernel(mode: Mode, operands: Operands, M: int) -> Product:
-    """Hopper's: a small kernel writes the tokens, and each product asks for the next one's weights."""
-    linear: Callable[..., Tensor] = hopper.linear_fp8 if mode is Mode.FP8 else hopper.linear_16bit
-    tokens = [torch.empty_like(operands.x(i, M)) for i in range(operands.sets)]
+def _copied_tokens(operands: Operands, M: int) -> Callable[[int], Tensor]:
+    """The tokens of a set, written each time by a small kernel."""
+    copies = [torch.empty_like(operands.x(i, M)) for i in range(operands.sets)]
 
-    def call(config: Config, i: int) -> Tensor:
-        w = operands.nested(i)
-        planes, ahead = (_planes(mode, operands, at) for at in (i, (i + 1) % operands.sets))
-        copy_tokens(operands.x(i, M), tokens[i])
-        return linear(tokens[i], *planes, w.row_exponent, order=w.order, config=config, ahead=ahead)
+    def copied(i: int) -> Tensor:
+        copy_tokens(operands.x(i, M), copies[i])
+        return copies[i]
 
-    return lambda config: partial(call, config)
-
-
-def _planes(mode: Mode, operands: Operands, i: int) -> tuple[Tensor, ...]:
-    """What `mode` reads of the weights of set i."""
-    w = operands.nested(i)
-    return (w.upper,) if mode is Mode.FP8 else (w.upper, w.lower)
+    return copied
 
 
 def _method(passes: int) -> str:

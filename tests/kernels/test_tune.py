@@ -1,10 +1,11 @@
 """What the tuner keeps, on times that are given instead of measured."""
 
 from collections.abc import Mapping
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from nestedfp.kernels import contest, tune
 from nestedfp.kernels.contest import Operands
@@ -56,3 +57,24 @@ def test_time_alone_decides_between_those_that_serve_as_well(monkeypatch: pytest
 
 def test_without_a_small_kernel_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept(monkeypatch, (20.1, 20.0, 30.0), None) == ({"tokens": 32}, 20.0)
+
+
+def test_products_in_a_chain_copy_their_tokens_and_ask_for_the_next_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[Any] = []
+    weights = [SimpleNamespace(upper=f"u{i}", lower=f"l{i}", row_exponent=i, order="order") for i in range(2)]
+    x = [torch.zeros(4, 8), torch.ones(4, 8)]
+    operands = cast(Operands, SimpleNamespace(sets=2, nested=weights.__getitem__, x=lambda i, M: x[i][:M]))
+
+    def linear(tokens: torch.Tensor, *operands: Any, **options: Any) -> None:
+        log.append((tokens.tolist(), operands, options.get("ahead")))
+
+    backend = cast(ModuleType, SimpleNamespace(linear_16bit=linear, linear_fp8=linear))
+    monkeypatch.setattr(tune, "copy_tokens", lambda source, to: to.copy_(source))
+    tokens = tune._copied_tokens(operands, 2)
+    rows = [[1.0] * 8] * 2
+    tune._products(backend, Mode.BITS16, operands, tokens, chained=True)({})(1)
+    tune._products(backend, Mode.FP8, operands, tokens)({})(1)
+    assert log == [(rows, ("u1", "l1", 1), ("u0", "l0")), (rows, ("u1", 1), None)]
+    assert tokens(1).data_ptr() != x[1].data_ptr()
