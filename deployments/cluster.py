@@ -97,7 +97,8 @@ def running(
     """Start Ray and the application, yield when every replica is ready, and stop both.
 
     Raises :class:`StartFailed` where the port is taken, the machine is too small, or Ray or a replica fails
-    to start. Only one at a time in a process.
+    to start. Once in a process: Ray 2.60 leaves the metrics exporter of a second one running, which may crash
+    the process as it exits.
     """
     _check_port(file.host, file.port)
     models.resolve(file.settings.engine.model)

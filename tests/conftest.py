@@ -1,5 +1,8 @@
 """Fixtures shared by all tests."""
 
+import os
+import sys
+
 import pytest
 import torch
 from hypothesis import settings
@@ -24,3 +27,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+EXIT_STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the process without C++ destructors where Ray has been in it.
+
+    Ray 2.60 ends its metrics exporter with the first Ray of a process only. These tests start several; the
+    exporter left over wakes every few seconds, and crashes where it finds its objects destroyed.
+    """
+    if "ray" in sys.modules and EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
