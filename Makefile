@@ -45,7 +45,7 @@ types:
 	    -p nestedfp.policies -m nestedfp.format -m nestedfp.weight -m nestedfp.linear -m nestedfp.precision \
 	    -m nestedfp.models -m nestedfp.cli -p nestedfp.vllm -p nestedfp.deployments -p nestedfp.loadtests
 
-tables: install  ## write the README's tables and the plots in docs/ from bench/data
+tables: install  ## write the tables of the README and docs/, and the plots, from bench/data
 	@$(BIN)/python bench/tables.py
 	@$(BIN)/python bench/roofline.py
 

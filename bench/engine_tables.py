@@ -1,4 +1,4 @@
-"""The README's tables of the engine: throughput and what else was seen, and its tests on a GPU."""
+"""Tables of the engine: throughput and what else was seen, its live load, and its tests on a GPU."""
 
 import statistics
 from collections.abc import Iterable, Mapping
@@ -26,23 +26,48 @@ SMALL_BATCHES, SMALL_BATCH_BAR = ((128, 128), 32), {("nestedfp-fp8", "vllm-16bit
 Cells = dict[tuple[int, int, int], dict[str, float]]
 
 
+class Measured:
+    """The throughputs of `nestedfp bench engine`, by model and dtype, then by cell and contender."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+        self.runs: dict[tuple[str, str], Cells] = {}
+        self.spreads: dict[tuple[str, str], Cells] = {}
+        for row in data["rows"]:
+            run, cell = (row["model"], row["dtype"]), (row["input_len"], row["output_len"], row["batch"])
+            self.runs.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = row["tokens_per_s"]
+            if (spread := _spread(row)) is not None:
+                self.spreads.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = spread
+        seen = {name for cells in self.runs.values() for found in cells.values() for name in found}
+        self.names = [name for name in ENGINE_CONTENDERS if name in seen]
+        self.missing = [name for name in ENGINE_CONTENDERS if name not in seen]
+        self.pairs = [pair for pair in ENGINE_RATIOS if pair[0] in seen and pair[1] in seen]
+
+    def labelled(self) -> list[tuple[str, tuple[str, str], Cells]]:
+        """Every run with what it is called in a table, float16 first."""
+        several = len({model for model, _ in self.runs}) > 1
+        ordered = sorted(self.runs.items(), key=lambda run: run[0][::-1], reverse=True)
+        return [(f"{run[0]}, {run[1]}" if several else run[1], run, cells) for run, cells in ordered]
+
+    @property
+    def machine(self) -> str:
+        data = self.data
+        models = ", ".join(dict.fromkeys(model for model, _ in self.runs))
+        versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+        return f"{models}, {data['device']}, {versions}, {data['date'][:10]}{_cards(data)}"
+
+    @property
+    def ratio_names(self) -> list[str]:
+        return [f"{ours} / {theirs}" for ours, theirs, _ in self.pairs]
+
+
 def engine(data: Mapping[str, Any]) -> str:
-    """Throughput of the contenders by batch, then what else was seen, from `nestedfp bench engine`."""
-    runs: dict[tuple[str, str], Cells] = {}
-    spreads: dict[tuple[str, str], Cells] = {}
-    for row in data["rows"]:
-        run, cell = (row["model"], row["dtype"]), (row["input_len"], row["output_len"], row["batch"])
-        runs.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = row["tokens_per_s"]
-        if (spread := _spread(row)) is not None:
-            spreads.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = spread
-    seen = {name for cells in runs.values() for found in cells.values() for name in found}
-    names = [name for name in ENGINE_CONTENDERS if name in seen]
-    missing = [name for name in ENGINE_CONTENDERS if name not in names]
-    pairs = [pair for pair in ENGINE_RATIOS if pair[0] in names and pair[1] in names]
-    rows: list[list[str]] = []
-    for (model, dtype), cells in sorted(runs.items(), key=lambda run: run[0][::-1], reverse=True):
-        within = spreads.get((model, dtype), {})
-        label = f"{model}, {dtype}" if len({model for model, _ in runs}) > 1 else dtype
+    """Throughput of the contenders in every cell, from `nestedfp bench engine`."""
+    measured = Measured(data)
+    names, pairs = measured.names, measured.pairs
+    rows = []
+    for label, run, cells in measured.labelled():
+        within = measured.spreads.get(run, {})
         rows += [
             [
                 f"{label}, {into}/{out}, batch {batch}",
@@ -51,24 +76,34 @@ def engine(data: Mapping[str, Any]) -> str:
             ]
             for (into, out, batch), found in sorted(cells.items())
         ]
+    return (
+        f"**Engine, every cell** ({measured.machine}). Output tokens/s, input/output length"
+        + ("; medians, ± half the range of the passes over the median" if measured.spreads else "")
+        + (f"; not measured in this run: {', '.join(measured.missing)}" if measured.missing else "")
+        + ".\n\n"
+        + markdown(["", *names, *measured.ratio_names], rows)
+    )
+
+
+def engine_summary(data: Mapping[str, Any]) -> str:
+    """Ratios over all cells of each dtype beside their bars, and what else was seen of flips and memory."""
+    measured = Measured(data)
+    pairs = measured.pairs
+    rows = []
+    for label, _, cells in measured.labelled():
         means = [_mean_ratio(cells.values(), *pair) for pair in pairs]
-        rows.append([f"{label}: geometric mean (worst)", *[""] * len(names), *means])
+        rows.append([f"{label}, {len(cells)} cells: geometric mean (worst)", *means])
         few = [found for (*lengths, batch), found in cells.items() if _few(tuple(lengths), batch)]
         least = [_least_ratio(few, ours, theirs) for ours, theirs, _ in pairs]
-        rows.append([f"{label}: worst of 128/128, batch 1 to 32", *[""] * len(names), *least])
-    paper = [PAPER.get((ours, theirs), "") for ours, theirs, _ in pairs]
-    rows.append(["the NestedFP paper, on its own baselines", *[""] * len(names), *paper])
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    models = ", ".join(dict.fromkeys(model for model, _ in runs))
+        rows.append([f"{label}: worst of 128/128, batch 1 to 32", *least])
+    rows.append(
+        ["the NestedFP paper, on its own baselines"]
+        + [PAPER.get((ours, theirs), "") for ours, theirs, _ in pairs]
+    )
     return (
-        f"**Engine** ({models}, {data['device']}, {versions}, {data['date'][:10]}"
-        + _cards(data)
-        + "). Output tokens/s, input/output length"
-        + ("; medians, ± half the range of the passes over the median" if spreads else "")
-        + (f"; not measured in this run: {', '.join(missing)}" if missing else "")
-        + ".\n\n"
-        + markdown(["", *names, *(f"{ours} / {theirs}" for ours, theirs, _ in pairs)], rows)
-        + "".join(_one_engine(data, dtype) for dtype in sorted({dtype for _, dtype in runs}, reverse=True))
+        f"**Engine** ({measured.machine}). Output tokens/s of one engine over another's.\n\n"
+        + markdown(["", *measured.ratio_names], rows)
+        + _one_engine(data, [dtype for _, dtype in measured.runs])
     )
 
 
@@ -106,37 +141,50 @@ def _barred(shown: str, bar: str) -> str:
     return f"{shown}; bar {bar}" if bar else shown
 
 
-def _one_engine(data: Mapping[str, Any], dtype: str) -> str:
-    """What the run saw of flips, memory and starts, each beside its bar; empty where it saw nothing."""
+def _one_engine(data: Mapping[str, Any], dtypes: Iterable[str]) -> str:
+    """What the runs of each dtype saw of flips, memory and starts, beside the bars; empty where nothing."""
+    columns = {dtype: found for dtype in sorted(set(dtypes), reverse=True) if (found := _seen(data, dtype))}
+    named = {name: bar for found in columns.values() for name, (_, bar) in found.items()}
+    rows = [
+        [name, *(found.get(name, ("not measured",))[0] for found in columns.values()), bar]
+        for name, bar in named.items()
+    ]
+    return "\n\n" + markdown(["flips, memory and starts", *columns, "bar"], rows) if rows else ""
+
+
+def _seen(data: Mapping[str, Any], dtype: str) -> dict[str, tuple[str, str]]:
+    """Of one dtype: each figure and its bar, by name."""
     engines, solo = (
         {entry["engine"]: entry for entry in data[kind] if entry.get("dtype", dtype) == dtype}
         for kind in ("engines", "solo")
     )
-    found, rows = engines.get("nestedfp", {}), []
+    found, figures = engines.get("nestedfp", {}), {}
     if checks := found.get("checks"):
-        step, p99 = checks["step_ms"], f"{checks['flip_us_p99']:.0f} us"
+        step = checks["step_ms"]
         slowed = f"{2 * step['flipping'] / (step['fp16'] + step['fp8']):.3f}"
         tokens = "equal" if checks["fp16_tokens_equal_after_flips"] else "not equal"
-        rows = [
-            [f"swap of graphs, p99 of {checks['flips']:,} flips", p99, "≤ 1,000 us"],
-            ["step with a flip before it, over the mean of both modes", slowed, "≤ 1.02"],
-            ["greedy 16-bit tokens before and after the flips", tokens, "equal"],
-        ]
+        figures = {
+            f"swap of graphs, p99 of {checks['flips']:,} flips": (
+                f"{checks['flip_us_p99']:.0f} us",
+                "≤ 1,000 us",
+            ),
+            "step with a flip before it, over the mean of both modes": (slowed, "≤ 1.02"),
+            "greedy 16-bit tokens before and after the flips": (tokens, "equal"),
+        }
     plain = solo.get("vllm-16bit") or engines.get("vllm-16bit")
     ours = solo.get("nestedfp") or found
     if ours and plain:
         ratio = ours["memory"]["weights_bytes"] / plain["memory"]["weights_bytes"]
-        rows.append(["memory of weights over plain vLLM's", f"{ratio:.4f}", "≤ 1.005"])
+        figures["memory of weights over plain vLLM's"] = (f"{ratio:.4f}", "≤ 1.005")
     if "nestedfp" in solo and "vllm-16bit" in solo:
         (kept, there), (took, theirs) = (
             [entry[what] for entry in (solo["nestedfp"], solo["vllm-16bit"])]
             for what in ("memory", "start_s")
         )
         blocks = f"{kept['kv_blocks'] / there['kv_blocks']:.3f}"
-        rows.append(["KV-cache blocks at the same setting, over plain vLLM's", blocks, "≥ 0.97"])
-        rows.append([f"start alone, {took:.0f} s, over plain vLLM's", f"{took / theirs:.2f}", "≤ 1.5"])
-    table = markdown([f"{dtype}: flips, memory and starts", "measured", "bar"], rows)
-    return "\n\n" + table if rows else ""
+        figures["KV-cache blocks at the same setting, over plain vLLM's"] = (blocks, "≥ 0.97")
+        figures["start alone over plain vLLM's"] = (f"{took:.0f} s, {took / theirs:.2f}", "≤ 1.5")
+    return figures
 
 
 def engine_tests(data: Mapping[str, Any]) -> str:
@@ -190,7 +238,7 @@ def live(data: Mapping[str, Any]) -> str:
         f"**Bounded steps on one engine, live** ({data['model']}, {data['device']}, vllm "
         f"{data['versions']['vllm']}, {data['date'][:10]}). {sent:,} requests, arriving by the clock: "
         f"{data['load'][0]}. SLO: TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1e3:g} ms; in brackets "
-        "what the simulated engine, fitted to the table above, predicts.\n\n" + markdown(head, rows)
+        "what the simulated engine, fitted to the engine's cells, predicts.\n\n" + markdown(head, rows)
     )
 
 

@@ -1,8 +1,8 @@
-"""Writes the tables of measurements into README.md from the JSON in bench/data.
+"""Writes the tables of measurements into README.md and docs/measured.md from the JSON in bench/data.
 
     python bench/tables.py [--check]
 
-Nothing in the tables is typed: each is a function of one data file. `--check` fails where README.md is stale.
+Nothing in the tables is typed: each is a function of one data file. `--check` fails where a page is stale.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_tables import engine, engine_tests, live
+from engine_tables import engine, engine_summary, engine_tests, live
 
 from nestedfp.kernels.shapes import TOKEN_GROUPS
 from nestedfp.loadtests.markdown import markdown
@@ -23,7 +23,6 @@ from nestedfp.loadtests.table import rows as run_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "bench" / "data"
-README = ROOT / "README.md"
 BEGIN, END = "<!-- tables: begin (make tables) -->", "<!-- tables: end -->"
 
 
@@ -168,23 +167,30 @@ DEMO_ROWS = {
     "SLO met, class any", "tokens in FP16", "tokens in FP8", "flips",
 }  # fmt: skip
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "kernels-*.json": kernels,
-    "kernel-tests-*.json": kernel_tests,
-    "engine-*.json": engine,
-    "tensor-parallel-*.json": engine,
-    "live-*.json": live,
-    "vllm-tests-*.json": engine_tests,
-    "cpu-decode-*.json": cpu_decode,
-    "demo-*.json": demo,
+Table = Callable[[Mapping[str, Any]], str]
+PAGES: dict[str, dict[str, Table]] = {
+    "README.md": {
+        "kernels-*.json": kernels,
+        "engine-*.json": engine_summary,
+        "live-*.json": live,
+    },
+    "docs/measured.md": {
+        "engine-*.json": engine,
+        "tensor-parallel-*.json": engine,
+        "vllm-tests-*.json": engine_tests,
+        "kernel-tests-*.json": kernel_tests,
+        "cpu-decode-*.json": cpu_decode,
+        "demo-*.json": demo,
+    },
 }
+"""By page the tables it shows, each with the files it is made from."""
 
 
-def tables(folder: Path) -> str:
-    """All tables that the data in `folder` allows, as Markdown."""
+def tables(folder: Path, wanted: Mapping[str, Table]) -> str:
+    """The tables that the data in `folder` allows, as Markdown."""
     made = [
         table(json.loads(path.read_text()))
-        for pattern, table in TABLES.items()
+        for pattern, table in wanted.items()
         for path in sorted(folder.glob(pattern))
     ]
     return "\n\n".join(made)
@@ -201,15 +207,20 @@ def with_tables(page: str, text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where README.md is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is stale")
     check = parser.parse_args().check
-    page = README.read_text()
-    wanted = with_tables(page, tables(DATA))
-    if check and wanted != page:
-        print("README.md does not show the data in bench/data: run `make tables`", file=sys.stderr)
+    stale = []
+    for name, shown in PAGES.items():
+        page = (ROOT / name).read_text()
+        wanted = with_tables(page, tables(DATA, shown))
+        if wanted == page:
+            continue
+        stale.append(name)
+        if not check:
+            (ROOT / name).write_text(wanted)
+    if check and stale:
+        print(f"{', '.join(stale)}: not the data in bench/data; run `make tables`", file=sys.stderr)
         return 1
-    if not check:
-        README.write_text(wanted)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The README's tables come from the data files, and are up to date."""
+"""The pages' tables come from the data files, and are up to date."""
 
 import importlib
 from collections.abc import Iterator
@@ -18,9 +18,10 @@ def module() -> Iterator[ModuleType]:
         yield importlib.import_module("tables")
 
 
-def test_the_readme_shows_the_data(module: ModuleType) -> None:
-    page = (ROOT / "README.md").read_text()
-    assert module.with_tables(page, module.tables(ROOT / "bench" / "data")) == page
+@pytest.mark.parametrize("name", ["README.md", "docs/measured.md"])
+def test_a_page_shows_the_data(name: str, module: ModuleType) -> None:
+    page = (ROOT / name).read_text()
+    assert module.with_tables(page, module.tables(ROOT / "bench" / "data", module.PAGES[name])) == page
 
 
 HEADER = {"device": "D", "torch": "1", "triton": "2", "date": "2026-01-01T00:00:00", "method": "CUDA graphs."}
@@ -91,9 +92,17 @@ def engine_data(*contenders: str) -> dict[str, Any]:
 def test_engines_are_compared_with_those_of_the_same_run(module: ModuleType) -> None:
     table = module.engine(engine_data("vllm-16bit", "nestedfp-16bit", "vllm-fp8", "nestedfp-fp8"))
     assert "| float16, 128/64, batch 8 | 800 | 784 | 1,200 | 1,280 | 0.98 | 1.07 | 1.60 | 1.63 |" in table
-    assert "0.980 (0.980); bar ≥ 0.99 (0.96)" in table
     assert "not measured" not in table
     assert "±" not in table
+
+
+def test_the_engines_summary_has_means_and_worst_cells_beside_their_bars(module: ModuleType) -> None:
+    data = engine_data("vllm-16bit", "nestedfp-16bit", "vllm-fp8", "nestedfp-fp8")
+    data["rows"][0]["tokens_per_s"] = 49.0  # vllm-16bit at batch 1: ours is twice that
+    table = module.engine_summary(data)
+    assert "(m, D, vllm 0, 2026-01-01)" in table
+    assert "| float16, 2 cells: geometric mean (worst) | 1.400 (0.980); bar ≥ 0.99 (0.96) |" in table
+    assert "batch 8 |" not in table
 
 
 def test_a_throughput_shows_the_spread_of_its_passes_where_there_were_several(module: ModuleType) -> None:
@@ -115,8 +124,8 @@ def test_an_engine_that_was_not_there_is_named_instead_of_a_column(module: Modul
     }  # fmt: skip
     data["engines"] = [{"engine": "nestedfp", "memory": {"weights_bytes": 1001}, "checks": checks}]
     data["solo"] = [{"engine": "vllm-16bit", "memory": {"weights_bytes": 1000}}]
-    table = module.engine(data)
-    assert "not measured in this run: vllm-16bit, vllm-fp8" in table
+    assert "not measured in this run: vllm-16bit, vllm-fp8" in module.engine(data)
+    table = module.engine_summary(data)
     assert "nestedfp-16bit / vllm-16bit" not in table
     assert "| step with a flip before it, over the mean of both modes | 1.100 | ≤ 1.02 |" in table
     assert "| memory of weights over plain vLLM's | 1.0010 | ≤ 1.005 |" in table
@@ -133,12 +142,27 @@ def test_each_dtype_and_a_start_alone_have_their_own_figures(module: ModuleType)
         {**alone, "engine": "nestedfp"},
         {**alone, "engine": "vllm-16bit", "start_s": 50.0, "memory": {**alone["memory"], "kv_blocks": 1000}},
     ]
-    table = module.engine(data)
-    assert "| bfloat16, 128/128, batch 8 | 400 | 392 | 640 |" in table
-    assert "| float16: worst of 128/128, batch 1 to 32 |  |  |  | 0.980 | 1.600; bar ≥ 1.45 |" in table
-    assert "float16: flips, memory and starts" not in table.replace("bfloat16", "")
+    assert "| bfloat16, 128/128, batch 8 | 400 | 392 | 640 |" in module.engine(data)
+    table = module.engine_summary(data)
+    assert "| float16: worst of 128/128, batch 1 to 32 | 0.980 | 1.600; bar ≥ 1.45 |" in table
+    assert "| flips, memory and starts | bfloat16 | bar |" in table
     assert "| KV-cache blocks at the same setting, over plain vLLM's | 0.980 | ≥ 0.97 |" in table
-    assert "| start alone, 60 s, over plain vLLM's | 1.20 | ≤ 1.5 |" in table
+    assert "| start alone over plain vLLM's | 60 s, 1.20 | ≤ 1.5 |" in table
+
+
+def test_both_dtypes_share_the_table_of_flips(module: ModuleType) -> None:
+    data = engine_data("vllm-16bit", "nestedfp-16bit")
+    data["rows"] += [{**row, "dtype": "bfloat16"} for row in data["rows"]]
+    memory = {"memory": {"weights_bytes": 1000, "kv_blocks": 980}, "start_s": 60.0}
+    data["engines"] = [
+        {"engine": name, "dtype": dtype, **memory}
+        for name in ("nestedfp", "vllm-16bit")
+        for dtype in ("float16", "bfloat16")
+    ]
+    data["solo"] = [{**entry} for entry in data["engines"] if entry["dtype"] == "float16"]
+    table = module.engine_summary(data)
+    assert "| memory of weights over plain vLLM's | 1.0000 | 1.0000 | ≤ 1.005 |" in table
+    assert "| start alone over plain vLLM's | 60 s, 1.00 | not measured | ≤ 1.5 |" in table
 
 
 def test_the_engines_tests_have_a_row_a_run(module: ModuleType) -> None:
