@@ -3,8 +3,9 @@
     NESTEDFP_TRACES=FOLDER python bench/policy.py [--replicas 4] [--seed 1] [--parts loads,...]
 
 Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed),
-`steady`, `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json),
-`classes` (requests that insist on 16 bits; shedding).
+`measured` and `measured-held-out` (both with step times fitted to bench/data/engine-*.json), `steady`,
+`paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json), `classes` (requests
+that insist on 16 bits; shedding).
 A part that is not named keeps the figures it has. With `--policies predictive` the loads keep their
 capacities and the figures of the other policies too, which no change of the predictive policy touches; with
 `--loads azure-code-2023,...` the loads that are not named keep all of theirs.
@@ -30,7 +31,13 @@ from nestedfp.policies.config import PolicyConfig, Prediction, Slo
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.roofline import latency_model
-from nestedfp.policies.simulation.calibration import calibrate, cells_of, errors_of, limits_of
+from nestedfp.policies.simulation.calibration import (
+    calibrate,
+    cells_of,
+    errors_of,
+    limits_of,
+    measured_engine,
+)
 from nestedfp.policies.simulation.cluster import Outcome, simulate
 from nestedfp.policies.simulation.oracle import LEVELS, schedule_of, search, share_bound
 from nestedfp.policies.simulation.state import EngineSettings, poisson
@@ -46,17 +53,29 @@ SETTLED_S = 60.0
 TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
 LOADS = (*TRACES, *BURSTS)
-PARTS = ("loads", "held-out", "steady", "paper", "scaling", "decide", "million", "calibration", "classes")
+PARTS = (
+    "loads", "held-out", "measured", "measured-held-out", "steady", "paper", "scaling", "decide", "million",
+    "calibration", "classes",
+)  # fmt: skip
 
 
-def run(load: Load, name: str, replicas: int, seed: int) -> tuple[dict[str, Any], Outcome]:
-    settings = EngineSettings()
-    outcome = simulate(load.workload, policy(name), replicas=replicas, seed=seed, settings=settings)
+def run(
+    load: Load, name: str, replicas: int, seed: int, settings: EngineSettings
+) -> tuple[dict[str, Any], Outcome]:
+    """One policy on one load; it begins with the step costs of the engines."""
+    chosen = policy(name, settings.model)
+    outcome = simulate(load.workload, chosen, replicas=replicas, seed=seed, settings=settings)
     return summarize(outcome, Slo(), settings.label), outcome
 
 
 def compare(
-    load: Load, replicas: int, seed: int, tries: int, named: Sequence[str], before: Mapping[str, Any]
+    load: Load,
+    replicas: int,
+    seed: int,
+    tries: int,
+    named: Sequence[str],
+    before: Mapping[str, Any],
+    settings: EngineSettings,
 ) -> dict[str, Any]:
     """The row of one load: the figures of the policies `named` and what follows from them.
 
@@ -64,7 +83,7 @@ def compare(
     attainment, so where that one is named it is searched anew, with `tries` > 0.
     """
     print(f"{load.name} at {load.share:g} of {load.capacity_rps:.2f} requests/s, seed {seed}", flush=True)
-    runs = {name: run(load, name, replicas, seed) for name in POLICIES if name in named}
+    runs = {name: run(load, name, replicas, seed, settings) for name in POLICIES if name in named}
     results = figures(before, {name: summary for name, (summary, _) in runs.items()})
     fixed, best, best_cut = (
         results[name]["attainment"] for name in ("static-fp16", "static-fp8", "static-fp8-cut")
@@ -84,7 +103,7 @@ def compare(
     }
     if tries and "predictive" in runs:
         outcome = runs["predictive"][1]
-        row["oracle"] = oracle(load, results, outcome, replicas, seed, tries)
+        row["oracle"] = oracle(load, results, outcome, replicas, seed, tries, settings)
         if (load.name, load.share) == TIMELINE:
             row["timeline"] = timeline(outcome)
     for name in POLICIES:
@@ -105,14 +124,20 @@ def figures(before: Mapping[str, Any], anew: Mapping[str, Any]) -> dict[str, Any
 
 
 def oracle(
-    load: Load, results: dict[str, Any], outcome: Outcome, replicas: int, seed: int, tries: int
+    load: Load,
+    results: dict[str, Any],
+    outcome: Outcome,
+    replicas: int,
+    seed: int,
+    tries: int,
+    settings: EngineSettings,
 ) -> dict[str, Any]:
     """The best share of 16-bit tokens at the predictive policy's attainment.
 
     Candidates are the schedules of the search and the runs of the policies themselves, since each of them is
     a schedule too, if one of finer grain.
     """
-    settings, slo = EngineSettings(), Slo()
+    slo = Slo()
     target = results["predictive"]["attainment"]
     found = search(
         load.workload,
@@ -183,7 +208,7 @@ def steady(
     load = Load("poisson, azure-conv-2023 lengths", 0.6, capacity, arrivals)
     summaries: dict[str, Any] = {}
     for name in named:
-        summary, outcome = run(load, name, replicas, seed)
+        summary, outcome = run(load, name, replicas, seed, EngineSettings())
         seconds = summary["duration_s"]
         later = sum(flip["at"] >= SETTLED_S for flip in outcome.flips)
         summary["flips_per_replica_hour"] = 3600.0 * summary["flips"] / replicas / seconds
@@ -303,6 +328,12 @@ def calibration() -> list[dict[str, Any]]:
     return report
 
 
+def fitted() -> EngineSettings:
+    """Engines with the step times of the measured one, float16."""
+    (path,) = sorted(DATA.parent.glob("engine-*.json"))
+    return measured_engine(json.loads(path.read_text()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -340,17 +371,25 @@ def main() -> None:
         "capacity": "highest Poisson rate at which static FP16 meets the SLO for 90 % of 60 s of requests",
         "bursts": list(BURSTS),
     }
-    for part, its_seed in (("loads", seed), ("held-out", HELD_OUT_SEED)):
+    for part, its_seed in (
+        ("loads", seed),
+        ("held-out", HELD_OUT_SEED),
+        ("measured", seed),
+        ("measured-held-out", HELD_OUT_SEED),
+    ):
         if part in parts:
             rows = []
             name = part.replace("-", "_")
+            settings = fitted() if part.startswith("measured") else EngineSettings()
             known = {(row["load"], row["share"]): row for row in report.get(name, [])} if fewer else {}
             capacities = {load: row["capacity_rps"] for (load, _), row in known.items()}
-            for load in loads(folder, arguments.limit, replicas, its_seed, capacities):
+            for load in loads(folder, arguments.limit, replicas, its_seed, settings, capacities):
                 before = known.get((load.name, load.share), {})
                 policies = named if load.name in named_loads else ()
-                rows.append(compare(load, replicas, its_seed, arguments.tries, policies, before))
+                rows.append(compare(load, replicas, its_seed, arguments.tries, policies, before, settings))
             report[name] = rows
+            if part == "measured":
+                report["measured_label"] = settings.label
             save()
     if "decide" in parts:
         report["decide_ms"] = decide_ms()

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from nestedfp.loadtests.readers import read_trace
 from nestedfp.loadtests.synthetic import Lengths, gamma, square_wave
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.latency import LatencyModel
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.simulation.capacity import capacity_rps
-from nestedfp.policies.simulation.state import Workload, rescaled
+from nestedfp.policies.simulation.state import EngineSettings, Workload, rescaled
 
 TRACES = {
     "azure-code-2023": "azure_code_2023-11-16.csv",
@@ -36,26 +37,40 @@ class Load(NamedTuple):
 CUT = "-cut"
 
 
-def policy(name: str) -> Policy:
-    """By the name of its controller; with `CUT` behind it, its steps are cut to the SLO."""
-    return Policy(PolicyConfig(controller=name.removesuffix(CUT), cut_steps=name.endswith(CUT)))
+def policy(name: str, latency: LatencyModel | None = None) -> Policy:
+    """By the name of its controller; with `CUT` behind it, its steps are cut to the SLO.
+
+    latency: the step costs it begins with, else the roofline's.
+    """
+    config = PolicyConfig(controller=name.removesuffix(CUT), cut_steps=name.endswith(CUT), latency=latency)
+    return Policy(config)
 
 
 def loads(
-    folder: Path, limit: int, replicas: int, seed: int, capacities: Mapping[str, float] | None = None
+    folder: Path,
+    limit: int,
+    replicas: int,
+    seed: int,
+    settings: EngineSettings,
+    capacities: Mapping[str, float] | None = None,
 ) -> Iterator[Load]:
     """Every load; `limit` requests of each trace, synthetic ones drawn with `seed`.
 
-    `capacities` holds those that are known already, by load.
+    `capacities` holds those that are known already, by load; they are those of engines with `settings`.
     """
     known = capacities or {}
+
+    def carried(lengths: Workload) -> float:
+        fixed = policy("static-fp16")
+        return capacity_rps(lengths, fixed, replicas=replicas, seed=seed, settings=settings)
+
     for name, file in TRACES.items():
         trace = read_trace(folder / file, limit=limit)
-        capacity = known.get(name) or capacity_rps(trace, policy("static-fp16"), replicas=replicas, seed=seed)
+        capacity = known.get(name) or carried(trace)
         for share in SHARES:
             yield Load(name, share, capacity, rescaled(trace, share * capacity))
     even = gamma(PROMPT, OUTPUT, rate_rps=10.0, duration_s=400.0, seed=seed)
-    capacity = known.get(BURSTS[0]) or capacity_rps(even, policy("static-fp16"), replicas=replicas, seed=seed)
+    capacity = known.get(BURSTS[0]) or carried(even)
     for share in (0.8, 1.0):
         burst, calm = 1.5 * share * capacity, 0.5 * share * capacity
         wave = square_wave(

@@ -12,7 +12,7 @@ level for long enough, whichever mode is in force: returning does not need to be
 
 - With ``between: auto`` the middle rung leaves the choice of single steps to the engine. As it costs next to
   no FP8 while the load is light, it is taken early and given up late. FP8 is ordered of all replicas, where
-  together they have had more load than FP8 serves for a while.
+  together they have had more load than FP8 serves for long enough.
 - With a named plan the middle rung is that plan, under the same levels as 16 bits.
 - Without one there are only 16 bits and FP8.
 
@@ -55,10 +55,15 @@ LIGHT: Final = (0.4, 0.3)
 FP8_OVERLOAD: Final = 1.0
 """Mean FP8 load of all replicas from which there is nothing left to choose. One replica alone is beyond it by
 chance, and for as long as its queue takes to drain."""
-OVERLOAD_S: Final = 12.0
-"""How long it must have been so before FP8 is ordered outright: bursts pass within ``auto``."""
+FULL_OVERLOAD: Final = 1.5
+"""Load from which every second of overload counts in full, in between in part. Beyond, most of it is a queue,
+which says how long it will last rather than how much there is to do."""
+OVERLOAD_S: Final = 16.0
+"""Seconds of overload from which FP8 is ordered outright: bursts pass within ``auto``."""
+RECOVERY: Final = 2.0
+"""How many of them a second without overload takes back: an overload has its gaps, bursts have pauses."""
 EASED_S: Final = 1.0
-"""How long it must not have been so before ``auto`` takes over again."""
+"""How long there must be no overload before ``auto`` takes over again."""
 _MAX_REASON_PRESSURE: Final = 99.0
 
 
@@ -67,8 +72,8 @@ class _Memory:
     seen: Seen | None
     calm_since: Mapping[str, tuple[str, float]]
     """The rung above that a replica could take, and since when."""
-    strained_since: Mapping[str, float]
-    """Since when a replica has been beyond the rung it is on."""
+    overload_s: float
+    """Seconds of overload that count, while ``auto`` is in force anywhere."""
     shedding: frozenset[str]
     model: LatencyModel
     missed: float
@@ -94,8 +99,6 @@ class _Rung(NamedTuple):
     low: float
     calm_s: float
     """How long the pressure must be at ``low`` before a replica returns."""
-    strain_s: float = 0.0
-    """How long it must be at ``high`` before a replica leaves."""
 
 
 class PredictiveController(Controller):
@@ -108,7 +111,7 @@ class PredictiveController(Controller):
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
-        return _Memory(None, {}, {}, frozenset(), self._model, UNKNOWN_MISSES, FIRST_OUTPUT_TOKENS, 0)
+        return _Memory(None, {}, 0.0, frozenset(), self._model, UNKNOWN_MISSES, FIRST_OUTPUT_TOKENS, 0)
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
@@ -132,7 +135,9 @@ class PredictiveController(Controller):
             output_tokens=mean_output(before.output_tokens, facts, elapsed_s),
             turn=before.turn + 1,
         )
-        return self._climb(views, ids, ordered, facts, state, now)
+        fast_load = float(engine_load(facts, model.of(FP8), state.output_tokens).mean())
+        overload_s = _overload_s(before.overload_s, fast_load, elapsed_s) if AUTO in ordered else 0.0
+        return self._climb(views, ids, ordered, facts, fast_load, replace(state, overload_s=overload_s), now)
 
     def _climb(
         self,
@@ -140,13 +145,13 @@ class PredictiveController(Controller):
         ids: list[str],
         modes: list[str],
         facts: Facts,
+        fast_load: float,
         memory: _Memory,
         now: float,
     ) -> tuple[dict[str, Wish], Memory]:
         """Every replica's place on the ladder."""
         slow = self._forecast(memory.model.of(FP16), facts)
         fast_pressure = self._pressure(self._forecast(memory.model.of(FP8), facts))
-        fast_load = float(engine_load(facts, memory.model.of(FP8), memory.output_tokens).mean())
         rungs = self._rungs(slow, fast_load, facts, memory)
         places = {rung.mode: place for place, rung in enumerate(rungs)}
         kept = kept_for_strict(views, modes)
@@ -154,7 +159,6 @@ class PredictiveController(Controller):
         able = _first_rung([rung.pressure <= rung.low for rung in rungs])
         wishes: dict[str, Wish] = {}
         calm_since: dict[str, tuple[str, float]] = {}
-        strained_since: dict[str, float] = {}
         shedding: set[str] = set()
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
             place = places.get(mode, 0)
@@ -163,11 +167,7 @@ class PredictiveController(Controller):
                 continue
             wish: Wish | None = None
             if goal > place:
-                since = strained_since[replica_id] = memory.strained_since.get(replica_id, now)
-                if now - since >= rungs[place].strain_s:
-                    # A rung that takes strain for a while is not passed over.
-                    goal = place + 1 if rungs[place + 1].strain_s else goal
-                    wish = self._relief(rungs, place, goal, slow, row)
+                wish = self._relief(rungs, place, goal, slow, row)
             elif best < place:
                 rung = rungs[best]
                 last = memory.calm_since.get(replica_id, ("", now))
@@ -182,9 +182,7 @@ class PredictiveController(Controller):
                     wish = self._shed(memory.model, facts, row, pressure)
             if wish is not None:
                 wishes[replica_id] = wish
-        return wishes, replace(
-            memory, calm_since=calm_since, strained_since=strained_since, shedding=frozenset(shedding)
-        )
+        return wishes, replace(memory, calm_since=calm_since, shedding=frozenset(shedding))
 
     def _rungs(self, slow: _Forecast, fast_load: float, facts: Facts, memory: _Memory) -> list[_Rung]:
         """The ladder with today's pressures; FP8, the last resort, has none."""
@@ -193,9 +191,10 @@ class PredictiveController(Controller):
         last = _Rung(FP8, np.full_like(slow_pressure, -math.inf), 0.0, 0.0, 0.0)
         if settings.between == AUTO:
             auto = np.full_like(slow_pressure, fast_load)
+            high = FP8_OVERLOAD if memory.overload_s >= OVERLOAD_S else math.inf
             return [
                 _Rung(FP16, slow_pressure, LIGHT[0], LIGHT[1], settings.rest_s),
-                _Rung(AUTO, auto, FP8_OVERLOAD, FP8_OVERLOAD, EASED_S, OVERLOAD_S),
+                _Rung(AUTO, auto, high, FP8_OVERLOAD, EASED_S),
                 last,
             ]
         factor = _factor(memory.missed)
@@ -286,6 +285,17 @@ class PredictiveController(Controller):
         if ttft_s / self._slo.ttft_s >= tpot_s / self._slo.tpot_s:
             return "predicted_ttft_s", ttft_s, self._slo.ttft_s
         return "predicted_tpot_s", tpot_s, self._slo.tpot_s
+
+
+def _overload_s(before: float, load: float, elapsed_s: float) -> float:
+    """Seconds of overload after another decision: what an overload adds, and what the lack of one takes.
+
+    At most one second is known of the time since the decision before, however long that was.
+    """
+    known_s = min(elapsed_s, 1.0)
+    if load < FP8_OVERLOAD:
+        return max(0.0, before - RECOVERY * known_s)
+    return before + min(1.0, (load - FP8_OVERLOAD) / (FULL_OVERLOAD - FP8_OVERLOAD)) * known_s
 
 
 def _shown(pressure: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nestedfp.policies.simulation.state import Columns, poisson
+from nestedfp.policies.simulation.state import Columns, EngineSettings, poisson
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -38,12 +38,12 @@ def trace() -> Columns:
 
 @pytest.fixture(scope="module")
 def row(module: ModuleType, load: Any) -> dict[str, Any]:
-    made: dict[str, Any] = module.compare(load, 1, 1, 0, module.POLICIES, {})
+    made: dict[str, Any] = module.compare(load, 1, 1, 0, module.POLICIES, {}, EngineSettings())
     return made | {"oracle": {"bound": 1.0}}
 
 
 def test_a_load_that_is_not_named_keeps_its_row(module: ModuleType, load: Any, row: dict[str, Any]) -> None:
-    assert module.compare(load, 1, 1, 0, (), row) == row
+    assert module.compare(load, 1, 1, 0, (), row, EngineSettings()) == row
 
 
 def test_a_policy_that_is_not_named_keeps_its_figures(
@@ -52,7 +52,7 @@ def test_a_policy_that_is_not_named_keeps_its_figures(
     before = copy.deepcopy(row)
     for summary in before["policies"].values():
         summary["attainment"], summary["mark"] = 0.5, "kept"
-    after = module.compare(load, 1, 1, 0, ["threshold"], before)
+    after = module.compare(load, 1, 1, 0, ["threshold"], before, EngineSettings())
     assert after["policies"]["threshold"]["attainment"] == row["policies"]["threshold"]["attainment"]
     assert [name for name, summary in after["policies"].items() if "mark" not in summary] == ["threshold"]
     points = 100 * (0.5 - row["policies"]["threshold"]["attainment"])
@@ -63,4 +63,4 @@ def test_a_policy_that_is_not_named_keeps_its_figures(
 def test_the_oracle_of_another_run_of_the_predictive_policy_is_not_kept(
     module: ModuleType, load: Any, row: dict[str, Any]
 ) -> None:
-    assert "oracle" not in module.compare(load, 1, 1, 0, ["predictive"], row)
+    assert "oracle" not in module.compare(load, 1, 1, 0, ["predictive"], row, EngineSettings())

@@ -126,6 +126,33 @@ def test_the_oracle_on_unseen_noise_is_shown(
     assert f"| 0.92 | {shown} | 2 |" in (folder / "policy.md").read_text()
 
 
+def test_loads_on_a_measured_engine_have_their_own_table(folder: Path, data: dict[str, Any]) -> None:
+    data["measured"] = [{**data["loads"][0], "capacity_rps": 11.0}]
+    data["measured_label"] = "simulated: step times fitted to a card"
+    (folder / "data.json").write_text(json.dumps(data))
+    assert call(folder) == 0
+    page = (folder / "policy.md").read_text()
+    assert "Seed 1; simulated: step times fitted to a card." in page
+    assert "| wave | 90 % of 11.0/s |" in page
+    assert page.count("Within 1 point of static FP8: 1 of 1 loads.") == 2
+
+
+def test_how_far_the_simulator_is_off_is_shown_by_figure(folder: Path, data: dict[str, Any]) -> None:
+    data["calibration"] = [
+        {
+            "file": "engine-card.json", "dtype": "float16", "mode": "fp8",
+            "cells": [[1, 32, 512], [8, 128, 128], [32, 1024, 64]],
+            "roofline_errors": [[0.2, -0.5, 0.1], [0.1, 0.0, 0.1], [-0.3, 0.1, 0.1]],
+            "fitted_errors": [[0.01, -0.25, 0.0], [0.02, 0.05, 0.0], [-0.04, 0.1, 0.0]],
+        }
+    ]  # fmt: skip
+    (folder / "data.json").write_text(json.dumps(data))
+    assert call(folder) == 0
+    page = (folder / "policy.md").read_text()
+    assert "| throughput | 20.0 % (-30 %) | 2.0 % (-4 %, at 32, 1024/64) | 3 of 3 cells |" in page
+    assert "| TTFT | 10.0 % (-50 %) | 10.0 % (-25 %, at 1, 32/512) | 2 of 3 cells |" in page
+
+
 def test_steady_flips_are_shown_with_and_without_the_first_minute(folder: Path, data: dict[str, Any]) -> None:
     policies = data["loads"][0]["policies"]
     flips = {"flips_per_replica_hour": 1.0, "settled_flips_per_replica_hour": 0.0}

@@ -164,7 +164,8 @@ LIGHT: dict[str, Any] = {
     "arriving_prompt_tokens_per_s": 100.0,
 }
 LOADED: dict[str, Any] = {**BUSY, "arrivals_per_s": 18.0, "arriving_prompt_tokens_per_s": 18_000.0}
-HEAVY: dict[str, Any] = {**BUSY, "arrivals_per_s": 120.0, "arriving_prompt_tokens_per_s": 120_000.0}
+MILD: dict[str, Any] = {**BUSY, "arrivals_per_s": 120.0, "arriving_prompt_tokens_per_s": 120_000.0}
+HEAVY: dict[str, Any] = {**BUSY, "arrivals_per_s": 300.0, "arriving_prompt_tokens_per_s": 300_000.0}
 
 
 def test_auto_takes_over_as_soon_as_there_is_load_and_not_before(view: MakeView) -> None:
@@ -218,26 +219,51 @@ def test_misses_are_averaged_by_rate_and_forgotten() -> None:
 
 def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
     run = Run("auto")
-    targets = [run.at(step * 0.1, view(**HEAVY))["a"] for step in range(130)]
-    assert {target.mode for target in targets[:115]} == {"auto"}
+    targets = [run.at(step * 0.1, view(**HEAVY))["a"] for step in range(170)]
+    assert {target.mode for target in targets[:155]} == {"auto"}
     assert targets[-1].mode == "fp8"
     order = next(target for target in targets if target.mode == "fp8")
     assert order.signal == "fp8_load"
     assert order.value is not None
     assert order.value >= order.threshold == 1.0
-    modes = [run.at(15.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(60)]
+    modes = [run.at(20.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(60)]
     assert modes[0] == "fp8"
     assert modes[-1] == "auto"
 
 
+@pytest.mark.parametrize(("overload_s", "pause_s", "mode"), [(6, 1, "fp8"), (6, 4, "auto")])
+def test_an_overload_has_its_gaps_and_bursts_have_pauses(
+    view: MakeView, overload_s: int, pause_s: int, mode: str
+) -> None:
+    run = Run("auto")
+    modes = set()
+    for step in range(400):
+        loaded = 0.1 * step % (overload_s + pause_s) < overload_s
+        modes.add(run.at(step * 0.1, view(**(HEAVY if loaded else BUSY)))["a"].mode)
+    assert ("fp8" in modes) == (mode == "fp8")
+
+
+@pytest.mark.parametrize(("load", "ordered"), [(HEAVY, True), (MILD, False)])
+def test_a_mild_overload_counts_in_part(view: MakeView, load: dict[str, Any], ordered: bool) -> None:
+    run = Run("auto")
+    modes = {run.at(step * 0.1, view(**load))["a"].mode for step in range(300)}
+    assert ("fp8" in modes) == ordered
+
+
+def test_a_time_without_decisions_is_no_overload(view: MakeView) -> None:
+    run = Run("auto")
+    for now in (0.0, 0.1, 100.0, 200.0):
+        assert run.at(now, view(**HEAVY))["a"].mode == "auto"
+
+
 def test_fp8_is_ordered_of_all_replicas_or_none(view: MakeView) -> None:
     """One replica with a long queue is no overload where the others have room; all together are one."""
-    queue = {**BUSY, "waiting": 40, "waiting_prompt_tokens": 40_000, "oldest_waiting_s": 0.5}
+    queue = {**BUSY, "waiting": 60, "waiting_prompt_tokens": 60_000, "oldest_waiting_s": 0.5}
     uneven = [view("0", **queue), *(view(str(number), **BUSY) for number in range(1, 4))]
     even = [view(str(number), **queue) for number in range(4)]
     for views, mode in ((uneven, "auto"), (even, "fp8")):
         run = Run("auto")
-        for step in range(150):
+        for step in range(190):
             targets = run.at(step * 0.1, *views)
         assert targets["0"].mode == mode
         assert ("fp8" in {target.mode for target in targets.values()}) == (mode == "fp8")
