@@ -103,7 +103,7 @@ def engine_summary(data: Mapping[str, Any]) -> str:
     return (
         f"**Engine** ({measured.machine}). Output tokens/s of one engine over another's.\n\n"
         + markdown(["", *measured.ratio_names], rows)
-        + _one_engine(data, [dtype for _, dtype in measured.runs])
+        + _flips_and_memory(data, [dtype for _, dtype in measured.runs])
     )
 
 
@@ -141,7 +141,7 @@ def _barred(shown: str, bar: str) -> str:
     return f"{shown}; bar {bar}" if bar else shown
 
 
-def _one_engine(data: Mapping[str, Any], dtypes: Iterable[str]) -> str:
+def _flips_and_memory(data: Mapping[str, Any], dtypes: Iterable[str]) -> str:
     """What the runs of each dtype saw of flips, memory and starts, beside the bars; empty where nothing."""
     columns = {dtype: found for dtype in sorted(set(dtypes), reverse=True) if (found := _seen(data, dtype))}
     named = {name: bar for found in columns.values() for name, (_, bar) in found.items()}
