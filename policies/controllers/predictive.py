@@ -290,9 +290,10 @@ class PredictiveController(Controller):
 def _overload_s(before: float, load: float, elapsed_s: float) -> float:
     """Seconds of overload after another decision: what an overload adds, and what the lack of one takes.
 
-    At most one second is known of the time since the decision before, however long that was.
+    At most one second is known of the time since the decision before, however long that was, and nothing
+    where the clock went back.
     """
-    known_s = min(elapsed_s, 1.0)
+    known_s = min(max(elapsed_s, 0.0), 1.0)
     if load < FP8_OVERLOAD:
         return max(0.0, before - RECOVERY * known_s)
     return before + min(1.0, (load - FP8_OVERLOAD) / (FULL_OVERLOAD - FP8_OVERLOAD)) * known_s
