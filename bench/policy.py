@@ -3,7 +3,7 @@
     NESTEDFP_TRACES=FOLDER python bench/policy.py [--replicas 4] [--seed 1] [--parts loads,...]
 
 Parts: `loads` (every policy on every load, with the oracle), `held-out` (the same on another seed),
-`measured` and `measured-held-out` (both with step times fitted to bench/data/engine-*.json), `steady`,
+`measured` and `measured-held-out` (both with step times fitted to the file `--engine`), `steady`,
 `paper`, `scaling`, `decide`, `million`, `calibration` (needs bench/data/engine-*.json), `classes` (requests
 that insist on 16 bits; shedding).
 A part that is not named keeps the figures it has. With `--policies predictive` the loads keep their
@@ -52,6 +52,7 @@ STEADY_S = 3700.0
 SETTLED_S = 60.0
 TIMELINE = ("square-wave", 1.0)
 DATA = Path(__file__).parent / "data" / "policy.json"
+ENGINE = DATA.parent / "engine-nvidia-h100-80gb-hbm3.json"
 LOADS = (*TRACES, *BURSTS)
 PARTS = (
     "loads", "held-out", "measured", "measured-held-out", "steady", "paper", "scaling", "decide", "million",
@@ -328,12 +329,6 @@ def calibration() -> list[dict[str, Any]]:
     return report
 
 
-def fitted() -> EngineSettings:
-    """Engines with the step times of the measured one, float16."""
-    (path,) = sorted(DATA.parent.glob("engine-*.json"))
-    return measured_engine(json.loads(path.read_text()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -345,6 +340,9 @@ def main() -> None:
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
     parser.add_argument("--loads", default=",".join(LOADS), help="comma-separated")
     parser.add_argument("--data", type=Path, default=DATA, help="file that keeps what is not made anew")
+    parser.add_argument(
+        "--engine", type=Path, default=ENGINE, help="measured engine, float16, of the parts `measured...`"
+    )
     parser.add_argument("--tries", type=int, default=TRIES, help="simulations of the oracle's search")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
@@ -371,16 +369,18 @@ def main() -> None:
         "capacity": "highest Poisson rate at which static FP16 meets the SLO for 90 % of 60 s of requests",
         "bursts": list(BURSTS),
     }
-    for part, its_seed in (
-        ("loads", seed),
-        ("held-out", HELD_OUT_SEED),
-        ("measured", seed),
-        ("measured-held-out", HELD_OUT_SEED),
+    roofline = fitted = EngineSettings()
+    if {"measured", "measured-held-out"} & set(parts):
+        fitted = measured_engine(json.loads(arguments.engine.read_text()))
+    for part, its_seed, settings in (
+        ("loads", seed, roofline),
+        ("held-out", HELD_OUT_SEED, roofline),
+        ("measured", seed, fitted),
+        ("measured-held-out", HELD_OUT_SEED, fitted),
     ):
         if part in parts:
             rows = []
             name = part.replace("-", "_")
-            settings = fitted() if part.startswith("measured") else EngineSettings()
             known = {(row["load"], row["share"]): row for row in report.get(name, [])} if fewer else {}
             capacities = {load: row["capacity_rps"] for (load, _), row in known.items()}
             for load in loads(folder, arguments.limit, replicas, its_seed, settings, capacities):
@@ -388,8 +388,6 @@ def main() -> None:
                 policies = named if load.name in named_loads else ()
                 rows.append(compare(load, replicas, its_seed, arguments.tries, policies, before, settings))
             report[name] = rows
-            if part == "measured":
-                report["measured_label"] = settings.label
             save()
     if "decide" in parts:
         report["decide_ms"] = decide_ms()

@@ -84,7 +84,8 @@ def tables(data: Mapping[str, Any], live: Mapping[str, Any]) -> str:
         parts.append(_bars(data["held_out"]))
     for part, seed in (("measured", "seed"), ("measured_held_out", "held_out_seed")):
         if part in data:
-            parts.append(f"Seed {data['settings'][seed]}; {data['measured_label']}.")
+            label = data[part][0]["policies"]["predictive"]["label"]
+            parts.append(f"Seed {data['settings'][seed]}; {label}.")
             parts += [_loads(data[part]), _bars(data[part])]
     parts.append(f"![One burst, second by second]({BURST})")
     if "steady" in data:
@@ -331,8 +332,8 @@ def _calibration(fits: Sequence[Mapping[str, Any]]) -> str:
                 (
                     f"{fit['file'].removesuffix('.json')}, {fit['dtype']} {fit['mode']}",
                     figure,
-                    f"{_off(assumed)} ({max(assumed, key=abs):+.0%})".replace("%", " %"),
-                    f"{_off(fitted)} ({worst:+.0%}, at {batch}, {prompt}/{output})".replace("%", " %"),
+                    f"{_off(assumed)} ({100 * max(assumed, key=abs):+.0f} %)",
+                    f"{_off(fitted)} ({100 * worst:+.0f} %, at {batch}, {prompt}/{output})",
                     f"{within} of {len(fitted)} cells",
                 )
             )
@@ -340,7 +341,7 @@ def _calibration(fits: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _off(errors: Iterable[float]) -> str:
-    return f"{median(map(abs, errors)):.1%}"
+    return f"{100 * median(map(abs, errors)):.1f} %"
 
 
 def _same(path: Path, text: str) -> bool:

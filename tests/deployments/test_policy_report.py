@@ -127,8 +127,10 @@ def test_the_oracle_on_unseen_noise_is_shown(
 
 
 def test_loads_on_a_measured_engine_have_their_own_table(folder: Path, data: dict[str, Any]) -> None:
-    data["measured"] = [{**data["loads"][0], "capacity_rps": 11.0}]
-    data["measured_label"] = "simulated: step times fitted to a card"
+    row = data["loads"][0]
+    predictive = {**row["policies"]["predictive"], "label": "simulated: step times fitted to a card"}
+    policies = {**row["policies"], "predictive": predictive}
+    data["measured"] = [{**row, "capacity_rps": 11.0, "policies": policies}]
     (folder / "data.json").write_text(json.dumps(data))
     assert call(folder) == 0
     page = (folder / "policy.md").read_text()
