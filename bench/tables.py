@@ -172,6 +172,7 @@ PAGES: dict[str, dict[str, Table]] = {
     "README.md": {
         "kernels-*.json": kernels,
         "engine-*.json": engine_summary,
+        "tensor-parallel-*.json": engine_summary,
         "live-*.json": live,
     },
     "docs/measured.md": {
