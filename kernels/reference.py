@@ -19,7 +19,7 @@ def rebuild_16bit(upper: Tensor, lower: Tensor, order: KOrder = KOrder.NATURAL) 
     """The float16 numbers [N, K], natural order, whose bytes are `upper` and `lower`; no row exponent."""
     high, low = unstore(upper, order).int(), unstore(lower, order).int()
     code = high % 128
-    magnitude = (code - code % 2) * 128 + low - 64
+    magnitude = (code + code % 2) * 128 + low - 191
     return torch.where(high < 128, magnitude, magnitude - (1 << 15)).short().view(torch.float16)
 
 

@@ -3,26 +3,27 @@
 A float16 number is a sign S, five exponent bits E4..E0 (bias 15) and ten mantissa bits M9..M0. Where
 |w| < 2 the bit E4 is zero, and two bytes keep the sign and the magnitude m = E3..E0 M9..M0:
 
-    code  = m / 128 rounded to nearest, ties to even, at most 0x7E
+    code  = m / 128 rounded to nearest, ties to even
     upper = S << 7 | code
-    lower = (m + 64) & 0xFF
+    lower = (m + 191) & 0xFF
 
 `upper`, read as E4M3 (bias 7), is the FP8 number nearest to w * 2^8: both formats keep the same four
-exponent bits once the biases differ by eight, subnormals included. The code 0x7F is NaN in E4M3, so
-rounding never reaches it: w rebuilds exactly for |w| < 1.875 (m < 0x3F80) and FP8 saturates at 1.75
-(448 * 2^-8).
+exponent bits once the biases differ by eight, subnormals included. The largest code is 0x7E, which is 448
+or 1.75 * 2^8, as 0x7F is NaN in E4M3. What rounds to it or below, |w| <= 1.8125 (m <= 0x3F40), can be split.
 
-An even code has m from 64 below (code & 0x7E) << 7 to 64 above it (0x7E: to 127 above); an odd one, to which
-no tie rounds, from 65 to 191 above. So m + 64 is 0 to 255 more than this multiple of 256: six bits of the
-code are its high byte, `lower` is its low byte, and
+An even code has m from 64 below code << 7 to 64 above it; an odd one, to which no tie rounds, from 63 below
+to 63 above, which is 191 to 65 below the next even one's. So m + 191 is 0 to 255 more than a multiple of 256:
+half of the code, rounded up, is its high byte, `lower` is its low byte, and
 
-    w = S << 15 | ((code & 0x7E) << 7 | lower) - 64
+    w = S << 15 | ((code + 1 & 0x7E) << 7 | lower) - 191
 
 Whichever way the code was rounded, rebuilding is a concatenation and one subtraction. The difference is m, so
 nothing is borrowed from the sign, nor from a neighbour: two weights in a 32-bit word take one subtraction of
-0x00400040. The low eight bits of m itself would hold as much, but rounding would then have to be found and
-undone byte by byte. Not every pair of bytes is a weight: two bytes of zero rebuild to NaN, so a kernel that
-pads K with zeros of x must not multiply them with zero bytes.
+0x00BF00BF. Rounding up is cheaper than down: upper + ((~upper & 0x7E) >> 1), two instructions for the four
+codes of a word, is the high byte with its sign, and 63 more, which the subtraction takes back as well. The
+low eight bits of m itself would hold as much, but rounding would then have to be found and undone byte by
+byte. Not every pair of bytes is a weight: two bytes of zero rebuild to NaN, so a kernel that pads K with
+zeros of x must not multiply them with zero bytes.
 
 The splitting follows NestedFP (arXiv 2506.02024), which keeps the low eight bits and leaves a layer with one
 larger weight in FP16; here each row carries a power of two that brings its largest magnitude into
@@ -35,7 +36,7 @@ import torch
 from torch import Tensor
 
 MAX_MAGNITUDE = 1.75
-"""The largest |w| whose FP8 reading does not saturate."""
+"""The largest |w| that a row exponent leaves: that of E4M3's largest number."""
 
 ROW_EXPONENT_RANGE = (-64, 127)
 """Row exponents fit a signed byte, and 2^s and 2^(s-8) are normal float32 numbers over this range."""
@@ -43,33 +44,35 @@ ROW_EXPONENT_RANGE = (-64, 127)
 FP8_EXPONENT_OFFSET = 8
 """`upper` read as E4M3 is w * 2^8."""
 
-_EXACT_BITS = 0x3F80
-_TOP_CODE = 0x7E
-_OFFSET = 64
+ZERO = 0, 191
+"""The two bytes of a weight of zero."""
+
+_LARGEST_BITS = 0x3F40
+_OFFSET = 191
 
 
 def split(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Splits float16 `w` (any shape, every |w| < 1.875) into its upper and lower bytes.
+    """Splits float16 `w` (any shape, every |w| <= 1.8125) into its upper and lower bytes.
 
     Returns two uint8 tensors of w's shape. Raises TypeError for another dtype and ValueError for a
-    magnitude of 1.875 or more (NaN and infinities included), which no pair of bytes could rebuild.
+    larger magnitude (NaN and infinities included), which no pair of bytes could rebuild.
     """
     if w.dtype != torch.float16:
         raise TypeError(f"split: w has dtype {w.dtype}, expected torch.float16; convert or nest() it first")
-    if bool(((w.view(torch.int16) & 0x7FFF) >= _EXACT_BITS).any()):
+    if bool(((w.view(torch.int16) & 0x7FFF) > _LARGEST_BITS).any()):
         raise ValueError(
-            "split: w holds a magnitude of 1.875 or more, NaN or infinity, expected |w| < 1.875; "
+            "split: w holds a magnitude above 1.8125, NaN or infinity, expected |w| <= 1.8125; "
             "scale the row by a power of two first, as nest() does"
         )
     return split_unchecked(w)
 
 
 def split_unchecked(w: Tensor) -> tuple[Tensor, Tensor]:
-    """`split` of a float16 `w` that the caller knows to be below 1.875: waits for no device."""
+    """`split` of a float16 `w` that the caller knows to be at most 1.8125: waits for no device."""
     bits = w.view(torch.int16).to(torch.int32) & 0xFFFF
     magnitude = bits & 0x7FFF
     code = (magnitude + 63 + ((magnitude >> 7) & 1)) >> 7
-    upper = (bits >> 15) << 7 | code.clamp_(max=_TOP_CODE)
+    upper = (bits >> 15) << 7 | code
     lower = magnitude.add_(_OFFSET).bitwise_and_(0xFF)
     return upper.to(torch.uint8), lower.to(torch.uint8)
 
@@ -85,7 +88,7 @@ def rebuild(upper: Tensor, lower: Tensor) -> Tensor:
     if upper.shape != lower.shape:
         raise ValueError(f"rebuild: upper has shape {tuple(upper.shape)}, lower {tuple(lower.shape)}")
     high, low = upper.to(torch.int32), lower.to(torch.int32)
-    bits = (high & 0x80) << 8 | ((high & 0x7E) << 7 | low) - _OFFSET
+    bits = (high & 0x80) << 8 | ((high + 1 & 0x7E) << 7 | low) - _OFFSET
     return bits.to(torch.int16).view(torch.float16)
 
 

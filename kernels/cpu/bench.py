@@ -44,9 +44,9 @@ def contenders(M: int, N: int, K: int) -> tuple[dict[str, Product], int]:
     wide = x.float()
     plain = [torch.randn(N, K, dtype=torch.float16) * 0.1 for _ in range(copies)]
     single = [plain[0].float() for _ in range(max(2, copies // 2))]
-    # Random bytes: codes that are NaN are left out, and so are lower bytes too small for the codes 0 and 1.
-    upper = [torch.randint(0, 0x7F, (N, K), dtype=torch.uint8) for _ in range(copies)]
-    lower = [torch.randint(0x40, 0x100, (N, K), dtype=torch.uint8) for _ in range(copies)]
+    # Random bytes: codes that are NaN are left out, and so is 0, to which most lower bytes do not belong.
+    upper = [torch.randint(1, 0x7F, (N, K), dtype=torch.uint8) for _ in range(copies)]
+    lower = [torch.randint(0, 0x100, (N, K), dtype=torch.uint8) for _ in range(copies)]
     exponents = torch.zeros(N, dtype=torch.int8)
     return {
         "torch float16": lambda i: torch.nn.functional.linear(x, plain[i]),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nestedfp.format import ZERO
 from nestedfp.kernels.cpu.operands import BLOCK_ROWS, CHUNK, STREAM_TOKENS, Field, Variant
 from nestedfp.kernels.layout import KOrder, unstore
 
@@ -79,10 +80,11 @@ def _linear(
     # An order made for a GPU is undone in each call.
     upper, lower = unstore(upper, order), unstore(lower, order)
     if K < CHUNK:
-        # Zeros of x meet some weight: the bytes 64 and 64 are one, 0 and 0 would rebuild to NaN.
+        # Zeros of x meet weights of zero: bytes of zero would rebuild to NaN.
         padding = (0, CHUNK - K)
         x = torch.nn.functional.pad(x, padding)
-        upper, lower = (torch.nn.functional.pad(byte, padding, value=64) for byte in (upper, lower))
+        planes = zip((upper, lower), ZERO, strict=True)
+        upper, lower = (torch.nn.functional.pad(byte, padding, value=value) for byte, value in planes)
         K = CHUNK
     if x.stride(1) != 1:
         x = x.contiguous()

@@ -141,16 +141,18 @@ class _Weight:
         """Sixteen weights as float32: rebuilt from both bytes, or e4m3(upper) * 2^-8.
 
         The E4M3 code S EEEE MMM, its sign kept in place and the rest moved to bits 13 to 7, is the float16
-        number e4m3 * 2^-8. In 16 bits the code's lowest bit is dropped, and `lower` - 64 makes up the rest.
+        number e4m3 * 2^-8. In 16 bits the code is rounded up to an even one; `lower` - 191 makes up the rest.
         """
         b = self._b
         offset = b.ir.add(row, chunk_start(b, k, self._K))
         upper = b.load(self._upper, offset, I8, CHUNK)
         bits = b.ir.shl(b.ir.sext(upper, _SHORTS), splat(_SHORTS, 7))
-        bits = b.ir.and_(bits, splat(_SHORTS, ~0x4000 if self._fp8 else ~0x4080))
-        if not self._fp8:
+        if self._fp8:
+            bits = b.ir.and_(bits, splat(_SHORTS, ~0x4000))
+        else:
+            bits = b.ir.and_(b.ir.add(bits, splat(_SHORTS, 0x80)), splat(_SHORTS, ~0x4080))
             lower = b.ir.zext(b.load(self._lower, offset, I8, CHUNK), _SHORTS)
-            bits = b.ir.sub(b.ir.add(bits, lower), splat(_SHORTS, 64))
+            bits = b.ir.sub(b.ir.add(bits, lower), splat(_SHORTS, 191))
         return b.ir.fpext(b.ir.bitcast(bits, vector(F16, CHUNK)), vector(F32, CHUNK))
 
 

@@ -32,7 +32,7 @@ def rebuild(upper, lower):
     """float16 weights from their bytes, before the row exponent."""
     high = upper.to(tl.int32)
     low = lower.to(tl.int32)
-    bits = (high & 0x80) << 8 | ((high & 0x7E) << 7 | low) - 64
+    bits = (high & 0x80) << 8 | (((high + 1) & 0x7E) << 7 | low) - 191
     return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
@@ -91,8 +91,8 @@ def gemm_kernel(
         elif FP8:
             acc = tl.dot(a, widen(upper), acc)
         else:
-            # 64 beside an upper byte of 0 is a weight of zero.
-            lower = tl.load(lower_ptr + w, mask=w_mask, other=64)
+            # 191 beside an upper byte of 0 is a weight of zero.
+            lower = tl.load(lower_ptr + w, mask=w_mask, other=191)
             # With bfloat16 activations the weight was bfloat16 too: the conversion rounds nothing away.
             weights = rebuild(upper, lower).to(tl.float32)
             if WIDE:

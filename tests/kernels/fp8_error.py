@@ -12,7 +12,10 @@ with normal data: 0.12 % and 0.47 %. A promoted product adds up one stage in wgm
 so K is the stage's, whatever the matrix has. On operands of one sign losses add up, and nothing here holds.
 
 Outputs are rounded once to their dtype. Single elements may lie eight times as far off as the norm: normally
-distributed errors of a million elements reach five times, of operands with few large values more.
+distributed errors of a million elements reach five times, of operands with few large values more. And the
+larger an element's own sum, the larger are the units that it loses: 1.7 times as much on average where it
+is four times the norm of its products or more (what wgmma does, emulated for the operands of the tests), as
+some hundreds of ten million elements are. So two and a half times the sum is allowed beside that.
 """
 
 import torch
@@ -24,6 +27,7 @@ from nestedfp.kernels.layout import KOrder, to_natural
 _ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _SMALLEST = 2.0**-24
 _SINGLE_ELEMENTS = 8
+_LARGE_SUMS = 2.5
 
 
 def accumulation_error(summed: int) -> float:
@@ -51,9 +55,12 @@ def assert_product(
     relative, most = float(difference.norm() / truth.norm()), allowed + rounding
     assert relative < most, f"{relative:.2g} off in norm, {most:.2g} allowed {note}"
 
-    limit = _SINGLE_ELEMENTS * allowed * products_norm(*operands, order)
-    wrong = ~(difference <= limit + 2 * rounding * truth.abs() + _SMALLEST)
-    assert not wrong.any(), f"{int(wrong.sum())} wrong, first at {wrong.nonzero()[0].tolist()} {note}"
+    spread = torch.hypot(_SINGLE_ELEMENTS * products_norm(*operands, order), _LARGE_SUMS * truth)
+    limit = allowed * spread + 2 * rounding * truth.abs() + _SMALLEST
+    wrong = ~(difference <= limit)
+    worst = float((difference / limit).max())
+    where = wrong.nonzero()
+    assert not len(where), f"{len(where)} wrong, first at {where[0].tolist()}, {worst:.3g} limits {note}"
 
 
 def products_norm(x: Tensor, upper: Tensor, row_exponent: Tensor, order: KOrder) -> Tensor:

@@ -31,8 +31,8 @@ def relative(y: Tensor, truth: Tensor) -> float:
 
 
 def random_weight(N: int, K: int, dtype: torch.dtype) -> Tensor:
-    """float16 [N, K], all bit patterns below 1.875 alike, rounded to `dtype`; 0x3F78 is its largest there."""
-    magnitude = torch.randint(0, 0x3F79, (N, K), dtype=torch.int16).view(torch.float16)
+    """float16 [N, K], all bit patterns up to 1.8125 alike, rounded to `dtype`."""
+    magnitude = torch.randint(0, 0x3F41, (N, K), dtype=torch.int16).view(torch.float16)
     return torch.where(torch.rand(N, K) < 0.5, magnitude, -magnitude).to(dtype).half()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nestedfp.format import ZERO
 from nestedfp.kernels import linear_16bit, linear_fp8
 from nestedfp.kernels.layout import KOrder
 from nestedfp.kernels.product import fits_bulk_copies
@@ -17,7 +18,7 @@ def operands() -> dict[str, Any]:
     return {
         "x": torch.randn(4, K, dtype=torch.float16),
         "upper": torch.randint(0, 127, (N, K), dtype=torch.uint8),
-        "lower": torch.full((N, K), 64, dtype=torch.uint8),
+        "lower": torch.full((N, K), ZERO[1], dtype=torch.uint8),
         "row_exponent": torch.zeros(N, dtype=torch.int8),
         "bias": torch.zeros(N, dtype=torch.float16),
         "order": KOrder.NATURAL,

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nestedfp.format import rebuild, row_exponents, split
+from nestedfp.format import ZERO, rebuild, row_exponents, split
 from nestedfp.kernels.reference import rebuild_16bit
 
 ALL_FP16 = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
-EXACT = ALL_FP16[ALL_FP16.abs().nan_to_num(nan=torch.inf) < 1.875]
+EXACT = ALL_FP16[ALL_FP16.abs().nan_to_num(nan=torch.inf) <= 1.8125]
 
 
 def e4m3_value(code: int) -> float:
@@ -28,8 +28,8 @@ E4M3 = np.array([e4m3_value(code) for code in range(256)])
 
 
 def test_covers_every_promised_pattern() -> None:
-    # |w| < 1.875 is 0x0000..0x3F7F of either sign
-    assert len(EXACT) == 2 * 0x3F80
+    # |w| <= 1.8125 is 0x0000..0x3F40 of either sign
+    assert len(EXACT) == 2 * 0x3F41
 
 
 def test_rebuild_is_the_inverse_of_split_bit_for_bit() -> None:
@@ -58,14 +58,14 @@ def test_upper_is_the_nearest_e4m3_by_brute_force() -> None:
         distance = np.abs(candidates - value)
         nearest = np.flatnonzero(distance == distance.min())
         same_sign = [c for c in nearest.tolist() if bool(c & 0x80) == (math.copysign(1, value) < 0)]
-        # A tie goes to the code with an even mantissa; beyond 448 the largest code saturates.
+        # A tie goes to the code with an even mantissa.
         expected = same_sign[0] if len(same_sign) == 1 else next(c for c in same_sign if c % 2 == 0)
         assert code == expected, f"{value / 256!r}: upper {code:#04x}, nearest {expected:#04x}"
 
 
-def test_upper_agrees_with_torch_conversion_wherever_that_saturates_alike() -> None:
+def test_upper_agrees_with_torch_conversion() -> None:
     upper = split(EXACT)[0]
-    reference = (EXACT.float() * 256).clamp(-448, 448).to(torch.float8_e4m3fn)
+    reference = (EXACT.float() * 256).to(torch.float8_e4m3fn)
     assert torch.equal(upper, reference.view(torch.uint8))
 
 
@@ -73,19 +73,18 @@ def magnitude_bits(w: torch.Tensor) -> np.ndarray:
     return np.abs(w.numpy()).view(np.uint16).astype(np.int64)
 
 
-def test_lower_is_the_distance_from_an_even_code_plus_64() -> None:
+def test_lower_is_the_distance_from_an_even_code_plus_191() -> None:
     upper, lower = (byte.numpy().astype(np.int64) for byte in split(EXACT))
     code = upper % 128
     # An even code, read eight binades lower, is itself a float16 number: the one that the distance is from.
-    even = torch.from_numpy(np.abs(E4M3)[code - code % 2] / 256).half()
+    even = torch.from_numpy(np.abs(E4M3)[code + code % 2] / 256).half()
     distance = magnitude_bits(EXACT) - magnitude_bits(even)
-    assert (lower == distance + 64).all()
+    assert (lower == distance + 191).all()
     odd = code % 2 == 1
-    assert distance[odd].min() == 65
-    assert distance[odd].max() == 191
+    assert distance[odd].min() == -191
+    assert distance[odd].max() == -65
     assert distance[~odd].min() == -64
-    assert distance[~odd & (code < 0x7E)].max() == 64
-    assert distance[code == 0x7E].max() == 127
+    assert distance[~odd].max() == 64
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -93,19 +92,36 @@ def test_one_subtraction_rebuilds_two_weights(half: int) -> None:
     """Every weight in one half of a word beside extremes in the other: a borrow would change either."""
     upper, lower = (byte.numpy().astype(np.int64) for byte in split(EXACT))
     patterns = EXACT.view(torch.int16).numpy().astype(np.int64) % 65536
-    joined = (upper & 0x80) << 8 | (upper >> 1 & 0x3F) << 8 | lower
-    extremes = np.flatnonzero(np.isin(patterns % 0x8000, [0, 1, 64, 65, 191, 192, 193, 0x3EFF, 0x3F7F]))
+    joined = (upper & 0x80) << 8 | (upper % 128 + 1) // 2 << 8 | lower
+    extremes = np.flatnonzero(np.isin(patterns % 0x8000, [0, 1, 64, 65, 191, 192, 193, 0x3EFF, 0x3F40]))
     assert len(extremes) == 18
     for other in extremes:
         pair = [joined, joined[other]] if half == 0 else [joined[other], joined]
         expected = [patterns, patterns[other]] if half == 0 else [patterns[other], patterns]
-        words = (pair[1] << 16 | pair[0]) - 0x00400040
+        words = (pair[1] << 16 | pair[0]) - 0x00BF00BF
         assert (words == (expected[1] << 16 | expected[0])).all()
 
 
-@pytest.mark.parametrize("value", [1.875, -1.875, 2.0, 65504.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("other", [code for code in range(256) if code % 128 != 127])
+def test_two_instructions_join_the_codes_of_four_weights(other: int) -> None:
+    """Every code beside another in a word, signs among them: less 63, the high bytes that `rebuild` joins."""
+    codes = np.array([code for code in range(256) if code % 128 != 127])
+    for place in range(4):
+        bytes_of = np.full((len(codes), 4), other)
+        bytes_of[:, place] = codes
+        word = (bytes_of << np.arange(4) * 8).sum(axis=1)
+        made = word + ((~word & 0x7E7E7E7E) >> 1) - 0x3F3F3F3F
+        high = bytes_of // 128 * 128 + (bytes_of % 128 + 1) // 2
+        assert (made == (high << np.arange(4) * 8).sum(axis=1)).all()
+
+
+def test_the_bytes_of_zero() -> None:
+    assert tuple(int(byte) for byte in split(torch.zeros(1, dtype=torch.float16))) == ZERO
+
+
+@pytest.mark.parametrize("value", [1.8135, -1.8135, 2.0, 65504.0, math.inf, -math.inf, math.nan])
 def test_split_refuses_what_cannot_be_rebuilt(value: float) -> None:
-    with pytest.raises(ValueError, match=r"1\.875"):
+    with pytest.raises(ValueError, match=r"1\.8125"):
         split(torch.tensor([0.5, value], dtype=torch.float16))
 
 

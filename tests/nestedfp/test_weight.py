@@ -29,7 +29,7 @@ def gaussian(N: int, K: int, dtype: torch.dtype, deviation: float = 0.02) -> tor
 
 
 def exactly_storable(row: np.ndarray) -> bool:
-    """In integers: every weight over 2^s is a float16 number below 1.875."""
+    """In integers: every weight over 2^s is a float16 number."""
     largest = float(np.abs(row).max())
     if largest == 0:
         return True

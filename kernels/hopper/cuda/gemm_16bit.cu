@@ -27,7 +27,7 @@
 // schedule.cuh says how tiles are shared and why gathering the parts of a tile cannot deadlock.
 //
 // Roof: two bytes a weight over the memory bandwidth for few tokens, the tensor cores' rate for many. Between them, up
-// to some 180 tokens a tile, the rebuild: its instructions, seven for four weights, are more than a multiprocessor
+// to some 180 tokens a tile, the rebuild: its instructions, six for four weights, are more than a multiprocessor
 // issues beside the products of 128 tokens, in whatever order warpgroups take turns.
 #include "ahead.cuh"
 #include "exchange_16bit.cuh"
@@ -157,7 +157,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     ptx::registers_more<CONSUMER_REGISTERS>();
 #endif
     const u32 lane = thread % 32, warp = thread / 32;
-    const u32 one = gridDim.y;
     const u32 k_slice = warpgroup % SLICED_K, row_offset = warpgroup / SLICED_K * 64 + warp * 16;
     // Of the first of two 64-wide steps; the second one's is 16 bytes on, which the swizzle makes ^ 16.
     const u32 share = base + WEIGHT_OFFSET + (row_offset + lane / 4) * UNIT +
@@ -249,7 +248,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         if constexpr (SLICED_K == 2) {
           bytes[0].load(await_weights(weight_ring.stage, weight_ring.parity));
           make_room(first);
-          bytes[0].rebuild(weights[0], one);
+          bytes[0].rebuild(weights[0]);
           multiply(weights[0], first);
           release_weights(weight_ring.stage);
           weight_ring.advance();
@@ -258,11 +257,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         const u32 from = AHEAD ? 0 : await_weights(weight_ring.stage, weight_ring.parity);
         make_room(first);
         if constexpr (!AHEAD) bytes[0].load(from);
-        bytes[0].rebuild(weights[0], one);
+        bytes[0].rebuild(weights[0]);
         multiply(weights[0], first);
         make_room(false);
         if constexpr (!AHEAD) bytes[1].load(from ^ 16);
-        bytes[1].rebuild(weights[SETS - 1], one);
+        bytes[1].rebuild(weights[SETS - 1]);
         const int stage = weight_ring.stage;
         const u32 parity = weight_ring.parity;
         weight_ring.advance();

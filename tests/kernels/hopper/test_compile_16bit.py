@@ -65,8 +65,14 @@ def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     assert all(operand.startswith("R") for _, operand in products), "weights must come from registers"
     assert not re.search(r"\b(LDL|STL)\b", sass), "registers spill to local memory"
     assert sass.count("WARPGROUP.DEPBAR") <= 3, "ptxas runs products one at a time"
-    # Rebuilding four weights subtracts twice: not on the pipe that its other instructions need.
-    assert re.findall(r"(\w+)[.\w]* R\d+, [^;]*-0x400040", sass) == ["IMAD"] * (32 // config.sliced_k)
+    # Four weights take two instructions for their codes, two to join bytes and two subtractions.
+    fours = 16 // config.sliced_k
+    assert len(re.findall(r"LOP3\.LUT R\d+, [^;]*0x7e7e7e7e", sass)) == fours
+    assert len(re.findall(r"LEA\.HI R\d+, [^;]*0x1f", sass)) == fours
+    assert len(re.findall(r"PRMT R\d+, [^;]*0x(?:5140|7362)", sass)) == 2 * fours
+    subtractions = re.findall(r"(\w+) R\d+, R\d+, (?:-0x3fbf3fbf|0xc040c041)", sass)
+    assert len(subtractions) == 2 * fours
+    assert set(subtractions) <= {"VIADD", "IADD3"}, "multiply-adds cost energy"
     assert ("UTMALDG.2D.MULTICAST" in sass) == (config.cluster > config.cluster_k)
     assert ("STAS" in sass) == (config.cluster_k > 1), "CTAs that share K store to one another"
     x, weights = config.stages
