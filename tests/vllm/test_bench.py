@@ -53,7 +53,8 @@ class FakeRemote:
         if output_len < 64:
             return {}
         count = self.counted[mode] = self.counted.get(mode, -1) + 1
-        return {"tokens_per_s": SPEEDS[self.name, mode][count % 3], "ttft_ms": 10.0, "tpot_ms": 5.0}
+        times = {"ttft_ms": 10.0, "ttft_batches": 8, "tpot_ms": 5.0}
+        return {"tokens_per_s": SPEEDS[self.name, mode][count % 3], **times}
 
     def stop(self) -> None:
         self.log.append((self.name, "stop"))

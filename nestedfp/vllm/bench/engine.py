@@ -150,6 +150,7 @@ class Engine:
         return {
             "tokens_per_s": batch * output_len / seconds,
             "ttft_ms": 1e3 * median(first),
+            "ttft_batches": len(first),
             "tpot_ms": 1e3 * median(decode) / max(1, output_len - 1),
         }
 

@@ -34,6 +34,7 @@ def rows_of(
                 "tokens_per_s_max": max(speeds),
                 "passes": len(speeds),
                 "ttft_ms": median(entry["ttft_ms"] for entry in entries),
+                "ttft_batches": sum(entry["ttft_batches"] for entry in entries),
                 "tpot_ms": median(entry["tpot_ms"] for entry in entries),
                 "memory_bytes": memory["weights_bytes"],
                 "kv_blocks": memory["kv_blocks"],

@@ -68,7 +68,8 @@ def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     # Four weights take two instructions for their codes, two to join bytes and two subtractions.
     fours = 16 // config.sliced_k
     assert len(re.findall(r"LOP3\.LUT R\d+, [^;]*0x7e7e7e7e", sass)) == fours
-    assert len(re.findall(r"LEA\.HI R\d+, [^;]*0x1f", sass)) == fours
+    # Schedules halve numbers, too.
+    assert len(re.findall(r"LEA\.HI R\d+, [^;]*0x1f", sass)) >= fours
     assert len(re.findall(r"PRMT R\d+, [^;]*0x(?:5140|7362)", sass)) == 2 * fours
     subtractions = re.findall(r"(\w+) R\d+, R\d+, (?:-0x3fbf3fbf|0xc040c041)", sass)
     assert len(subtractions) == 2 * fours
