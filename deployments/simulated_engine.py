@@ -157,12 +157,14 @@ class SimulatedEngine:
             request[column] = 0
         request["first_s"] = request["finish_s"] = math.nan
         request["replica"] = request["next"] = _NONE
-        engine.arrive(row, now, self._requests, self._engines, self._costs)
-        if request["replica"] < 0:
+        replica = engine.arrive(row, self._requests, self._engines, self._costs.kv_tokens)
+        if replica < 0:
             self._free.append(row)
-            if request["replica"] == engine.NEVER_FITS:
+            if replica == engine.NEVER_FITS:
                 raise NeverFits(f"{prompt_tokens} + {output_tokens} tokens exceed the KV cache")
             raise Refused("the policy bounds the queue: FP8 is not fast enough either")
+        if math.isinf(self._replica["step_end_s"]):
+            engine.start_step(replica, now, self._requests, self._engines, self._costs)
         generation = self._live[row] = Generation(row, now, prompt_tokens, output_tokens)
         self._arrived(prompt_tokens)
         self._wake.set()

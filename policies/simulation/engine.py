@@ -65,27 +65,33 @@ def advance(until_s: float, following: int, requests: Requests, cluster: Engines
         if min(step_end_s, arrival_s) > until_s:
             return following
         if arrival_s <= step_end_s:
-            arrive(following, arrival_s, requests, cluster, costs)
+            i = arrive(following, requests, cluster, costs.kv_tokens)
             following += 1
+            if i >= 0 and cluster.replicas[i].step_end_s == math.inf:
+                # An idle engine's next step begins now, with all that arrive now.
+                _set_step_end(i, arrival_s, cluster)
         else:
             _finish_step(first, step_end_s, requests, cluster)
-            _start_step(first, step_end_s, requests, cluster, costs)
+            start_step(first, step_end_s, requests, cluster, costs)
 
 
 @njit
-def arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> None:
-    """Queue request ``r`` on a replica; where none takes it, its ``replica`` says why."""
-    if requests[r].prompt + requests[r].output > costs.kv_tokens:
+def arrive(r: int, requests: Requests, cluster: Engines, kv_tokens: int) -> int:
+    """Queue request ``r`` on a replica and return which; where none takes it, a negative number says why.
+
+    It starts no step: an idle replica waits for :func:`start_step`.
+    """
+    if requests[r].prompt + requests[r].output > kv_tokens:
         requests[r].replica = NEVER_FITS
-        return
+        return NEVER_FITS
     i = route(r, requests[r].strict, cluster)
     if i < 0:
         requests[r].replica = SHED
-        return
+        return SHED
     replica = cluster.replicas[i]
     if replica.waiting_tokens + requests[r].prompt > replica.shed_above:
         requests[r].replica = SHED
-        return
+        return SHED
     requests[r].replica = i
     replica.arrivals += 1
     replica.arrived_tokens += requests[r].prompt
@@ -98,12 +104,11 @@ def arrive(r: int, now: float, requests: Requests, cluster: Engines, costs: Cost
     replica.waiting_tokens += requests[r].prompt
     if requests[r].strict:
         replica.strict_waiting += 1
-    if replica.step_end_s == math.inf:
-        _start_step(i, now, requests, cluster, costs)
+    return i
 
 
 @njit
-def _start_step(i: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> None:
+def start_step(i: int, now: float, requests: Requests, cluster: Engines, costs: Costs) -> None:
     """Schedule a step on replica ``i`` and set when it ends; with nothing to do the replica goes idle."""
     replica = cluster.replicas[i]
     mode, budget = _bounded(i, now, requests, cluster, costs)

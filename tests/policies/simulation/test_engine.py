@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,9 +78,14 @@ def reference(load: Columns, chunk: int, most: int) -> list[tuple[float, float]]
     return [(times[request][0], times[request][-1]) for request in range(len(load.arrival_s))]
 
 
-@pytest.mark.parametrize(("rate", "most"), [(2.0, 256), (30.0, 256), (80.0, 8)])
-def test_every_time_equals_a_plain_reference(rate: float, most: int) -> None:
+@pytest.mark.parametrize(
+    ("rate", "most", "together_s"), [(2.0, 256, 0.0), (30.0, 256, 0.0), (80.0, 8, 0.0), (2.0, 256, 2.0)]
+)
+def test_every_time_equals_a_plain_reference(rate: float, most: int, together_s: float) -> None:
     load = workload(150, rate, seed=5)
+    if together_s:
+        # All that arrive within so long do at once, mostly at an idle engine.
+        load = replace(load, arrival_s=np.floor(load.arrival_s / together_s) * together_s)
     requests = run(load, max_sequences=most).requests
     expected = np.array(reference(load, MODEL.chunk_tokens, most))
     np.testing.assert_allclose(requests["first_s"], expected[:, 0], rtol=1e-9)
