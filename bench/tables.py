@@ -120,6 +120,8 @@ def kernel_tests(data: Mapping[str, Any]) -> str:
     """One line: what passed on which machine, from `bench/kernel_tests.py`."""
     header = data["header"]
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(data["totals"].items()))
+    if not data["complete"]:
+        outcomes += ", and the run was cut off"
     return (
         f"**Tests of the kernels on a GPU** ({header['device']}, torch {header['torch']}, triton "
         f"{header['triton']}, {header['date'][:10]}): {outcomes}."

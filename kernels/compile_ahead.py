@@ -54,8 +54,15 @@ def compile_ahead(jobs: Iterable[Job]) -> list[str]:
 
 
 def _identity(job: Job) -> tuple[object, ...]:
-    """Jobs with the same one compile the same kernel."""
-    shape = (job.M, job.N, job.K) if job.config is None else (job.N % 8, job.K % PANEL)
+    """Jobs with the same one compile the same kernel. Triton makes another one of sizes that are 1, or no
+    multiple of 16."""
+    sizes = (job.M, job.N, job.K)
+    if job.config is None:
+        shape: tuple[object, ...] = sizes
+    elif job.backend is Backend.PORTABLE:
+        shape = tuple((size == 1, size % 16 == 0) for size in sizes)
+    else:
+        shape = (job.N % 8, job.K % PANEL)
     config = None if job.config is None else tuple(sorted(job.config.items()))
     return (job.backend, job.mode, job.dtype, shape, config)
 

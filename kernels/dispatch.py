@@ -62,7 +62,8 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class TableRow:
-    """The best configuration found for one shape; `us` is what it took on the table's device."""
+    """The best configuration found for one shape; `us` is what it took on the table's device, as the header's
+    `method` says, with the kernel of its day: it compares with no other row."""
 
     mode: Mode
     dtype: str

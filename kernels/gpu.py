@@ -1,6 +1,8 @@
 """The GPU that figures come from: its name, versions, clocks while it worked, and its two ceilings."""
 
+import os
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,9 +57,14 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _nvidia_smi(fields: Sequence[str]) -> list[str]:
+    """The command that prints them of torch's first device; CUDA_VISIBLE_DEVICES alone is nothing to it."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    return ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", card]
+
+
 def _query(fields: list[str]) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", "0"]
-    line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    line = subprocess.run(_nvidia_smi(fields), capture_output=True, text=True, check=True, timeout=30).stdout
     return [value.strip() for value in line.split(",")]
 
 
@@ -65,10 +72,10 @@ class ClockMonitor:
     """Samples clocks, power and temperature in the background while its block runs."""
 
     def __enter__(self) -> "ClockMonitor":
-        command = ["nvidia-smi", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader,nounits"]
         # By name, so that `seen` reads through a file position of its own.
         self._file = NamedTemporaryFile("a")
-        self._process = subprocess.Popen([*command, "-i", "0", "-lms", str(_SAMPLE_MS)], stdout=self._file)
+        command = [*_nvidia_smi(_FIELDS), "-lms", str(_SAMPLE_MS)]
+        self._process = subprocess.Popen(command, stdout=self._file)
         return self
 
     def __exit__(

@@ -52,10 +52,7 @@ def recipes(N: int, K: int, dtype: torch.dtype) -> list[Recipe]:
     name = str(dtype).removeprefix("torch.")
     for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
         for row in rows_near(Backend.HOPPER, HOPPER, mode, name, N, K):
-            try:
-                recipe = Recipe(mode, dtype, kind(**row.config))
-            except TypeError:
-                continue  # A configuration of another kernel.
+            recipe = Recipe(mode, dtype, kind(**row.config))
             found.setdefault(recipe.macros, recipe)
     return list(found.values())
 
@@ -99,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
+    for name in ("tensor_parallel", "threads"):
+        if (value := getattr(args, name)) < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     precompiler = Precompiler(args.threads)
     for dtype in args.dtype.split(","):
         if dtype not in ("float16", "bfloat16"):
@@ -115,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _parts(sizes: Iterable[tuple[int, int]], ways: int) -> Iterable[tuple[int, int]]:
-    """A layer is cut along N or along K."""
+    """A layer is cut along N or along K, where that leaves equal parts."""
     for N, K in sizes:
-        yield N // ways, K
-        yield N, K // ways
+        if N % ways == 0:
+            yield N // ways, K
+        if K % ways == 0:
+            yield N, K // ways

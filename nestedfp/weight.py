@@ -1,15 +1,16 @@
 """Nested weights: a layer's matrix as two bytes a weight and one exponent a row.
 
 Row n is stored as the bytes of the float16 numbers w[n] * 2^-s with s = row_exponent[n], its largest
-magnitude in (0.875, 1.75] (see `nestedfp.format`). What rebuilds bit for bit:
+magnitude in (0.875, 1.75] (see `nestedfp.format`); less where s is -64, its least, as in bfloat16 rows of
+magnitudes below 2^-64. What rebuilds bit for bit:
 
 * float16, s <= 0: everything, since scaling up loses nothing.
 * float16, s > 0: every |w| >= 2^(s-14); below that, multiples of 2^(s-24).
 * bfloat16: every |w| >= 2^(s-17), since eight significant bits fit the subnormal grid 2^-24 from 2^-17
   up; below that, multiples of 2^(s-24).
 
-What does not is rounded to that grid, an error of at most 2^(s-25), under 2^-24 of the row's largest
-weight. Every row is checked when it is nested; nothing is assumed.
+What does not is rounded to that grid, an error of at most 2^(s-25), under 2^-24 of the row's largest weight
+where that is above 0.875 * 2^s. Every row is checked when it is nested; nothing is assumed.
 """
 
 from collections.abc import Iterator
@@ -116,9 +117,10 @@ def nest(
     `planes`: contiguous uint8 [N, K] on that device, beside w's memory, that take the upper and lower bytes;
     by default they are made.
 
-    Raises TypeError for another dtype, ValueError for another rank or an `order` that K does not allow,
-    NonFiniteWeightError for NaN or infinity, and InexactRowsError where a row would not rebuild bit for
-    bit; with `require_exact=False` such weights are rounded to the nearest that can be stored.
+    Raises TypeError for another dtype, ValueError for another rank, an `order` that K does not allow or
+    planes that do not fit, NonFiniteWeightError for NaN or infinity, and InexactRowsError where a row would
+    not rebuild bit for bit; with `require_exact=False` such weights are rounded to the nearest that can be
+    stored.
     """
     if w.dtype not in DTYPES:
         raise TypeError(f"nest: w has dtype {w.dtype}, expected torch.float16 or torch.bfloat16")
@@ -129,6 +131,7 @@ def nest(
     if planes is None:
         upper = torch.empty((N, K), dtype=torch.uint8, device=w.device)
         planes = upper, torch.empty_like(upper)
+    _check_planes(planes, w)
     upper, lower = planes
     largest = torch.empty(N, dtype=torch.float32, device=w.device)
     errors = torch.empty(N, dtype=torch.float32, device=w.device)
@@ -159,6 +162,19 @@ def _row_blocks(w: Tensor) -> Iterator[slice]:
     step = max(1, weights // K)
     for start in range(0, N, step):
         yield slice(start, min(start + step, N))
+
+
+def _check_planes(planes: tuple[Tensor, Tensor], w: Tensor) -> None:
+    for name, plane in zip(("upper", "lower"), planes, strict=True):
+        found = (plane.dtype, plane.shape, plane.device)
+        if found != (torch.uint8, w.shape, w.device) or not plane.is_contiguous():
+            raise ValueError(
+                f"nest: the {name} plane is {plane.dtype} {tuple(plane.shape)} on {plane.device}, strides "
+                f"{plane.stride()}, expected contiguous torch.uint8 {tuple(w.shape)} on {w.device}"
+            )
+    upper, lower = planes
+    if upper.data_ptr() == lower.data_ptr():
+        raise ValueError("nest: upper and lower plane are the same memory, expected one for each")
 
 
 def _check_finite(w: Tensor, largest: Tensor) -> None:

@@ -20,10 +20,10 @@ _MOST_TOKENS = {1: 256, 2: 352, 3: 192, 4: 96}
 _MOST_TOKENS_CLUSTERED, _MOST_TOKENS_SHARED = 256, 288
 _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
-# An H100's cycles, measured: of a rebuild of 64 x 64 weights, while other warpgroups multiply; bytes a cycle
-# into a multiprocessor, out of the L2 and out of memory; of a launch, with clusters, of a tile beside its
-# steps, of a float32 of a part written and read through the L2, of waiting for the parts, and the same two
-# between the CTAs of a cluster.
+# An H100's cycles, measured: of a rebuild of 64 x 64 weights, while other warpgroups multiply (with seven
+# instructions for four weights, which are six now); bytes a cycle into a multiprocessor, out of the L2 and
+# out of memory; of a launch, with clusters, of a tile beside its steps, of a float32 of a part written and
+# read through the L2, of waiting for the parts, and the same two between the CTAs of a cluster.
 _REBUILD = 360
 _INTO, _L2, _MEMORY = 60, 6700, 1480
 _LAUNCH, _CLUSTER_LAUNCH, _TILE, _PART_FLOAT, _GATHER = 3000, 1000, 2200, 0.2, 2500

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels import reference
-from nestedfp.kernels.layout import KOrder, to_natural
+from nestedfp.kernels.layout import KOrder, unstore
 
 _ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _SMALLEST = 2.0**-24
@@ -66,7 +66,7 @@ def assert_product(
 def products_norm(x: Tensor, upper: Tensor, row_exponent: Tensor, order: KOrder) -> Tensor:
     """float64 [M, N]: of the products that each element adds up, the square root of the sum of squares."""
     codes, scale = reference.quantize(x)
-    w = to_natural(upper, order).view(torch.float8_e4m3fn).double()
+    w = unstore(upper, order).view(torch.float8_e4m3fn).double()
     squares = codes.double().square() @ w.square().T
     factors = torch.exp2(row_exponent.double() - reference.WEIGHT_EXPONENT_OFFSET)
     return squares.sqrt() * scale.double()[:, None] * factors

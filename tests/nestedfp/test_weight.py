@@ -173,6 +173,36 @@ def test_bad_input_is_named(w: torch.Tensor, error: type[Exception], match: str)
         nest(w)
 
 
+def test_rows_too_small_for_an_exponent_are_rounded_and_reported() -> None:
+    w = torch.full((2, 64), 1.0, dtype=torch.bfloat16)
+    w[1] = 2.0**-100
+    with pytest.raises(InexactRowsError, match="row 1"):
+        nest(w)
+    nested = nest(w, require_exact=False)
+    assert nested.row_exponent.tolist() == [0, -64]
+    assert nested.exactness.inexact_rows == 1
+    assert same_bits(nested.merge()[0], w[0])
+    assert not nested.merge()[1].any()
+
+
+PLANE = torch.zeros(4, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("planes", "match"),
+    [
+        ((PLANE.float(), PLANE.clone()), r"upper plane is torch.float32 \(4, 8\)"),
+        ((PLANE.clone(), torch.zeros(8, 8, dtype=torch.uint8)), r"lower plane is torch.uint8 \(8, 8\)"),
+        ((PLANE.clone(), torch.zeros(8, 4, dtype=torch.uint8).T), r"strides \(1, 4\), expected contiguous"),
+        ((PLANE.to("meta"), PLANE.clone()), "upper plane is .* on meta.* expected .* on cpu"),
+        ((PLANE, PLANE), "same memory"),
+    ],
+)
+def test_planes_that_do_not_fit_are_named(planes: tuple[torch.Tensor, torch.Tensor], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        nest(gaussian(4, 8, torch.float16), planes=planes)
+
+
 def test_memory_is_two_bytes_a_weight_and_one_a_row() -> None:
     w = gaussian(1000, 576, torch.float16)
     nested = nest(w)

@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nestedfp.vllm import bench
-from nestedfp.vllm.bench import grid, remote, report, session
+from nestedfp.vllm.bench import engine, grid, remote, report, session
 
 SPEEDS = {
     ("vllm-16bit", None): [100.0, 110.0, 90.0],
@@ -219,3 +220,39 @@ def test_a_warm_up_is_short() -> None:
 def test_bad_arguments_are_refused(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         bench.run(parser.parse_args(arguments))
+
+
+class FakeLLM:
+    """Answers a batch with first tokens after the next of `first_s` each, and counts what it was asked."""
+
+    def __init__(self, first_s: list[float]) -> None:
+        self._first_s = iter(first_s)
+        self.asked: list[int] = []
+
+    def generate(self, prompts: list[Any], params: int, use_tqdm: bool) -> list[Any]:
+        self.asked.append(params)
+        seconds = next(self._first_s)
+        stats = SimpleNamespace(first_token_latency=seconds, first_token_ts=0.0, last_token_ts=0.7)
+        return [SimpleNamespace(metrics=stats) for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("first_s", "batches", "ttft_ms"),
+    [
+        ([0.01, *[0.02] * 7], 8, 20.0),
+        ([0.1, 0.05, 0.12, 9.0], 3, 100.0),
+        ([0.2, 9.0], 1, 200.0),
+    ],
+)
+def test_a_short_ttft_is_read_from_several_batches(
+    monkeypatch: pytest.MonkeyPatch, first_s: list[float], batches: int, ttft_ms: float
+) -> None:
+    monkeypatch.setattr(engine, "greedy", lambda tokens: tokens)
+    measured = object.__new__(engine.Engine)
+    measured._parking, measured._tokens = None, range(10, 20)
+    measured.llm = FakeLLM(first_s)
+    found = measured.timed_pass(4, 8, 3)
+    assert measured.llm.asked == [8, *[1] * (batches - 1)]
+    assert found["ttft_batches"] == batches
+    assert found["ttft_ms"] == pytest.approx(ttft_ms)
+    assert found["tpot_ms"] == pytest.approx(100.0)

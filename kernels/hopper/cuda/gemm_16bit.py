@@ -314,7 +314,7 @@ def product(
     config: Config,
     ahead: tuple[Tensor, ...] = (),
 ) -> None:
-    """Writes y [M, N], contiguous, in x's dtype.
+    """Writes y [M, N], contiguous, in x's dtype, on a 16-byte boundary if N is a multiple of 8.
 
     x [M, K] has unit stride in K and rows on 16-byte boundaries; the planes are in `KOrder.HOPPER`. ahead:
     one plane or two that the next product reads.

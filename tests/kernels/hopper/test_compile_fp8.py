@@ -21,11 +21,7 @@ PER_PROGRAM = SHARED_MEMORY - 1024
 def tabled() -> list[Config]:
     configs = (row.config for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.FP8)
     # Machine code depends on whether there are parts, not on how many.
-    cut = {
-        Config(**{**config, "split": min(config["split"], 2), "group": 8})
-        for config in configs
-        if "warpgroups" in config
-    }
+    cut = {Config(**{**config, "split": min(config["split"], 2), "group": 8}) for config in configs}
     return sorted(cut, key=repr)
 
 
