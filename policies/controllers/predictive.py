@@ -58,7 +58,7 @@ chance, and for as long as its queue takes to drain."""
 FULL_OVERLOAD: Final = 1.5
 """Load from which every second of overload counts in full, in between in part. Beyond, most of it is a queue,
 which says how long it will last rather than how much there is to do."""
-OVERLOAD_S: Final = 16.0
+OVERLOAD_S: Final = 12.0
 """Seconds of overload from which FP8 is ordered outright: bursts pass within ``auto``."""
 RECOVERY: Final = 2.0
 """How many of them a second without overload takes back: an overload has its gaps, bursts have pauses."""

@@ -219,14 +219,14 @@ def test_misses_are_averaged_by_rate_and_forgotten() -> None:
 
 def test_fp8_is_ordered_only_after_a_lasting_overload(view: MakeView) -> None:
     run = Run("auto")
-    targets = [run.at(step * 0.1, view(**HEAVY))["a"] for step in range(170)]
-    assert {target.mode for target in targets[:155]} == {"auto"}
+    targets = [run.at(step * 0.1, view(**HEAVY))["a"] for step in range(130)]
+    assert {target.mode for target in targets[:115]} == {"auto"}
     assert targets[-1].mode == "fp8"
     order = next(target for target in targets if target.mode == "fp8")
     assert order.signal == "fp8_load"
     assert order.value is not None
     assert order.value >= order.threshold == 1.0
-    modes = [run.at(20.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(60)]
+    modes = [run.at(16.0 + step * 0.1, view(**BUSY, tokens_fp8=1))["a"].mode for step in range(60)]
     assert modes[0] == "fp8"
     assert modes[-1] == "auto"
 
