@@ -285,8 +285,7 @@ def simulate(
                 cluster.scale(scaler.replicas(views, cluster.ordered, cluster.now), startup_s)
                 scaled_s += scaler.interval_s
             cluster.open()
-        starting = cluster.ordered - int(cluster.engines.replicas["active"].sum())
-        targets, state = policy.decide(Snapshot(views, None, starting), state, cluster.now)
+        targets, state = policy.decide(Snapshot(views), state, cluster.now)
         decisions += 1
         for replica_id, target in targets.items():
             if target.changed:
