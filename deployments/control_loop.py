@@ -77,7 +77,8 @@ class ControlLoop:
         view = self._control.view()
         if view is None or view.fault(self._config.max_signal_age_s) is not None:
             return {}
-        return scaling_stats(view.report, self._control.mode_s, self._config.slo)
+        control = self._control
+        return scaling_stats(view.report, control.mode_s, self._config.slo, fixed=control.fixed)
 
     async def _collect(self) -> Mapping[str, Any]:
         self._signals = signals = await self._engine.signals()

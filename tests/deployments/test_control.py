@@ -130,6 +130,22 @@ async def test_a_new_loop_goes_on_from_the_order_of_the_one_before() -> None:
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_a_replica_that_must_stay_in_its_mode_publishes_so() -> None:
+    line = Line()
+    assert line.actor is not None
+    loop = ControlLoop("r1", CONFIG, Engine(), line.sync, Metrics())
+    task = asyncio.create_task(loop.run())
+    try:
+        await eventually(lambda: loop.scaling_stats().get("fixed") == 0.0)
+        await line.actor.set_override("fp16", 60.0)
+        await eventually(lambda: loop.scaling_stats()["fixed"] == 1.0)
+        await line.actor.clear_override()
+        await eventually(lambda: loop.scaling_stats()["fixed"] == 0.0)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 def test_the_actors_name_changes_with_the_settings_and_the_application() -> None:
     other = PolicyConfig.from_dict({**CONFIG.to_dict(), "lease_s": 0.4})
     names = {actor_name("a", CONFIG), actor_name("b", CONFIG), actor_name("a", other)}
