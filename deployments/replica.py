@@ -121,7 +121,7 @@ class EngineReplica:
             await asyncio.wait((self._following,))
         self._tell_latency_model(described(policy.latency))
         link = PolicyLink(self._app_name, policy)
-        found = None if self._loop is None else self._loop.applied
+        found = None if self._loop is None else self._loop.given
         self._loop = ControlLoop(self._replica, policy, self._engine, link.sync, self._metrics, found=found)
         self._following = asyncio.create_task(self._loop.run())
         self._following.add_done_callback(_log_failure)
