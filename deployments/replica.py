@@ -77,6 +77,9 @@ class EngineReplica:
 
         The engine's death ends the process before Serve asks.
         """
+        if not self._settings.engine.nested:
+            # No control loop asks it.
+            await self._engine.refresh()
         if self._engine.silent_s > _HUNG_S:
             raise RuntimeError(f"the engine has not answered for {self._engine.silent_s:.0f} s")
         if self._following is not None and self._following.done():
