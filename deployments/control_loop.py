@@ -44,7 +44,7 @@ class Metrics(Protocol):
 class ControlLoop:
     """One replica's loop; :meth:`run` ends by being cancelled, or with the error of an engine that fails.
 
-    One that takes over from another, which has ended, is given the order that the engine follows.
+    One that takes over from another, which has ended, is told the last order that the engine was given.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class ControlLoop:
         self._sync = sync
         self._metrics = metrics
         self._control = ReplicaControl(replica, config, found=found)
-        self.applied = found
-        """The order that the engine has taken; None before the first."""
+        self.given = found
+        """The newest order that the engine was given, answered or not; None before the first."""
         self._signals: Mapping[str, Any] = {}
 
     async def run(self) -> None:
@@ -77,7 +77,8 @@ class ControlLoop:
         view = self._control.view()
         if view is None or view.fault(self._config.max_signal_age_s) is not None:
             return {}
-        return scaling_stats(view.report, self._control.mode_s, self._config.slo)
+        control = self._control
+        return scaling_stats(view.report, control.mode_s, self._config.slo, fixed=control.fixed)
 
     async def _collect(self) -> Mapping[str, Any]:
         self._signals = signals = await self._engine.signals()
@@ -89,6 +90,7 @@ class ControlLoop:
 
     async def _apply(self, order: Order) -> None:
         came_s = time.monotonic()
+        # A loop that is cancelled here has ordered all the same: the engine refuses what is older than this.
+        self.given = order
         await self._engine.apply(order)
-        self.applied = order
         self._metrics.order(order, time.monotonic() - came_s)

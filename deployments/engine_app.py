@@ -121,8 +121,8 @@ class EngineApp:
 
     @property
     def silent_s(self) -> float:
-        """How long the engine has not answered; 0 for plain vLLM, which is not asked."""
-        return 0.0 if self._control is None else time.monotonic() - self._answered_s
+        """How long the engine has not answered :meth:`refresh`."""
+        return time.monotonic() - self._answered_s
 
     async def apply(self, order: Order) -> None:
         """Set the engine's target. Raises what :class:`EngineControl` raises."""
@@ -134,16 +134,21 @@ class EngineApp:
         self._queue_bound = (limits or {}).get(QUEUE_BOUND, math.inf)
 
     async def refresh(self) -> bool:
-        """Ask the engine for its status; False if it did not answer."""
-        if self._control is None:
-            return False
+        """Ask the engine for its status, plain vLLM for a sign of life; False if it did not answer."""
         try:
-            self._status = await asyncio.wait_for(self._control.status(), _ANSWER_TIMEOUT_S)
+            await asyncio.wait_for(self._ask(), _ANSWER_TIMEOUT_S)
         except TimeoutError:
             logger.warning("the engine has not answered for %g s", _ANSWER_TIMEOUT_S)
             return False
         self._answered_s = time.monotonic()
         return True
+
+    async def _ask(self) -> None:
+        if self._control is None:
+            # Answered as the control's calls are, by the core between two steps, and without its workers.
+            await self._engine.is_sleeping()
+        else:
+            self._status = await self._control.status()
 
     async def signals(self) -> dict[str, Any]:
         """The signals of a report; without an answer from the engine only what this process knows."""

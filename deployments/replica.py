@@ -77,6 +77,9 @@ class EngineReplica:
 
         The engine's death ends the process before Serve asks.
         """
+        if not self._settings.engine.nested:
+            # No control loop asks it.
+            await self._engine.refresh()
         if self._engine.silent_s > _HUNG_S:
             raise RuntimeError(f"the engine has not answered for {self._engine.silent_s:.0f} s")
         if self._following is not None and self._following.done():
@@ -121,7 +124,7 @@ class EngineReplica:
             await asyncio.wait((self._following,))
         self._tell_latency_model(described(policy.latency))
         link = PolicyLink(self._app_name, policy)
-        found = None if self._loop is None else self._loop.applied
+        found = None if self._loop is None else self._loop.given
         self._loop = ControlLoop(self._replica, policy, self._engine, link.sync, self._metrics, found=found)
         self._following = asyncio.create_task(self._loop.run())
         self._following.add_done_callback(_log_failure)

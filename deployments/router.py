@@ -4,6 +4,10 @@ Strict requests (`x-nestedfp-precision: fp16`) go to replicas in 16 bits while t
 others go anywhere. What a router knows of a replica's precision is up to a second old, so this only spares
 FP8 replicas from being held in 16 bits: the replica enforces the class (`nestedfp.deployments.admission`).
 
+Nearness comes last: Serve's own router asks the replicas of the proxy's node before all others, which would
+give a strict request to an FP8 replica there, and fill that node while others idle. A request takes seconds,
+the way to another node next to nothing.
+
 Serve's own power-of-two router hands a replica that it found to whichever request waits longest. Here the
 replica belongs to the request it was chosen for, which is the base router's rule.
 """
@@ -30,14 +34,23 @@ class PrecisionRouter(LocalityMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of at most two replicas; Serve asks the first rank and, where both refuse, the next."""
-        near = self.apply_locality_routing(pending_request)
-        replicas = [replica for replica in candidate_replicas if replica.replica_id in near]
+        """Ranks of at most two replicas; Serve asks the first rank and, where both refuse, the next.
+
+        Within a rank Serve takes the less loaded one, and the first where it knows both to be alike.
+        """
+        if pending_request is not None:
+            # Every replica is among those chosen from, so after a refusal Serve has to pause.
+            pending_request.routing_context.should_backoff = True
         if pending_request is None or not demands_16_bits(pending_request.args):
-            return [two_of(replicas)]
-        in_16_bits = [replica for replica in replicas if replica.routing_stats.get(PRECISION_STAT) == FP16]
-        others = [replica for replica in replicas if replica not in in_16_bits]
-        return [rank for rank in (two_of(in_16_bits), two_of(others)) if rank]
+            return [self._nearest_first(two_of(candidate_replicas))]
+        in_16_bits = [
+            replica for replica in candidate_replicas if replica.routing_stats.get(PRECISION_STAT) == FP16
+        ]
+        others = [replica for replica in candidate_replicas if replica not in in_16_bits]
+        return [self._nearest_first(two_of(rank)) for rank in (in_16_bits, others) if rank]
+
+    def _nearest_first(self, replicas: list[RunningReplica]) -> list[RunningReplica]:
+        return [replica for rank in self.rank_replicas_via_locality(replicas) for replica in rank]
 
 
 def two_of(replicas: Sequence[RunningReplica]) -> list[RunningReplica]:

@@ -97,6 +97,10 @@ class SimulatedApp:
         """It lives in this process and always answers."""
         return 0.0
 
+    async def refresh(self) -> bool:
+        """It has answered."""
+        return True
+
     async def apply(self, order: Order) -> None:
         """Set the engine's target."""
         self._engine.set_target(order.mode, epoch=order.epoch, reason=order.reason, limits=order.limits)

@@ -49,6 +49,8 @@ class _Entry:
     reason: str
     limits: Mapping[str, float] | None = None
     held: str | None = None
+    fixed: bool = False
+    """The mode stays whatever the load; told with the next answer, as it asks nothing of the engine."""
     ordered_s: float = 0.0
     delivery_s: float | None = None
     """From the order of the present target until its engine had taken it; None while it has not."""
@@ -220,6 +222,7 @@ class PolicyActor:
             owner=self._owner,
             boot_id=message.boot_id,
             sequence=message.sequence,
+            fixed=entry.fixed,
         ).to_dict()
 
     def _decide_when_due(self) -> None:
@@ -254,6 +257,7 @@ class PolicyActor:
 
     def _apply(self, replica_id: str, entry: _Entry, assignment: Assignment) -> None:
         entry.held = assignment.held
+        entry.fixed = assignment.fixed or self._config.dry_run
         if assignment.changed:
             self._record(replica_id, assignment)
         if self._config.dry_run:

@@ -1,10 +1,11 @@
 """How many replicas there should be: the slow lever beside precision, decided from the same facts.
 
 Precision bridges the minutes until a replica has started, so replicas are added only when FP8 is not
-enough, or has carried load for so long that it is no burst; while FP8 carries load nothing is removed; and
-one replica leaves only when all are in 16 bits and the rest is predicted to hold the SLO in 16 bits, for a
-while without a break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8 where
-16 bits alone are not predicted to hold.
+enough, or has carried load for so long that it is no burst, or is not to be had: for requests that demand
+16 bits, by a pin or under a static policy. While FP8 carries load nothing is removed; and one replica leaves
+only when all are in 16 bits and the rest is predicted to hold the SLO in 16 bits, for a while without a
+break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8 where 16 bits alone are
+not predicted to hold.
 
 The facts of one replica are a flat dictionary of finite numbers (:func:`scaling_stats`), as Ray Serve's
 ``record_autoscaling_stats`` wants them: a single None or NaN there would end the metric for good.
@@ -23,8 +24,16 @@ from nestedfp.policies.config import Slo
 from nestedfp.policies.latency import LatencyModel, TokenLoad
 from nestedfp.policies.protocol import AUTO, FP8, FP16, ReplicaReport
 
-STATS: Final = ("in_fp8", "mode_s", "strain", "prompt_per_s", "prompt_tokens", "decode_per_s", "context")
-
+STATS: Final = (
+    "in_fp8",
+    "fixed",
+    "mode_s",
+    "strain",
+    "prompt_per_s",
+    "prompt_tokens",
+    "decode_per_s",
+    "context",
+)
 
 UNDECIDED: Final = 0.5
 """``in_fp8`` of a replica in ``auto``."""
@@ -37,7 +46,7 @@ class ScalingConfig:
     min_replicas: int = 1
     max_replicas: int = 1
     overload_s: float = 5.0
-    """How long FP8 must have been too slow on most replicas before one is added."""
+    """How long most replicas must have been too slow, as fast as they may be, before one is added."""
     fp8_patience_s: float = 120.0
     """How long most replicas may carry load in FP8 before one is added although FP8 holds."""
     spare_s: float = 300.0
@@ -58,7 +67,7 @@ class ScalingConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """What the rule remembers: since when FP8 has been too slow, a replica spare, FP8 relied upon."""
+    """What the rule remembers: since when replicas are too slow, one is spare, FP8 is relied upon."""
 
     overloaded_since_s: float | None = None
     spare_since_s: float | None = None
@@ -74,11 +83,11 @@ class Scaling:
     reason: str
 
 
-def scaling_stats(report: ReplicaReport, mode_s: float, slo: Slo) -> dict[str, float]:
+def scaling_stats(report: ReplicaReport, mode_s: float, slo: Slo, *, fixed: bool = False) -> dict[str, float]:
     """The numbers a replica contributes; ``mode_s`` is how long it has been in its mode. Always finite.
 
-    ``in_fp8`` is 0 in 16 bits, 1 in FP8 or a plan, ``UNDECIDED`` in ``auto``. ``strain`` is the worst of
-    queueing, TTFT and TPOT over its SLO limit.
+    ``in_fp8`` is 0 in 16 bits, 1 in FP8 or a plan, ``UNDECIDED`` in ``auto``; ``fixed`` is 1 where the mode
+    stays whatever the load. ``strain`` is the worst of queueing, TTFT and TPOT over its SLO limit.
     """
     strain = max(
         report.oldest_waiting_s / slo.ttft_s,
@@ -89,6 +98,7 @@ def scaling_stats(report: ReplicaReport, mode_s: float, slo: Slo) -> dict[str, f
     prompt_per_s = report.arriving_prompt_tokens_per_s or 0.0
     stats = {
         "in_fp8": {FP16: 0.0, AUTO: UNDECIDED}.get(report.mode, 1.0),
+        "fixed": float(fixed),
         "mode_s": mode_s,
         "strain": strain,
         "prompt_per_s": prompt_per_s,
@@ -123,13 +133,19 @@ def desired_replicas(
     mostly_fp8 = 2 * len(in_fp8) > len(usable)
     state = replace(state, relied_since_s=_since(mostly_fp8, state.relied_since_s, now))
     strained = [row for row in in_fp8 if row["strain"] >= 1.0]
-    overloaded = 2 * len(strained) > len(usable)
+    # FP8 may still help a replica in 16 bits, unless it has to stay there.
+    stuck = [row for row in usable if row["in_fp8"] == 0 and row["fixed"] and row["strain"] >= 1.0]
+    overloaded = 2 * (len(strained) + len(stuck)) > len(usable)
     state = replace(state, overloaded_since_s=_since(overloaded, state.overloaded_since_s, now))
+    overloaded_s = 0.0 if state.overloaded_since_s is None else now - state.overloaded_since_s
+    if overloaded and starting == 0 and overloaded_s >= config.overload_s:
+        # What those added will mostly be in: nothing is predicted for some of each.
+        mode = FP16 if len(stuck) > len(strained) else FP8
+        wanted = max(current + 1, _smallest(mode, usable, current, config, slo, model))
+        counts = {"FP8": len(strained), "16 bits": len(stuck)}
+        reason = ", ".join(f"{name} too slow on {count} replicas" for name, count in counts.items() if count)
+        return _bounded(wanted, reason, config), ScalingState()
     if mostly_fp8 and starting == 0:
-        if state.overloaded_since_s is not None and now - state.overloaded_since_s >= config.overload_s:
-            needed = _smallest(FP8, usable, current, config, slo, model)
-            wanted = max(current + 1, needed)
-            return _bounded(wanted, f"FP8 too slow on {len(strained)} replicas", config), ScalingState()
         relied_s = 0.0 if state.relied_since_s is None else now - state.relied_since_s
         long_in_fp8 = [
             row
@@ -139,8 +155,9 @@ def desired_replicas(
         if 2 * len(long_in_fp8) > len(usable):
             reason = f"{len(long_in_fp8)} replicas in FP8 for {config.fp8_patience_s:g} s"
             return _bounded(current + 1, reason, config), ScalingState()
-    if in_fp8 or starting > 0:
-        reason = f"{len(in_fp8)} replicas in FP8, {starting} starting: hold"
+    if in_fp8 or stuck or starting > 0:
+        slow = f"{len(stuck)} too slow in 16 bits, " if stuck else ""
+        reason = f"{len(in_fp8)} replicas in FP8, {slow}{starting} starting: hold"
         return _bounded(current, reason, config), replace(state, spare_since_s=None)
     spare = current > config.min_replicas and _holds(FP16, usable, current - 1, config, slo, model)
     state = replace(state, spare_since_s=_since(spare, state.spare_since_s, now))
@@ -148,7 +165,9 @@ def desired_replicas(
         return _bounded(
             current - 1, f"{current - 1} replicas hold the SLO in 16 bits", config
         ), ScalingState()
-    return _bounded(current, "16 bits hold", config), state
+    hopeful = sum(row["strain"] >= 1.0 for row in usable)
+    reason = f"{hopeful} replicas too slow in 16 bits, FP8 may help" if hopeful else "16 bits hold"
+    return _bounded(current, reason, config), state
 
 
 def _usable(row: Mapping[str, float]) -> bool:

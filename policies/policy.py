@@ -76,6 +76,8 @@ class Assignment(NamedTuple):
     limits: Mapping[str, float] | None = None
     held: str | None = None
     """A wish that was not granted, and why; None where nothing is held back."""
+    fixed: bool = False
+    """The mode stays whatever the load: pinned by hand, static, or kept for strict requests."""
 
     @property
     def changed(self) -> bool:
@@ -119,7 +121,7 @@ class Policy:
         last_return_s = state.last_return_s
         targets: dict[str, Assignment] = {}
         after: dict[str, ReplicaState] = {}
-        shared: dict[tuple[str, str, int], Assignment] = {}
+        shared: dict[tuple[str, str, int, bool], Assignment] = {}
         for key, before in known.items():
             wish = _pin(pin, now) if pin else wishes.get(key)
             refusal = None if pin else faults.get(key)
@@ -177,7 +179,7 @@ def _returns(mode: str, before: str) -> bool:
 
 def _pin(override: Override, now: float) -> Wish:
     left_s = override.until_s - now
-    return Wish(override.mode, f"pinned by hand for {left_s:.0f} s more", "override", left_s, 0.0)
+    return Wish(override.mode, f"pinned by hand for {left_s:.0f} s more", "override", left_s, 0.0, fixed=True)
 
 
 def _move(before: ReplicaState, wish: Wish) -> Assignment:
@@ -189,6 +191,7 @@ def _move(before: ReplicaState, wish: Wish) -> Assignment:
         value=wish.value,
         threshold=wish.threshold,
         limits=wish.limits,
+        fixed=wish.fixed,
     )
 
 
@@ -196,7 +199,7 @@ def _stay(
     before: ReplicaState,
     wish: Wish | None,
     refusal: str | None,
-    shared: dict[tuple[str, str, int], Assignment],
+    shared: dict[tuple[str, str, int, bool], Assignment],
 ) -> Assignment:
     """Replicas that stay for one reason with the same limits share one assignment: mostly these are all."""
     mode, reason = before.mode, before.reason
@@ -208,8 +211,9 @@ def _stay(
     limits = wish.limits if wish is not None else None
     if limits == before.limits:
         limits = before.limits
-    key = (mode, reason, id(limits))
+    fixed = wish is not None and wish.fixed
+    key = (mode, reason, id(limits), fixed)
     found = shared.get(key)
     if found is None:
-        found = shared[key] = Assignment(mode, mode, reason, limits=limits)
+        found = shared[key] = Assignment(mode, mode, reason, limits=limits, fixed=fixed)
     return found

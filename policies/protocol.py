@@ -169,6 +169,8 @@ class Target:
     """Echo of the report answered."""
     sequence: int = 0
     """Echo of the report answered."""
+    fixed: bool = False
+    """The mode stays whatever the load, so only more replicas would help one that is too slow."""
 
     def __post_init__(self) -> None:
         checks.integer("epoch", self.epoch)
@@ -178,6 +180,7 @@ class Target:
         for field in ("reason", "owner", "boot_id"):
             if not isinstance(getattr(self, field), str):
                 raise InvalidField(field, getattr(self, field), "give a string")
+        checks.flag("fixed", self.fixed)
         if self.limits is None:
             return
         if not isinstance(self.limits, Mapping):

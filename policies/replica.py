@@ -48,6 +48,8 @@ class Order:
     limits: Mapping[str, float] | None = None
     source: str = "local"
     """``actor`` while a lease runs, else ``local``."""
+    fixed: bool = False
+    """The mode stays whatever the load."""
 
 
 class ReplicaControl:
@@ -106,6 +108,11 @@ class ReplicaControl:
     def mode_s(self) -> float:
         """How long the present mode has been in force, in seconds."""
         return max(0.0, self._clock() - self._mode_since_s)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the present mode stays whatever the load."""
+        return self._order.fixed
 
     def view(self) -> ReplicaView | None:
         """The newest report with the age of its signals now; None before the first."""
@@ -171,7 +178,7 @@ class ReplicaControl:
         now = self._clock()
         target = self._target
         if target is not None and self._leased():
-            order = Order(target.mode, target.epoch, target.reason, target.limits, "actor")
+            order = Order(target.mode, target.epoch, target.reason, target.limits, "actor", target.fixed)
             if order.mode != self._order.mode:
                 self._state = self._state.adopt(self._replica_id, order.mode, now, fresh=False)
         else:
@@ -222,10 +229,12 @@ class ReplicaControl:
     def _decide_alone(self, now: float) -> Order:
         view = self.view()
         if view is None or self.config.dry_run:
-            return Order(self._order.mode, self._epoch, "on its own: keeps the mode it has")
+            reason = "on its own: keeps the mode it has"
+            return Order(self._order.mode, self._epoch, reason, fixed=self.config.dry_run)
         assignments, self._state = self._policy.decide(Snapshot((view,)), self._state, now)
         assignment = assignments[self._replica_id]
-        return Order(assignment.mode, self._epoch, f"on its own: {assignment.reason}", assignment.limits)
+        reason = f"on its own: {assignment.reason}"
+        return Order(assignment.mode, self._epoch, reason, assignment.limits, fixed=assignment.fixed)
 
 
 Sync = Callable[[dict[str, Any], int, float], Awaitable[Mapping[str, Any]]]

@@ -48,5 +48,3 @@ class Snapshot:
 
     replicas: tuple[ReplicaView, ...]
     override: Override | None = None
-    replicas_starting: int = 0
-    """Replicas ordered from the cluster and not serving yet."""

@@ -32,6 +32,8 @@ class Wish(NamedTuple):
     """Overrides the dwell time and the gap between returns, never the bound on flips."""
     limits: Mapping[str, float] | None = None
     """Limits sent with the target, for ``auto`` or for shedding."""
+    fixed: bool = False
+    """The mode stays whatever the load: no faster one may be hoped for."""
 
 
 class Controller(ABC):
@@ -61,6 +63,9 @@ _LOAD: Final = attrgetter(
     "report.waiting_prompt_tokens", "report.waiting", "report.running", "report.replica_id"
 )
 
+
+KEPT: Final = Wish(FP16, "kept for requests that demand 16 bits", fixed=True)
+"""Of a replica in 16 bits that stays there for these requests."""
 
 STRICT_ROOM: Final = 2.0
 """Replicas kept in 16 bits over the share of requests that demand it: others are served there as well."""

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nestedfp.policies.config import PolicyConfig
-from nestedfp.policies.controllers.base import Controller, Memory, Wish, kept_for_strict
+from nestedfp.policies.controllers.base import KEPT, Controller, Memory, Wish, kept_for_strict
 from nestedfp.policies.controllers.facts import (
     FIRST_OUTPUT_TOKENS,
     Facts,
@@ -163,6 +163,9 @@ class PredictiveController(Controller):
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
             place = places.get(mode, 0)
             goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
+            if mode == FP16 and replica_id in kept:
+                wishes[replica_id] = KEPT
+                continue
             if mode != FP8 and goal <= place <= best:
                 continue
             wish: Wish | None = None

@@ -12,7 +12,7 @@ class StaticController(Controller):
     """Keeps every replica in ``mode``."""
 
     def __init__(self, mode: str) -> None:
-        self._wish = Wish(mode=mode, reason=f"static policy: always {mode}", urgent=True)
+        self._wish = Wish(mode=mode, reason=f"static policy: always {mode}", urgent=True, fixed=True)
 
     def start(self) -> Memory:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 from nestedfp.policies.config import PolicyConfig
-from nestedfp.policies.controllers.base import Controller, Memory, Wish, kept_for_strict
+from nestedfp.policies.controllers.base import KEPT, Controller, Memory, Wish, kept_for_strict
 from nestedfp.policies.protocol import FP8, FP16, ReplicaReport
 from nestedfp.policies.snapshot import Snapshot
 
@@ -53,7 +53,9 @@ class ThresholdController(Controller):
                     wishes[replica_id] = self._relief(worst)
             elif calm or replica_id in kept:
                 since = calm_since[replica_id] = calm_before.get(replica_id, now)
-                if now - since >= self._calm_s and modes[replica_id] != FP16:
+                if modes[replica_id] == FP16 and replica_id in kept:
+                    wishes[replica_id] = KEPT
+                elif now - since >= self._calm_s and modes[replica_id] != FP16:
                     wishes[replica_id] = _return(worst, now - since, kept=replica_id in kept)
         return wishes, calm_since
 

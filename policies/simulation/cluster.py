@@ -11,7 +11,7 @@ import numpy as np
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig, Slo
-from nestedfp.policies.policy import Policy, PolicyState
+from nestedfp.policies.policy import Assignment, Policy, PolicyState
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.simulation import engine, recent
 from nestedfp.policies.simulation.scaling import Scaler
@@ -272,6 +272,7 @@ def simulate(
     replica_seconds = 0.0
     config: PolicyConfig = policy.config
     state: PolicyState = policy.start()
+    targets: dict[str, Assignment] = {}
     timeline = Timeline()
     flips: list[dict[str, Any]] = []
     limits: dict[str, Any] = {}
@@ -282,11 +283,11 @@ def simulate(
         views = cluster.views()
         if scaler is not None:
             if cluster.now >= scaled_s:
-                cluster.scale(scaler.replicas(views, cluster.ordered, cluster.now), startup_s)
+                fixed = {key for key, target in targets.items() if target.fixed}
+                cluster.scale(scaler.replicas(views, cluster.ordered, cluster.now, fixed), startup_s)
                 scaled_s += scaler.interval_s
             cluster.open()
-        starting = cluster.ordered - int(cluster.engines.replicas["active"].sum())
-        targets, state = policy.decide(Snapshot(views, None, starting), state, cluster.now)
+        targets, state = policy.decide(Snapshot(views), state, cluster.now)
         decisions += 1
         for replica_id, target in targets.items():
             if target.changed:

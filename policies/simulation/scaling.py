@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,8 +27,13 @@ class Scaler(Protocol):
     min_replicas: int
     max_replicas: int
 
-    def replicas(self, views: Sequence[ReplicaView], ordered: int, now: float) -> int:
-        """Replicas wanted; ``views`` are those that serve, ``ordered`` counts those that start as well."""
+    def replicas(
+        self, views: Sequence[ReplicaView], ordered: int, now: float, fixed: Collection[str] = ()
+    ) -> int:
+        """Replicas wanted; ``views`` are those that serve, ``ordered`` counts those that start as well.
+
+        ``fixed`` names those whose mode stays whatever the load.
+        """
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +56,9 @@ class ServeScaler:
         for name in ("upscale_delay_s", "downscale_delay_s", "look_back_s"):
             checks.number(name, getattr(self, name))
 
-    def replicas(self, views: Sequence[ReplicaView], ordered: int, now: float) -> int:
+    def replicas(
+        self, views: Sequence[ReplicaView], ordered: int, now: float, fixed: Collection[str] = ()
+    ) -> int:
         self._ongoing.append((now, sum(view.report.running + view.report.waiting for view in views)))
         while self._ongoing[0][0] < now - self.look_back_s:
             self._ongoing.popleft()
@@ -88,14 +95,24 @@ class JointScaler:
     def max_replicas(self) -> int:
         return self.config.max_replicas
 
-    def replicas(self, views: Sequence[ReplicaView], ordered: int, now: float) -> int:
+    def replicas(
+        self, views: Sequence[ReplicaView], ordered: int, now: float, fixed: Collection[str] = ()
+    ) -> int:
         modes = {}
         for view in views:
             mode, since = self._modes.get(view.replica_id, ("", now))
             modes[view.replica_id] = (view.report.mode, since if mode == view.report.mode else now)
         self._modes = modes
         scaling, self._state = desired_replicas(
-            [scaling_stats(view.report, now - modes[view.replica_id][1], self.slo) for view in views],
+            [
+                scaling_stats(
+                    view.report,
+                    now - modes[view.replica_id][1],
+                    self.slo,
+                    fixed=view.replica_id in fixed,
+                )
+                for view in views
+            ],
             self._state,
             current=ordered,
             starting=max(0, ordered - len(views)),

@@ -20,6 +20,7 @@ from nestedfp.policies.protocol import ReplicaReport
 IDLE = dict.fromkeys(STATS, 0.0) | {"mode_s": 10.0}
 OVER = {
     "in_fp8": 1.0,
+    "fixed": 0.0,
     "mode_s": 10.0,
     "strain": 2.0,
     "prompt_per_s": 30_000.0,

@@ -1,4 +1,4 @@
-"""The replica's control loop and its line to the policy actor, with neither Ray nor vLLM."""
+"""The replica's control loop and its line to the policy actor, with neither Ray nor an engine."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from nestedfp.deployments.policy_actor import PolicyLink, PolicyService, actor_n
 from nestedfp.policies.actor import PolicyActor
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.replica import ActorUnavailable, Order
+from nestedfp.vllm.selection import PlanSelection
+from nestedfp.vllm.settings import Settings
 from nestedfp.vllm.status import EngineStatus
 
 CONFIG = PolicyConfig.from_dict(
@@ -114,17 +116,84 @@ async def test_a_new_loop_goes_on_from_the_order_of_the_one_before() -> None:
     loop = ControlLoop("r1", CONFIG, engine, line.sync, Metrics())
     engine.waiting = 10
     task = asyncio.create_task(loop.run())
-    await eventually(lambda: loop.applied is not None and loop.applied.mode == "fp8")
+    await eventually(lambda: loop.given is not None and loop.given.mode == "fp8")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     before = engine.orders[-1]
     line.actor = PolicyActor(CONFIG)
-    after = ControlLoop("r1", CONFIG, engine, line.sync, Metrics(), found=loop.applied)
+    after = ControlLoop("r1", CONFIG, engine, line.sync, Metrics(), found=loop.given)
     task = asyncio.create_task(after.run())
     try:
         await eventually(lambda: after.status()["source"] == "actor")
         later = engine.orders[engine.orders.index(before) + 1 :]
         assert all(order.mode == "fp8" and order.epoch >= before.epoch for order in later)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class SlowEngine(Engine):
+    """Checks epochs as vLLM's scheduler does, and takes an order although nobody waits for its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.selection = PlanSelection(Settings())
+        self.sent: list[Order] = []
+        self.answer_s = 0.0
+        self._line = asyncio.Lock()
+
+    async def apply(self, order: Order) -> None:
+        self.sent.append(order)
+        await asyncio.shield(asyncio.create_task(self._take(order)))
+
+    async def _take(self, order: Order) -> None:
+        async with self._line:
+            await asyncio.sleep(self.answer_s)
+            self.selection.set_target(order.mode, order.epoch, order.reason)
+        self.orders.append(order)
+
+
+async def test_a_loop_cancelled_in_the_middle_of_an_order_hands_it_over() -> None:
+    engine, line = SlowEngine(), Line()
+    loop = ControlLoop("r1", CONFIG, engine, line.sync, Metrics())
+    task = asyncio.create_task(loop.run())
+    await eventually(lambda: bool(engine.orders) and engine.orders[-1].source == "actor")
+    engine.answer_s = 0.2
+    engine.waiting = 10
+    await eventually(lambda: engine.sent[-1].mode == "fp8")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert engine.selection.mode == "fp16"
+    in_flight = engine.sent[-1]
+    line.actor = None
+    after = ControlLoop("r1", CONFIG, engine, line.sync, Metrics(), found=loop.given)
+    task = asyncio.create_task(after.run())
+    try:
+        await eventually(lambda: task.done() or len(engine.orders) >= len(engine.sent))
+        assert not task.done()
+        assert (engine.orders[-1].mode, engine.orders[-1].epoch) == (in_flight.mode, in_flight.epoch)
+        assert engine.selection.mode == "fp8"
+        # An actor that comes back goes on from there.
+        line.actor = PolicyActor(CONFIG)
+        await eventually(lambda: task.done() or engine.selection.epoch > in_flight.epoch)
+        assert not task.done()
+        assert engine.selection.mode == "fp8"
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_replica_that_must_stay_in_its_mode_publishes_so() -> None:
+    line = Line()
+    assert line.actor is not None
+    loop = ControlLoop("r1", CONFIG, Engine(), line.sync, Metrics())
+    task = asyncio.create_task(loop.run())
+    try:
+        await eventually(lambda: loop.scaling_stats().get("fixed") == 0.0)
+        await line.actor.set_override("fp16", 60.0)
+        await eventually(lambda: loop.scaling_stats()["fixed"] == 1.0)
+        await line.actor.clear_override()
+        await eventually(lambda: loop.scaling_stats()["fixed"] == 0.0)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

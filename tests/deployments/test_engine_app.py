@@ -131,6 +131,36 @@ async def test_an_engine_that_hangs_is_seen_to(monkeypatch: pytest.MonkeyPatch) 
     assert alive.silent_s < 0.02
 
 
+PLAIN = DeploymentSettings.from_dict({"engine": {"model": "m", "nested": False}})
+
+
+class PlainEngine:
+    """Plain vLLM, which knows none of the control's calls; it answers while it is told to."""
+
+    def __init__(self) -> None:
+        self.engine_core = None
+        self.answers = asyncio.Event()
+        self.asked = 0
+
+    async def is_sleeping(self) -> bool:
+        self.asked += 1
+        await self.answers.wait()
+        return False
+
+
+async def test_plain_vllm_that_hangs_is_seen_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_app, "_ANSWER_TIMEOUT_S", 0.02)
+    engine = PlainEngine()
+    app = EngineApp(engine, PLAIN, RequestWindow(10.0))
+    assert not await app.refresh()
+    assert app.silent_s >= 0.02
+    engine.answers.set()
+    assert await app.refresh()
+    assert app.silent_s < 0.02
+    assert app.status is None
+    assert engine.asked == 2
+
+
 async def test_a_changed_slo_is_what_misses_are_counted_by() -> None:
     window = RequestWindow(10.0)
     app = EngineApp(Engine(), SETTINGS, window)

@@ -52,6 +52,12 @@ def test_a_held_signal_does_not_hide_an_error_of_the_block() -> None:
         block()
 
 
-def test_nothing_is_raised_without_a_signal() -> None:
+def test_a_block_without_a_signal_leaves_nothing_held() -> None:
+    done = []
     with interrupts_held():
-        pass
+        done.append("inside")
+    done.append("after")
+    assert done == ["inside", "after"]
+    # One that waited, or a block that still held, would keep this one from being raised here.
+    with pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGINT)

@@ -21,6 +21,11 @@ class Engine:
     def __init__(self) -> None:
         self.ttft_s = SETTINGS.policy.slo.ttft_s
         self.silent_s = 0.0
+        self.asked = 0
+
+    async def refresh(self) -> bool:
+        self.asked += 1
+        return True
 
     def adopt(self, settings: DeploymentSettings) -> None:
         self.ttft_s = settings.policy.slo.ttft_s
@@ -83,6 +88,17 @@ async def test_an_engine_that_hangs_is_not_healthy(replica: Any, engine: Engine)
     engine.silent_s = 130.0
     with pytest.raises(RuntimeError, match="not answered for 130 s"):
         await replica.check_health()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_the_health_check_asks_the_engine_where_no_control_loop_does(
+    replica: Any, engine: Engine, nested: bool
+) -> None:
+    replica._settings = DeploymentSettings.from_dict(
+        {**SETTINGS.to_dict(), "engine": {"model": "m", "nested": nested}}
+    )
+    await replica.check_health()
+    assert engine.asked == (0 if nested else 1)
 
 
 def test_user_config_changes_the_policy_alone() -> None:

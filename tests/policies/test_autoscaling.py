@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nestedfp.policies.actor import PolicyActor
 from nestedfp.policies.autoscaling import (
     STATS,
     Scaling,
@@ -19,8 +22,9 @@ from nestedfp.policies.autoscaling import (
     scaling_stats,
 )
 from nestedfp.policies.checks import InvalidField
-from nestedfp.policies.config import Slo
+from nestedfp.policies.config import PolicyConfig, Slo
 from nestedfp.policies.protocol import ReplicaReport
+from nestedfp.policies.replica import ReplicaControl
 from nestedfp.policies.roofline import latency_model
 
 CONFIG = ScalingConfig(
@@ -29,6 +33,7 @@ CONFIG = ScalingConfig(
 MODEL = latency_model()
 IDLE = {
     "in_fp8": 0.0,
+    "fixed": 0.0,
     "mode_s": 10.0,
     "strain": 0.1,
     "prompt_per_s": 500.0,
@@ -39,6 +44,7 @@ IDLE = {
 BUSY = {**IDLE, "prompt_per_s": 17_000.0, "decode_per_s": 2_000.0}
 FP8 = {**BUSY, "in_fp8": 1.0, "strain": 0.5}
 OVER = {**FP8, "strain": 2.0, "prompt_per_s": 30_000.0}
+STUCK = {**OVER, "in_fp8": 0.0, "fixed": 1.0, "strain": 50.0}
 
 
 class Rule:
@@ -87,6 +93,112 @@ def test_fp8_that_holds_is_a_reason_to_wait_and_then_to_add() -> None:
     rule = Rule()
     assert rule.at(0.0, [{**FP8, "mode_s": 59.0}] * 2).replicas == 2
     assert rule.at(1.0, [{**FP8, "mode_s": 60.0}] * 2).replicas == 3
+
+
+def test_a_replica_is_added_when_16_bits_that_must_stay_are_too_slow_for_a_while() -> None:
+    rule = Rule()
+    assert rule.at(0.0, [STUCK, STUCK]).replicas == 2
+    assert rule.at(4.9, [STUCK, STUCK]).replicas == 2
+    assert rule.at(5.0, [STUCK, STUCK]) == Scaling(3, "16 bits too slow on 2 replicas")
+
+
+def test_what_must_stay_in_16_bits_is_added_for_in_16_bits() -> None:
+    """The same load asks for more replicas than where FP8 would carry it."""
+    wanted = []
+    for row in (STUCK, OVER):
+        rule = Rule()
+        flood = [{**row, "prompt_per_s": 70_000.0}] * 2
+        rule.at(0.0, flood)
+        wanted.append(rule.at(5.0, flood).replicas)
+    assert wanted[0] > wanted[1]
+
+
+def test_16_bits_that_may_give_way_to_fp8_add_nothing() -> None:
+    rule = Rule()
+    free = {**STUCK, "fixed": 0.0}
+    for second in range(100):
+        seen = rule.at(float(second), [free, free])
+        assert seen == Scaling(2, "2 replicas too slow in 16 bits, FP8 may help")
+
+
+def test_16_bits_that_must_stay_and_hold_add_nothing() -> None:
+    rule = Rule()
+    for second in range(100):
+        assert rule.at(float(second), [{**STUCK, "strain": 0.9}] * 2) == Scaling(2, "16 bits hold")
+
+
+def test_replicas_too_slow_in_either_precision_count_together() -> None:
+    rule = Rule()
+    rows = [STUCK, OVER, IDLE]
+    assert rule.at(0.0, rows).replicas == 3
+    added = rule.at(5.0, rows)
+    assert added.replicas > 3
+    assert added.reason == "FP8 too slow on 1 replicas, 16 bits too slow on 1 replicas"
+
+
+def test_nothing_is_removed_while_a_replica_that_must_stay_in_16_bits_is_too_slow() -> None:
+    """Whatever is predicted: here hardly any load is known of, and yet requests wait."""
+    rule = Rule()
+    for second in range(500):
+        seen = rule.at(float(second), [IDLE, IDLE, {**IDLE, "fixed": 1.0, "strain": 1.0}])
+        assert seen == Scaling(3, "0 replicas in FP8, 1 too slow in 16 bits, 0 starting: hold")
+
+
+async def published(
+    report: Callable[..., ReplicaReport], changes: Mapping[str, Any], pin: str | None = None, **facts: Any
+) -> dict[str, float]:
+    """What a replica publishes in 16 bits at 50 times the SLO under a policy with these settings."""
+    config = PolicyConfig.from_dict({"decide_interval_s": 0.01, **changes})
+    actor = PolicyActor(config)
+    if pin is not None:
+        await actor.set_override(pin, 60.0)
+    control = ReplicaControl("a", config, booted_at=1.0)
+    signals = report(oldest_waiting_s=50.0 * Slo().ttft_s, waiting=9, waiting_prompt_tokens=9000, **facts)
+    for _ in range(2):  # The first answer may come before the first decision.
+        call = control.begin(signals.to_dict())
+        assert control.finish(call, await actor.sync(call.report.to_dict(), call.known_epoch, 0.0))
+        await asyncio.sleep(0.02)
+    order = control.order()
+    view = control.view()
+    assert view is not None
+    return scaling_stats(
+        replace(view.report, mode=order.mode, arriving_prompt_tokens_per_s=30_000.0, arrivals_per_s=30.0),
+        control.mode_s,
+        config.slo,
+        fixed=control.fixed,
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "pin", "facts"),
+    [
+        ({"controller": "static-fp16"}, None, {}),
+        ({"controller": "static-fp16", "cut_steps": True}, None, {}),
+        ({"controller": "predictive", "dry_run": True}, None, {}),
+        ({"controller": "predictive"}, "fp16", {}),
+        ({"controller": "predictive"}, None, {"strict_running": 4, "running": 4}),
+        ({"controller": "threshold"}, None, {"strict_running": 4, "running": 4}),
+    ],
+    ids=["static", "static under bounds", "dry run", "pinned", "strict", "strict, threshold"],
+)
+async def test_each_reason_to_stay_in_16_bits_leads_to_more_replicas(
+    report: Callable[..., ReplicaReport],
+    policy: dict[str, Any],
+    pin: str | None,
+    facts: dict[str, Any],
+) -> None:
+    row = await published(report, policy, pin, **facts)
+    assert (row["in_fp8"], row["fixed"]) == (0.0, 1.0)
+    rule = Rule()
+    assert rule.at(0.0, [row]).replicas == 1
+    assert rule.at(5.0, [row]).replicas > 1
+
+
+async def test_a_replica_free_to_take_fp8_publishes_so(report: Callable[..., ReplicaReport]) -> None:
+    for controller in ("predictive", "threshold"):
+        row = await published(report, {"controller": controller})
+        assert row["in_fp8"] > 0.0
+        assert row["fixed"] == 0.0
 
 
 def test_nothing_is_added_while_a_replica_starts() -> None:
@@ -167,6 +279,7 @@ def test_stats_are_finite_whatever_the_report_lacks(report: Callable[..., Replic
     stats = scaling_stats(busy, math.inf, Slo())
     assert stats == {
         "in_fp8": 1.0,
+        "fixed": 0.0,
         "mode_s": 0.0,
         "strain": 0.5,
         "prompt_per_s": 0.0,

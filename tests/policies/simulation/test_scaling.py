@@ -41,7 +41,7 @@ class Stairs:
     def __init__(self, *steps: tuple[float, int]) -> None:
         self.steps = steps
 
-    def replicas(self, views: object, ordered: int, now: float) -> int:
+    def replicas(self, views: object, ordered: int, now: float, fixed: object) -> int:
         return [count for at, count in self.steps if now >= at][-1]
 
 
@@ -101,6 +101,18 @@ def test_the_joint_rule_adds_a_replica_when_fp8_is_not_enough_and_takes_it_back(
     assert set(active[:60]) == {1}
     assert active[80:170].max() >= 2
     assert active[-1] == 1
+
+
+@pytest.mark.parametrize(("policy", "strict"), [("static-fp16", False), ("predictive", True)])
+def test_the_joint_rule_adds_replicas_that_must_stay_in_16_bits(policy: str, strict: bool) -> None:
+    load = arrivals(45.0, 60.0)
+    load.strict[:] = strict
+    joint = JointScaler(
+        config=ScalingConfig(min_replicas=1, max_replicas=3), slo=Slo(), model=latency_model()
+    )
+    outcome = run(load, joint, startup_s=5.0, policy=policy)
+    assert {mode for modes in outcome.timeline.modes[5:] for mode in modes} == {0}
+    assert max(outcome.timeline.active) > 1
 
 
 def test_copies_keep_the_bursts_and_thinning_the_order() -> None:
