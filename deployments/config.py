@@ -35,6 +35,8 @@ CPU_ENVIRONMENT: Final = {
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
 }
 SIMULATED_ENVIRONMENT: Final = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+REQUEST_TIMEOUT_S: Final = 600.0
+"""How long an answer may take unless the file says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +149,8 @@ class ReplicaSettings:
     """Requests that wait in one proxy for a replica; beyond it the answer is 503 with Retry-After."""
     health_check_period_s: float = 2.0
     health_check_timeout_s: float = 10.0
-    graceful_shutdown_timeout_s: float = 120.0
-    """How long a replica that must go may finish its requests."""
+    graceful_shutdown_timeout_s: float = REQUEST_TIMEOUT_S
+    """How long a replica that must go may finish its requests; a file's `request_timeout_s` or more."""
     start_attempts: int = 2
     """Failed starts after which the application is given up."""
     signal_window_s: float = 10.0

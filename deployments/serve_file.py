@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import yaml
 
-from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.config import REQUEST_TIMEOUT_S, DeploymentSettings
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 
@@ -43,6 +43,13 @@ class ServeFile:
         if not self.route_prefix.startswith("/"):
             remedy = "give a path that begins with '/'"
             raise InvalidField("applications[0].route_prefix", self.route_prefix, remedy)
+        allowed_s = self.settings.replicas.graceful_shutdown_timeout_s
+        if allowed_s < self.request_timeout_s:
+            remedy = (
+                f"give at least http_options.request_timeout_s, {self.request_timeout_s:g}: a replica that "
+                "must go breaks off answers that take longer"
+            )
+            raise InvalidField("replicas.graceful_shutdown_timeout_s", allowed_s, remedy)
 
     @property
     def url(self) -> str:
@@ -86,7 +93,9 @@ class ServeFile:
             host=checks.text("http_options.host", http.get("host", "127.0.0.1")),
             port=checks.integer("http_options.port", http.get("port", 8000), minimum=1),
             request_timeout_s=checks.number(
-                "http_options.request_timeout_s", http.get("request_timeout_s", 600.0), above=0.0
+                "http_options.request_timeout_s",
+                http.get("request_timeout_s", REQUEST_TIMEOUT_S),
+                above=0.0,
             ),
             settings=DeploymentSettings.from_dict(application.get("args", {})),
         )

@@ -54,6 +54,18 @@ def test_a_bad_file_is_explained(content: Any, field: str) -> None:
     assert caught.value.field == field
 
 
+def test_a_replica_that_must_go_has_time_for_every_answer() -> None:
+    assert ServeFile.from_dict(serve_file()).settings.replicas.graceful_shutdown_timeout_s == 600.0
+    args = {**MINIMAL, "replicas": {"graceful_shutdown_timeout_s": 120}}
+    application = {**APPLICATION, "args": args}
+    with pytest.raises(
+        InvalidField, match=r"replicas\.graceful_shutdown_timeout_s: got 120; .*request_timeout_s, 600:"
+    ):
+        ServeFile.from_dict(serve_file(applications=[application]))
+    shorter = serve_file(applications=[application], http_options={"request_timeout_s": 120})
+    assert ServeFile.from_dict(shorter).request_timeout_s == 120
+
+
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("a: [")
