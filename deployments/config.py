@@ -18,7 +18,7 @@ from nestedfp.policies.autoscaling import ScalingConfig
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.protocol import FP8, FP16
-from nestedfp.vllm.settings import Settings
+from nestedfp.vllm.settings import DATA, LORA, PIPELINE, SPECULATION, Settings, refusal
 
 SIMULATED: Final = "simulated"
 SIMULATED_PREFIX: Final = "simulated-"
@@ -82,8 +82,7 @@ class EngineSettings:
         """How many GPUs the processes of one engine take."""
         if self.device != "cuda":
             return 0
-        sizes = (self.arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-        return math.prod(size for size in sizes if isinstance(size, int))
+        return math.prod(self.arguments.get(size, 1) for size in _PARALLEL_SIZES)
 
     def _check_arguments(self) -> None:
         if self.device == SIMULATED:
@@ -94,10 +93,31 @@ class EngineSettings:
             if name in _SERVER_ARGUMENTS:
                 remedy = "remove it: Ray Serve is the HTTP server, and serves the OpenAI routes alone"
                 raise InvalidField(f"engine.arguments.{name}", value, remedy)
+        # They decide how many GPUs are set aside, so vLLM gets the same whole numbers.
+        sizes = {
+            name: checks.integer(f"engine.arguments.{name}", self.arguments[name], minimum=1)
+            for name in _PARALLEL_SIZES
+            if name in self.arguments
+        }
+        object.__setattr__(self, "arguments", {**self.arguments, **sizes})
+        if self.nested:
+            self._refuse_unsupported()
         overrides = self.arguments.get("hf_overrides", {})
         if self.nested and (not isinstance(overrides, Mapping) or "quantization_config" in overrides):
             remedy = "give a mapping without quantization_config, which engine.plugin makes"
             raise InvalidField("engine.arguments.hf_overrides", overrides, remedy)
+
+    def _refuse_unsupported(self) -> None:
+        """The engine would say the same, but only after its replica has a GPU and has loaded vLLM."""
+        wanted = {
+            LORA: ("enable_lora", bool(self.arguments.get("enable_lora"))),
+            SPECULATION: ("speculative_config", self.arguments.get("speculative_config") is not None),
+            PIPELINE: ("pipeline_parallel_size", self.arguments.get("pipeline_parallel_size", 1) > 1),
+            DATA: ("data_parallel_size", self.arguments.get("data_parallel_size", 1) > 1),
+        }
+        for feature, (name, given) in wanted.items():
+            if given:
+                raise InvalidField(f"engine.arguments.{name}", self.arguments[name], refusal(feature))
 
     def _check_plugin(self) -> None:
         if self.plugin and (self.device == SIMULATED or not self.nested):
@@ -306,6 +326,7 @@ class DeploymentSettings:
         return {**defaults, **self.engine.environment}
 
 
+_PARALLEL_SIZES: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OWN_ARGUMENTS: Final = (
     "model",
     "served_model_name",
