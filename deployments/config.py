@@ -156,8 +156,8 @@ class SimulatedArguments:
 class ReplicaSettings:
     """How many replicas run and how Serve treats them. Durations are seconds."""
 
-    count: int = 1
-    """Number of replicas where autoscaling is off."""
+    count: int | None = None
+    """Number of replicas where autoscaling is off; without it, one."""
     num_cpus: float = 1.0
     num_gpus: float | None = None
     """GPUs of a replica; without it, as many as its engine's processes take."""
@@ -177,7 +177,9 @@ class ReplicaSettings:
     """Window of the TTFT and TPOT percentiles and of the arrival rate."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "max_ongoing_requests", "max_queued_requests", "start_attempts"):
+        if self.count is not None:
+            checks.take_integer(self, "count", place="replicas", minimum=1)
+        for name in ("max_ongoing_requests", "max_queued_requests", "start_attempts"):
             checks.take_integer(self, name, place="replicas", minimum=1)
         checks.number("replicas.num_cpus", self.num_cpus)
         if self.num_gpus is not None:
@@ -262,6 +264,9 @@ class DeploymentSettings:
         if self.autoscaling is not None and not self.engine.nested:
             remedy = "leave it out: the rule scales replicas that can change their precision"
             raise InvalidField("autoscaling", "settings", f"{remedy} (engine.nested is false)")
+        if self.autoscaling is not None and self.replicas.count is not None:
+            remedy = "leave it out: autoscaling begins with its min_replicas and goes on by itself"
+            raise InvalidField("replicas.count", self.replicas.count, remedy)
         unknown = [plan for plan in self.policy.plans if plan not in self.engine.plans]
         if unknown:
             raise InvalidField("policy.plans", unknown, "configure these plans under engine.plugin.plans")
@@ -279,7 +284,9 @@ class DeploymentSettings:
     @property
     def replicas_at_start(self) -> int:
         """How many replicas run before anything scales them."""
-        return self.replicas.count if self.autoscaling is None else self.autoscaling.min_replicas
+        if self.autoscaling is not None:
+            return self.autoscaling.min_replicas
+        return 1 if self.replicas.count is None else self.replicas.count
 
     @property
     def strict_wait_s(self) -> float:

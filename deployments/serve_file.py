@@ -24,6 +24,8 @@ _FILE_KEYS: Final = ("applications", "http_options", "proxy_location")
 _APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args")
 _HTTP_KEYS: Final = ("host", "port", "request_timeout_s")
 _LAST_PORT: Final = 65535
+PROXY_LOCATIONS: Final = ("HeadOnly", "EveryNode")
+"""Ray Serve's, but for `Disabled`: an OpenAI endpoint without an HTTP server answers nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +37,11 @@ class ServeFile:
     host: str
     port: int
     request_timeout_s: float
+    proxy_location: str
     settings: DeploymentSettings
 
     def __post_init__(self) -> None:
+        checks.one_of("proxy_location", self.proxy_location, PROXY_LOCATIONS)
         if checks.integer("http_options.port", self.port, minimum=1) > _LAST_PORT:
             raise InvalidField("http_options.port", self.port, f"give a port of at most {_LAST_PORT}")
         if not self.route_prefix.startswith("/"):
@@ -97,6 +101,7 @@ class ServeFile:
                 http.get("request_timeout_s", REQUEST_TIMEOUT_S),
                 above=0.0,
             ),
+            proxy_location=content.get("proxy_location", "HeadOnly"),
             settings=DeploymentSettings.from_dict(application.get("args", {})),
         )
 

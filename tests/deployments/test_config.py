@@ -48,6 +48,7 @@ def test_defaults() -> None:
     settings = DeploymentSettings.from_dict(MINIMAL)
     assert settings.engine.served_model_name == "name"
     assert settings.autoscaling is None
+    assert settings.replicas_at_start == 1
     assert settings.environment == {}
 
 
@@ -89,6 +90,10 @@ def test_cpu_replicas_get_their_environment_and_the_file_wins() -> None:
         ({"policy": {"controller": "magic"}}, "policy.controller"),
         ({"policy": []}, "policy"),
         ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "autoscaling.max_replicas"),
+        (
+            {"replicas": {"count": 64}, "autoscaling": {"min_replicas": 1, "max_replicas": 2}},
+            "replicas.count",
+        ),
         ({"replica": {}}, "replica"),
     ],
 )
