@@ -99,6 +99,11 @@ class EngineSettings:
             for name in _PARALLEL_SIZES
             if name in self.arguments
         }
+        # The policy predicts with it; none is vLLM's default.
+        longest = self.arguments.get("max_num_batched_tokens")
+        if longest is not None:
+            name = "max_num_batched_tokens"
+            sizes[name] = checks.integer(f"engine.arguments.{name}", longest, minimum=1)
         object.__setattr__(self, "arguments", {**self.arguments, **sizes})
         if self.nested:
             self._refuse_unsupported()
@@ -405,10 +410,8 @@ def _policy(given: object, engine: EngineSettings, *, scaled: bool) -> PolicyCon
     """The policy. One that predicts without step costs of its own does so with the engine's longest step."""
     if not isinstance(given, Mapping):
         raise InvalidField("policy", given, "give a mapping with the settings of the policy")
-    try:
+    with checks.within("policy"):
         policy = PolicyConfig.from_dict(given)
-    except InvalidField as error:
-        raise InvalidField(f"policy.{error.field}", error.value, error.remedy) from None
     longest = engine.arguments.get("max_num_batched_tokens")
     predicts = scaled or policy.controller == "predictive"
     if predicts and policy.latency is None and isinstance(longest, int):

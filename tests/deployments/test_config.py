@@ -15,6 +15,7 @@ from nestedfp.policies.roofline import latency_model
 from nestedfp.vllm.worker import refuse_unsupported
 
 MINIMAL: dict[str, Any] = {"engine": {"model": "org/name"}}
+COSTS = {"overhead_s": 0.001, "weights_s": 0.005, "token_s": 1e-5}
 
 
 def test_settings_survive_the_way_to_the_replica() -> None:
@@ -78,6 +79,22 @@ def test_cpu_replicas_get_their_environment_and_the_file_wins() -> None:
             {"engine": {"model": "m", "arguments": {"hf_overrides": {"quantization_config": {}}}}},
             "engine.arguments.hf_overrides",
         ),
+        (
+            {
+                "engine": {"model": "m", "arguments": {"max_num_batched_tokens": 0}},
+                "policy": {"controller": "predictive"},
+            },
+            "engine.arguments.max_num_batched_tokens",
+        ),
+        (
+            {"policy": {"latency": {"chunk_tokens": 0, "costs": {"fp16": COSTS, "fp8": COSTS}}}},
+            "policy.latency.chunk_tokens",
+        ),
+        (
+            {"policy": {"latency": {"costs": {"fp16": {**COSTS, "overhead_s": -1}, "fp8": COSTS}}}},
+            "policy.latency.costs.fp16.overhead_s",
+        ),
+        ({"policy": {"latency": {"costs": {"fp8": COSTS}}}}, "policy.latency.costs.fp16"),
         ({"engine": {"model": "m", "plugin": {"inexcat": "plain"}}}, "engine.plugin"),
         ({"engine": {"model": "m", "nested": False, "plugin": {"inexact": "plain"}}}, "engine.plugin"),
         ({"engine": {"model": "m", "device": "simulated", "plugin": {"inexact": "plain"}}}, "engine.plugin"),

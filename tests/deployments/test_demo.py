@@ -9,6 +9,8 @@ import psutil
 import pytest
 import yaml
 
+from nestedfp.cli import main
+from nestedfp.deployments import demo as demo_command
 from nestedfp.deployments.demo import _trace
 from nestedfp.deployments.serve import DEFAULT_CONFIG
 
@@ -30,6 +32,32 @@ def test_a_bad_setting_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert "ttft_s" in ended.stderr
     assert "-1" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--burst-rps", "-1"),
+        ("--calm-rps", "nan"),
+        ("--calm-s", "0"),
+        ("--burst-s", "-2"),
+        ("--prompt-tokens", "0"),
+        ("--output-tokens", "0"),
+        ("--seed", "-1"),
+    ],
+)
+def test_a_bad_option_is_named_before_anything_starts(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+) -> None:
+    # The command's handlers would stay with the process that runs the tests.
+    monkeypatch.setattr(demo_command, "raise_on_signals", lambda: None)
+    assert main(["demo", option, value, "--out", str(tmp_path / "out")]) == 1
+    assert f"error: {option}: got {value}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_calm_trace_is_as_long_and_has_no_burst() -> None:
