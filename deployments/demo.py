@@ -136,15 +136,20 @@ def _trace(args: argparse.Namespace) -> Trace:
     for option in ("prompt_tokens", "output_tokens"):
         checks.integer(_option(option), getattr(args, option), minimum=1)
     checks.integer("--seed", args.seed)
-    return square_wave(
-        Lengths(args.prompt_tokens, 0.5, longest=4 * args.prompt_tokens),
-        Lengths(args.output_tokens, 0.5, longest=4 * args.output_tokens),
-        calm_rps=args.calm_rps,
-        burst_rps=args.calm_rps if args.calm else args.burst_rps,
-        calm_s=args.calm_s,
-        burst_s=args.burst_s,
-        seed=args.seed,
-    )
+    try:
+        return square_wave(
+            Lengths(args.prompt_tokens, 0.5, longest=4 * args.prompt_tokens),
+            Lengths(args.output_tokens, 0.5, longest=4 * args.output_tokens),
+            calm_rps=args.calm_rps,
+            burst_rps=args.calm_rps if args.calm else args.burst_rps,
+            calm_s=args.calm_s,
+            burst_s=args.burst_s,
+            seed=args.seed,
+        )
+    except ValueError as error:
+        # Each option by itself is good: together they give no request.
+        remedy = f"give more, or a higher --burst-rps ({error})"
+        raise InvalidField("--calm-rps", args.calm_rps, remedy) from None
 
 
 def _option(name: str) -> str:

@@ -84,9 +84,7 @@ def limits_of(benchmark: Mapping[str, Any]) -> Limits:
     """The limits in a file of ``nestedfp bench engine``; raises :class:`InvalidField` where it is none."""
     settings = _entry(benchmark, "", "settings", Mapping)
     chunk_tokens = _entry(settings, "settings.", "max_num_batched_tokens", int)
-    return Limits(
-        chunk_tokens=chunk_tokens, max_sequences=_entry(settings, "settings.", "max_num_seqs", int)
-    )
+    return Limits(chunk_tokens=chunk_tokens, max_sequences=_entry(settings, "settings.", "max_num_seqs", int))
 
 
 def cells_of(benchmark: Mapping[str, Any], contender: str, dtype: str) -> list[Cell]:

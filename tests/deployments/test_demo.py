@@ -1,5 +1,6 @@
 """The demonstration as its user runs it, on one replica and with a short trace."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import yaml
 
 from nestedfp.cli import main
 from nestedfp.deployments import demo as demo_command
-from nestedfp.deployments.demo import _trace
+from nestedfp.deployments.demo import _trace, add_arguments
 from nestedfp.deployments.serve import DEFAULT_CONFIG
+from nestedfp.policies.checks import InvalidField
 
 DEMO_S = 400.0
 
@@ -60,11 +62,14 @@ def test_a_bad_option_is_named_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_load_without_a_request_is_refused() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(InvalidField, match=r"--calm-rps: got 0\.0; .*no requests"):
+        _trace(parser.parse_args(["--calm-rps", "0", "--calm"]))
+
+
 def test_the_calm_trace_is_as_long_and_has_no_burst() -> None:
-    import argparse
-
-    from nestedfp.deployments.demo import add_arguments
-
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     burst, calm = _trace(parser.parse_args([])), _trace(parser.parse_args(["--calm"]))
