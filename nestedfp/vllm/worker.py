@@ -140,6 +140,6 @@ def refuse_unsupported(vllm_config: Any) -> None:
         PIPELINE: parallel.pipeline_parallel_size > 1,
         DATA: parallel.data_parallel_size > 1,
     }
-    for feature in wanted:
-        if wanted[feature]:
+    for feature, given in wanted.items():
+        if given:
             raise ValueError(refusal(feature))
