@@ -86,7 +86,7 @@ def application(file: ServeFile) -> Iterator[RunningApp]:
         tempfile.TemporaryDirectory(prefix="nfp-", dir="/tmp", ignore_cleanup_errors=True) as folder,
         running(file, say=_say, temp_dir=Path(folder)) as app,
     ):
-        wanted = file.settings.replicas.count
+        wanted = file.settings.replicas_at_start
         deadline_s = time.monotonic() + _REGISTER_S
         while len(app.policy_status()["replicas"]) < wanted:
             if time.monotonic() > deadline_s:
@@ -245,7 +245,7 @@ def run_minute(args: argparse.Namespace) -> dict[str, Any]:
 def run_delivery(args: argparse.Namespace) -> dict[str, Any]:
     """Orders to all replicas, one after the other: from the decision until the last engine has taken it."""
     file = ServeFile.load(args.config)
-    count = file.settings.replicas.count
+    count = file.settings.replicas_at_start
     stop = threading.Event()
     with application(file) as app:
         streams = [

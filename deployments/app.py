@@ -25,7 +25,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
     """
     settings = DeploymentSettings.from_dict(args)
     replicas = settings.replicas
-    number: dict[str, Any] = {"num_replicas": replicas.count}
+    number: dict[str, Any] = {"num_replicas": settings.replicas_at_start}
     if settings.autoscaling is not None:
         number = {"autoscaling_config": autoscaling_config(settings)}
     deployment: Any = EngineReplica

@@ -140,7 +140,7 @@ def _start_ray(file: ServeFile, temp_dir: Path | None) -> None:
         )
     with _waiting_for(f"Serve's HTTP proxy on {file.host}:{file.port}", logs / "serve"):
         serve.start(
-            proxy_location="HeadOnly",
+            proxy_location=file.proxy_location,
             http_options={
                 "host": file.host,
                 "port": file.port,

@@ -18,7 +18,7 @@ from nestedfp.policies.autoscaling import ScalingConfig
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.protocol import FP8, FP16
-from nestedfp.vllm.settings import Settings
+from nestedfp.vllm.settings import DATA, LORA, PIPELINE, SPECULATION, Settings, refusal
 
 SIMULATED: Final = "simulated"
 SIMULATED_PREFIX: Final = "simulated-"
@@ -35,6 +35,8 @@ CPU_ENVIRONMENT: Final = {
     "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
 }
 SIMULATED_ENVIRONMENT: Final = {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+REQUEST_TIMEOUT_S: Final = 600.0
+"""How long an answer may take unless the file says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +82,7 @@ class EngineSettings:
         """How many GPUs the processes of one engine take."""
         if self.device != "cuda":
             return 0
-        sizes = (self.arguments.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline"))
-        return math.prod(size for size in sizes if isinstance(size, int))
+        return math.prod(self.arguments.get(size, 1) for size in _PARALLEL_SIZES)
 
     def _check_arguments(self) -> None:
         if self.device == SIMULATED:
@@ -92,10 +93,36 @@ class EngineSettings:
             if name in _SERVER_ARGUMENTS:
                 remedy = "remove it: Ray Serve is the HTTP server, and serves the OpenAI routes alone"
                 raise InvalidField(f"engine.arguments.{name}", value, remedy)
+        # They decide how many GPUs are set aside, so vLLM gets the same whole numbers.
+        sizes = {
+            name: checks.integer(f"engine.arguments.{name}", self.arguments[name], minimum=1)
+            for name in _PARALLEL_SIZES
+            if name in self.arguments
+        }
+        # The policy predicts with it; none is vLLM's default.
+        longest = self.arguments.get("max_num_batched_tokens")
+        if longest is not None:
+            name = "max_num_batched_tokens"
+            sizes[name] = checks.integer(f"engine.arguments.{name}", longest, minimum=1)
+        object.__setattr__(self, "arguments", {**self.arguments, **sizes})
+        if self.nested:
+            self._refuse_unsupported()
         overrides = self.arguments.get("hf_overrides", {})
         if self.nested and (not isinstance(overrides, Mapping) or "quantization_config" in overrides):
             remedy = "give a mapping without quantization_config, which engine.plugin makes"
             raise InvalidField("engine.arguments.hf_overrides", overrides, remedy)
+
+    def _refuse_unsupported(self) -> None:
+        """The engine would say the same, but only after its replica has a GPU and has loaded vLLM."""
+        wanted = {
+            LORA: ("enable_lora", bool(self.arguments.get("enable_lora"))),
+            SPECULATION: ("speculative_config", self.arguments.get("speculative_config") is not None),
+            PIPELINE: ("pipeline_parallel_size", self.arguments.get("pipeline_parallel_size", 1) > 1),
+            DATA: ("data_parallel_size", self.arguments.get("data_parallel_size", 1) > 1),
+        }
+        for feature, (name, given) in wanted.items():
+            if given:
+                raise InvalidField(f"engine.arguments.{name}", self.arguments[name], refusal(feature))
 
     def _check_plugin(self) -> None:
         if self.plugin and (self.device == SIMULATED or not self.nested):
@@ -134,8 +161,8 @@ class SimulatedArguments:
 class ReplicaSettings:
     """How many replicas run and how Serve treats them. Durations are seconds."""
 
-    count: int = 1
-    """Number of replicas where autoscaling is off."""
+    count: int | None = None
+    """Number of replicas where autoscaling is off; without it, one."""
     num_cpus: float = 1.0
     num_gpus: float | None = None
     """GPUs of a replica; without it, as many as its engine's processes take."""
@@ -147,15 +174,17 @@ class ReplicaSettings:
     """Requests that wait in one proxy for a replica; beyond it the answer is 503 with Retry-After."""
     health_check_period_s: float = 2.0
     health_check_timeout_s: float = 10.0
-    graceful_shutdown_timeout_s: float = 120.0
-    """How long a replica that must go may finish its requests."""
+    graceful_shutdown_timeout_s: float = REQUEST_TIMEOUT_S
+    """How long a replica that must go may finish its requests; a file's `request_timeout_s` or more."""
     start_attempts: int = 2
     """Failed starts after which the application is given up."""
     signal_window_s: float = 10.0
     """Window of the TTFT and TPOT percentiles and of the arrival rate."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "max_ongoing_requests", "max_queued_requests", "start_attempts"):
+        if self.count is not None:
+            checks.take_integer(self, "count", place="replicas", minimum=1)
+        for name in ("max_ongoing_requests", "max_queued_requests", "start_attempts"):
             checks.take_integer(self, name, place="replicas", minimum=1)
         checks.number("replicas.num_cpus", self.num_cpus)
         if self.num_gpus is not None:
@@ -240,6 +269,9 @@ class DeploymentSettings:
         if self.autoscaling is not None and not self.engine.nested:
             remedy = "leave it out: the rule scales replicas that can change their precision"
             raise InvalidField("autoscaling", "settings", f"{remedy} (engine.nested is false)")
+        if self.autoscaling is not None and self.replicas.count is not None:
+            remedy = "leave it out: autoscaling begins with its min_replicas and goes on by itself"
+            raise InvalidField("replicas.count", self.replicas.count, remedy)
         unknown = [plan for plan in self.policy.plans if plan not in self.engine.plans]
         if unknown:
             raise InvalidField("policy.plans", unknown, "configure these plans under engine.plugin.plans")
@@ -257,7 +289,9 @@ class DeploymentSettings:
     @property
     def replicas_at_start(self) -> int:
         """How many replicas run before anything scales them."""
-        return self.replicas.count if self.autoscaling is None else self.autoscaling.min_replicas
+        if self.autoscaling is not None:
+            return self.autoscaling.min_replicas
+        return 1 if self.replicas.count is None else self.replicas.count
 
     @property
     def strict_wait_s(self) -> float:
@@ -304,6 +338,7 @@ class DeploymentSettings:
         return {**defaults, **self.engine.environment}
 
 
+_PARALLEL_SIZES: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OWN_ARGUMENTS: Final = (
     "model",
     "served_model_name",
@@ -375,10 +410,8 @@ def _policy(given: object, engine: EngineSettings, *, scaled: bool) -> PolicyCon
     """The policy. One that predicts without step costs of its own does so with the engine's longest step."""
     if not isinstance(given, Mapping):
         raise InvalidField("policy", given, "give a mapping with the settings of the policy")
-    try:
+    with checks.within("policy"):
         policy = PolicyConfig.from_dict(given)
-    except InvalidField as error:
-        raise InvalidField(f"policy.{error.field}", error.value, error.remedy) from None
     longest = engine.arguments.get("max_num_batched_tokens")
     predicts = scaled or policy.controller == "predictive"
     if predicts and policy.latency is None and isinstance(longest, int):

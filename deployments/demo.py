@@ -34,6 +34,7 @@ from nestedfp.loadtests.settings import ReplaySettings
 from nestedfp.loadtests.synthetic import Lengths, square_wave
 from nestedfp.loadtests.table import run_table
 from nestedfp.loadtests.traces import Trace
+from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.protocol import FP16
 from nestedfp.policies.roofline import LABEL
@@ -128,15 +129,31 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _trace(args: argparse.Namespace) -> Trace:
-    return square_wave(
-        Lengths(args.prompt_tokens, 0.5, longest=4 * args.prompt_tokens),
-        Lengths(args.output_tokens, 0.5, longest=4 * args.output_tokens),
-        calm_rps=args.calm_rps,
-        burst_rps=args.calm_rps if args.calm else args.burst_rps,
-        calm_s=args.calm_s,
-        burst_s=args.burst_s,
-        seed=args.seed,
-    )
+    for option in ("calm_rps", "burst_rps"):
+        checks.number(_option(option), getattr(args, option))
+    for option in ("calm_s", "burst_s"):
+        checks.number(_option(option), getattr(args, option), above=0.0)
+    for option in ("prompt_tokens", "output_tokens"):
+        checks.integer(_option(option), getattr(args, option), minimum=1)
+    checks.integer("--seed", args.seed)
+    try:
+        return square_wave(
+            Lengths(args.prompt_tokens, 0.5, longest=4 * args.prompt_tokens),
+            Lengths(args.output_tokens, 0.5, longest=4 * args.output_tokens),
+            calm_rps=args.calm_rps,
+            burst_rps=args.calm_rps if args.calm else args.burst_rps,
+            calm_s=args.calm_s,
+            burst_s=args.burst_s,
+            seed=args.seed,
+        )
+    except ValueError as error:
+        # Each option by itself is good: together they give no request.
+        remedy = f"give more, or a higher --burst-rps ({error})"
+        raise InvalidField("--calm-rps", args.calm_rps, remedy) from None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _replay(app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, float]) -> dict[str, Any]:

@@ -1,18 +1,4 @@
-"""The deployment's own metrics, exported by Ray beside vLLM's (names as Prometheus sees them, less Ray's
-prefix).
-
-| name | kind | labels | meaning |
-|---|---|---|---|
-| `nestedfp_precision` | gauge | precision | 1 for the precision in force, 0 for the others |
-| `nestedfp_flips_total` | counter | from, to, reason | changes of the target (`reason`: `policy`, `alone`) |
-| `nestedfp_flip_seconds` | gauge | | time the worker took for its last flip |
-| `nestedfp_target_lag_seconds` | histogram | | from a target's arrival until the engine has it |
-| `nestedfp_policy_up` | gauge | | 1 while the lease of a policy actor runs |
-| `nestedfp_tokens_total` | counter | precision | scheduled tokens of executed steps |
-| `nestedfp_requests_total` | counter | class, served | requests; `served`: fp16, fp8, mixed, HTTP status |
-| `nestedfp_layers` | gauge | state | linear layers that are nested, and that stayed plain |
-| `nestedfp_slo_headroom` | gauge | signal | 1 - measured / objective, for ttft and tpot; 1 without requests |
-"""
+"""The deployment's own metrics, exported by Ray beside vLLM's; README.md has their table."""
 
 from __future__ import annotations
 

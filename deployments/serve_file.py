@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import yaml
 
-from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.config import REQUEST_TIMEOUT_S, DeploymentSettings
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 
@@ -24,6 +24,8 @@ _FILE_KEYS: Final = ("applications", "http_options", "proxy_location")
 _APPLICATION_KEYS: Final = ("name", "route_prefix", "import_path", "args")
 _HTTP_KEYS: Final = ("host", "port", "request_timeout_s")
 _LAST_PORT: Final = 65535
+PROXY_LOCATIONS: Final = ("HeadOnly", "EveryNode")
+"""Ray Serve's, but for `Disabled`: an OpenAI endpoint without an HTTP server answers nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +37,23 @@ class ServeFile:
     host: str
     port: int
     request_timeout_s: float
+    proxy_location: str
     settings: DeploymentSettings
 
     def __post_init__(self) -> None:
+        checks.one_of("proxy_location", self.proxy_location, PROXY_LOCATIONS)
         if checks.integer("http_options.port", self.port, minimum=1) > _LAST_PORT:
             raise InvalidField("http_options.port", self.port, f"give a port of at most {_LAST_PORT}")
         if not self.route_prefix.startswith("/"):
             remedy = "give a path that begins with '/'"
             raise InvalidField("applications[0].route_prefix", self.route_prefix, remedy)
+        allowed_s = self.settings.replicas.graceful_shutdown_timeout_s
+        if allowed_s < self.request_timeout_s:
+            remedy = (
+                f"give at least http_options.request_timeout_s, {self.request_timeout_s:g}: a replica that "
+                "must go breaks off answers that take longer"
+            )
+            raise InvalidField("replicas.graceful_shutdown_timeout_s", allowed_s, remedy)
 
     @property
     def url(self) -> str:
@@ -86,8 +97,11 @@ class ServeFile:
             host=checks.text("http_options.host", http.get("host", "127.0.0.1")),
             port=checks.integer("http_options.port", http.get("port", 8000), minimum=1),
             request_timeout_s=checks.number(
-                "http_options.request_timeout_s", http.get("request_timeout_s", 600.0), above=0.0
+                "http_options.request_timeout_s",
+                http.get("request_timeout_s", REQUEST_TIMEOUT_S),
+                above=0.0,
             ),
+            proxy_location=content.get("proxy_location", "HeadOnly"),
             settings=DeploymentSettings.from_dict(application.get("args", {})),
         )
 

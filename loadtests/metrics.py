@@ -2,8 +2,9 @@
 
 Names and formulas are those of ``vllm bench serve``: TPOT = (E2EL - TTFT) / (output tokens - 1) over answers
 of two tokens or more, percentiles interpolated linearly, goodput the complete answers per second that meet
-every limit (an answer of one token has TPOT 0 there). Two things differ and are stated: latencies run from
-the scheduled time, and the duration from the replay's second 0 to the last answer's end.
+every limit (an answer of one token has TPOT 0 there, one without ``usage`` the mean gap between its chunks).
+Two things differ and are stated: latencies run from the scheduled time, and the duration from the replay's
+second 0 to the last answer's end.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Slo:
         """Whether a request was answered to its end within every limit."""
         if not record.ok:
             return False
-        measured = (record.ttft_s, record.tpot_s or 0.0, record.e2el_s)
+        measured = (record.ttft_s, _judged_tpot_s(record), record.e2el_s)
         limits = (self.ttft_s, self.tpot_s, self.e2el_s)
         return all(
             limit is None or (value is not None and value <= limit)
@@ -68,7 +69,8 @@ def summarize_records(records: Sequence[RequestRecord], slo: Slo) -> dict[str, A
     """Counts, latencies in ms, rates per second. A value that no request supports is None.
 
     ``tokens`` sums what each answer's ``usage`` says was computed in each precision. ``attainment`` is, for
-    each precision class, the share of *sent* requests that met the SLO: a failed request misses it.
+    each precision class, the share of *sent* requests that met the SLO: a failed request misses it. Requests
+    ``without_usage`` are judged by the mean gap between their chunks and have no part in ``tpot_ms``.
     ``strict_in_fp8`` counts requests of the strict class of which any token was computed in FP8: always 0 if
     the servers keep their word.
     """
@@ -165,6 +167,19 @@ def distribution_ms(seconds: Iterable[float | None]) -> dict[str, float | int | 
         return {"n": 0, "mean": None, **dict.fromkeys(names)}
     at = np.percentile(values, PERCENTILES)
     return {"n": len(values), "mean": float(values.mean()), **dict(zip(names, map(float, at), strict=True))}
+
+
+def _judged_tpot_s(record: RequestRecord) -> float:
+    """The TPOT that is held against the limit; 0 for an answer of one token, or one that came at once.
+
+    Without a server's count of tokens, which may come several in a chunk, it is the mean gap between chunks:
+    TPOT is that at most, so nothing is taken for met that was not.
+    """
+    if record.tpot_s is not None:
+        return record.tpot_s
+    if record.output_tokens == 1 or not record.itl_s:
+        return 0.0
+    return sum(record.itl_s) / len(record.itl_s)
 
 
 def _tokens(records: Sequence[RequestRecord], mode: str) -> int:

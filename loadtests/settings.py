@@ -52,6 +52,8 @@ class ReplaySettings:
             raise ValueError(f"endpoint is {self.endpoint!r}; give one of {', '.join(ENDPOINTS)}")
         if not self.model:
             raise ValueError("model is empty; give the name that the server lists at /v1/models")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed!r}; give a whole number of at least 0")
         for name in ("request_timeout_s", "connect_timeout_s", "straggler_s", "progress_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give seconds greater than 0")

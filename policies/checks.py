@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _NAME = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
@@ -30,6 +30,15 @@ class InvalidField(ValueError):
 
     def __str__(self) -> str:
         return f"{self.field}: got {self.value!r}; {self.remedy}"
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Put the dotted name ``place`` before the field of whatever is refused inside."""
+    try:
+        yield
+    except InvalidField as error:
+        raise InvalidField(f"{place}.{error.field}", error.value, error.remedy) from None
 
 
 def number(

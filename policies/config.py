@@ -153,6 +153,13 @@ class PolicyConfig:
             raise InvalidField(
                 "sync_wait_s", self.sync_wait_s, f"give at most a third of lease_s, {self.lease_s / 3:g}"
             )
+        if self.sync_wait_s >= self.max_signal_age_s:
+            remedy = (
+                f"give less than max_signal_age_s, {self.max_signal_age_s:g}: a replica reports once in this "
+                "time, and older signals decide nothing"
+            )
+            raise InvalidField("sync_wait_s", self.sync_wait_s, remedy)
+        self._refuse_idle_settings()
         for plan in self.plans:
             checks.name("plans", plan)
         between = self.prediction.between
@@ -160,6 +167,17 @@ class PolicyConfig:
             checks.one_of("prediction.between", between, (AUTO, *self.plans))
             if self.latency is None or between not in self.latency.costs:
                 raise InvalidField("prediction.between", between, "give its step costs in latency.costs")
+
+    def _refuse_idle_settings(self) -> None:
+        """Settings of the other controller would be taken for a rule in force. The static controllers heed
+        neither's, so that a baseline can be run from the file of what it is compared with.
+        """
+        if self.controller == "threshold" and self.prediction.shed:
+            remedy = "leave it out, or set controller: predictive, which alone refuses requests"
+            raise InvalidField("prediction.shed", self.prediction.shed, remedy)
+        if self.controller == "predictive" and self.thresholds:
+            remedy = "leave it out, or set controller: threshold: predictive acts on step times and the SLO"
+            raise InvalidField("thresholds", sorted(self.thresholds), remedy)
 
     @property
     def modes(self) -> tuple[str, ...]:

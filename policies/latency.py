@@ -141,8 +141,11 @@ class LatencyModel:
             missing = [name for name in names[:3] if name not in known]
             if missing:
                 raise InvalidField(f"latency.costs.{mode}.{missing[0]}", None, "give this cost in seconds")
-            costs[checks.name("latency.costs", mode)] = StepCosts(**known)
-        return cls(costs=costs, chunk_tokens=values.get("chunk_tokens", 2048))
+            checks.name("latency.costs", mode)
+            with checks.within(f"latency.costs.{mode}"):
+                costs[mode] = StepCosts(**known)
+        with checks.within("latency"):
+            return cls(costs=costs, chunk_tokens=values.get("chunk_tokens", 2048))
 
     def of(self, mode: str) -> StepCosts:
         """The corrected costs of ``mode``; a mode without costs counts as 16 bits, the slower."""

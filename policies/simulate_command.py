@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nestedfp.policies import checks
+from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import CONTROLLERS, PolicyConfig
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.simulation.state import EngineSettings, Workload
@@ -48,15 +50,19 @@ def run(arguments: argparse.Namespace, read_trace: ReadTrace) -> int:
     from nestedfp.policies.simulation.summary import summarize
 
     try:
-        given = json.loads(arguments.settings.read_text()) if arguments.settings else {}
-        config = PolicyConfig.from_dict({**given, "controller": arguments.policy})
+        checks.integer("--seed", arguments.seed)
+        given = _json_object("--settings", arguments.settings) if arguments.settings else {}
+        with checks.within("--settings"):
+            config = PolicyConfig.from_dict({**given, "controller": arguments.policy})
         workload = read_trace(arguments.trace)
         if arguments.rate is not None:
             workload = rescaled(workload, arguments.rate)
         settings = EngineSettings()
         if arguments.engine:
+            benchmark = _json_object("--engine", arguments.engine)
             try:
-                settings = measured_engine(json.loads(arguments.engine.read_text()), say=_say)
+                with checks.within("--engine"):
+                    settings = measured_engine(benchmark, say=_say)
             finally:
                 _say("")
         started = time.perf_counter()
@@ -75,6 +81,17 @@ def run(arguments: argparse.Namespace, read_trace: ReadTrace) -> int:
     else:
         print(_table(summary, time.perf_counter() - started))
     return 0
+
+
+def _json_object(option: str, path: Path) -> dict[str, Any]:
+    """The content of the file that an option names."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InvalidField(option, str(path), f"give a file of JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InvalidField(option, str(path), "give a file that holds one JSON object")
+    return content
 
 
 def _say(text: str) -> None:

@@ -10,6 +10,23 @@ from nestedfp.vllm.plan import AUTO, Plan, configured_plans
 
 METHOD = "nestedfp"
 
+LORA = "LoRA"
+SPECULATION = "speculative decoding"
+PIPELINE = "pipeline parallelism"
+DATA = "data parallelism"
+
+_REMEDIES = {
+    LORA: "merge the adapter into the checkpoint",
+    SPECULATION: "drop speculative_config",
+    PIPELINE: "use tensor_parallel_size instead",
+    DATA: "start one engine per rank",
+}
+
+
+def refusal(feature: str) -> str:
+    """What to say to whoever wants one of the features above, which this plugin does not have."""
+    return f"quantization {METHOD} does not support {feature} yet; {_REMEDIES[feature]}"
+
 
 class Inexact(StrEnum):
     """What becomes of a layer with rows that would not rebuild bit for bit.

@@ -12,6 +12,7 @@ from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import Plan
+from nestedfp.vllm.settings import DATA, LORA, PIPELINE, SPECULATION, refusal
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 
 # Under vLLM's own logger, which is the only one that its processes configure.
@@ -133,12 +134,12 @@ def attach(output: Any, report: StepReport) -> Any:
 def refuse_unsupported(vllm_config: Any) -> None:
     """Raises ValueError for what this plugin does not do, saying what to do instead."""
     parallel = vllm_config.parallel_config
-    refusals = {
-        "LoRA": (vllm_config.lora_config is not None, "merge the adapter into the checkpoint"),
-        "speculative decoding": (vllm_config.speculative_config is not None, "drop speculative_config"),
-        "pipeline parallelism": (parallel.pipeline_parallel_size > 1, "use tensor_parallel_size instead"),
-        "data parallelism": (parallel.data_parallel_size > 1, "start one engine per rank"),
+    wanted = {
+        LORA: vllm_config.lora_config is not None,
+        SPECULATION: vllm_config.speculative_config is not None,
+        PIPELINE: parallel.pipeline_parallel_size > 1,
+        DATA: parallel.data_parallel_size > 1,
     }
-    for feature, (wanted, remedy) in refusals.items():
-        if wanted:
-            raise ValueError(f"quantization nestedfp does not support {feature} yet; {remedy}")
+    for feature, given in wanted.items():
+        if given:
+            raise ValueError(refusal(feature))

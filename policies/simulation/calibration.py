@@ -81,9 +81,10 @@ class Fit:
 
 
 def limits_of(benchmark: Mapping[str, Any]) -> Limits:
-    """The limits in a file of ``nestedfp bench engine``."""
-    settings = benchmark["settings"]
-    return Limits(chunk_tokens=settings["max_num_batched_tokens"], max_sequences=settings["max_num_seqs"])
+    """The limits in a file of ``nestedfp bench engine``; raises :class:`InvalidField` where it is none."""
+    settings = _entry(benchmark, "", "settings", Mapping)
+    chunk_tokens = _entry(settings, "settings.", "max_num_batched_tokens", int)
+    return Limits(chunk_tokens=chunk_tokens, max_sequences=_entry(settings, "settings.", "max_num_seqs", int))
 
 
 def cells_of(benchmark: Mapping[str, Any], contender: str, dtype: str) -> list[Cell]:
@@ -98,8 +99,8 @@ def cells_of(benchmark: Mapping[str, Any], contender: str, dtype: str) -> list[C
             ttft_s=1e-3 * row["ttft_ms"],
             tpot_s=1e-3 * row["tpot_ms"],
         )
-        for row in benchmark["rows"]
-        if (row["contender"], row["dtype"]) == (contender, dtype)
+        for row in _entry(benchmark, "", "rows", list)
+        if (row.get("contender"), row.get("dtype")) == (contender, dtype)
         and row.get("ttft_ms")
         and row.get("tpot_ms")
         and row["output_len"] > 1
@@ -161,9 +162,18 @@ def measured_engine(
 
         costs[mode] = calibrate(latency_model().of(mode), cells, limits, heard).costs
     names = sorted({row["model"] for row in benchmark["rows"]})
-    source = f"{', '.join(names)} on {benchmark['device']}, {benchmark['date'][:10]}"
+    device, date = (_entry(benchmark, "", name, str) for name in ("device", "date"))
+    source = f"{', '.join(names)} on {device}, {date[:10]}"
     label = f"simulated: step times fitted to {source}"
     return EngineSettings(model=LatencyModel(costs=costs), label=label)
+
+
+def _entry(block: Mapping[str, Any], place: str, name: str, kind: type) -> Any:
+    """What a file of ``nestedfp bench engine`` has under this name; InvalidField in any other file."""
+    value = block.get(name)
+    if not isinstance(value, kind):
+        raise InvalidField(f"{place}{name}", value, "give a file that `nestedfp bench engine` has written")
+    return value
 
 
 def _loss(fit: Fit) -> float:

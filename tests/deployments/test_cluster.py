@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,14 @@ def test_a_proxy_that_does_not_start_is_named_with_its_address(
     )
     with pytest.raises(StartFailed, match=f"proxy on 127.0.0.1:{file.port} did not come up in 30 s"):
         cluster._start_ray(file, None)
+
+
+def test_proxies_run_where_the_file_says(file: ServeFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: None)
+    monkeypatch.setattr(cluster.serve, "start", lambda **given: told.update(given))
+    cluster._start_ray(dataclasses.replace(file, proxy_location="EveryNode"), None)
+    assert told["proxy_location"] == "EveryNode"
 
 
 def test_a_mistake_in_the_call_is_not_called_a_timeout(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from nestedfp.deployments.config import CPU_ENVIRONMENT, DeploymentSettings, SimulatedArguments
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.roofline import latency_model
+from nestedfp.vllm.worker import refuse_unsupported
 
 MINIMAL: dict[str, Any] = {"engine": {"model": "org/name"}}
+COSTS = {"overhead_s": 0.001, "weights_s": 0.005, "token_s": 1e-5}
 
 
 def test_settings_survive_the_way_to_the_replica() -> None:
@@ -46,6 +49,7 @@ def test_defaults() -> None:
     settings = DeploymentSettings.from_dict(MINIMAL)
     assert settings.engine.served_model_name == "name"
     assert settings.autoscaling is None
+    assert settings.replicas_at_start == 1
     assert settings.environment == {}
 
 
@@ -75,6 +79,22 @@ def test_cpu_replicas_get_their_environment_and_the_file_wins() -> None:
             {"engine": {"model": "m", "arguments": {"hf_overrides": {"quantization_config": {}}}}},
             "engine.arguments.hf_overrides",
         ),
+        (
+            {
+                "engine": {"model": "m", "arguments": {"max_num_batched_tokens": 0}},
+                "policy": {"controller": "predictive"},
+            },
+            "engine.arguments.max_num_batched_tokens",
+        ),
+        (
+            {"policy": {"latency": {"chunk_tokens": 0, "costs": {"fp16": COSTS, "fp8": COSTS}}}},
+            "policy.latency.chunk_tokens",
+        ),
+        (
+            {"policy": {"latency": {"costs": {"fp16": {**COSTS, "overhead_s": -1}, "fp8": COSTS}}}},
+            "policy.latency.costs.fp16.overhead_s",
+        ),
+        ({"policy": {"latency": {"costs": {"fp8": COSTS}}}}, "policy.latency.costs.fp16"),
         ({"engine": {"model": "m", "plugin": {"inexcat": "plain"}}}, "engine.plugin"),
         ({"engine": {"model": "m", "nested": False, "plugin": {"inexact": "plain"}}}, "engine.plugin"),
         ({"engine": {"model": "m", "device": "simulated", "plugin": {"inexact": "plain"}}}, "engine.plugin"),
@@ -87,6 +107,10 @@ def test_cpu_replicas_get_their_environment_and_the_file_wins() -> None:
         ({"policy": {"controller": "magic"}}, "policy.controller"),
         ({"policy": []}, "policy"),
         ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "autoscaling.max_replicas"),
+        (
+            {"replicas": {"count": 64}, "autoscaling": {"min_replicas": 1, "max_replicas": 2}},
+            "replicas.count",
+        ),
         ({"replica": {}}, "replica"),
     ],
 )
@@ -125,6 +149,46 @@ def test_a_replica_gets_the_gpus_that_its_engine_takes(
 ) -> None:
     settings = {"engine": {"model": "m", **engine}, "replicas": {"num_gpus": given}}
     assert DeploymentSettings.from_dict(settings).num_gpus == gpus
+
+
+@pytest.mark.parametrize("size", ["2", True, 0, -2, 1.5, None])
+def test_a_size_that_decides_over_gpus_is_a_whole_number(size: Any) -> None:
+    engine = {"model": "m", "arguments": {"tensor_parallel_size": size}}
+    with pytest.raises(InvalidField) as caught:
+        DeploymentSettings.from_dict({"engine": engine})
+    assert (caught.value.field, caught.value.value) == ("engine.arguments.tensor_parallel_size", size)
+
+
+def test_a_size_written_as_a_float_is_the_same_for_ray_and_for_vllm() -> None:
+    engine = {"model": "m", "arguments": {"tensor_parallel_size": 2.0}}
+    settings = DeploymentSettings.from_dict({"engine": engine})
+    assert settings.num_gpus == 2
+    assert repr(settings.engine.arguments["tensor_parallel_size"]) == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "at_start"),
+    [
+        ("enable_lora", True, {"lora_config": object()}),
+        ("speculative_config", {"method": "ngram"}, {"speculative_config": object()}),
+        ("pipeline_parallel_size", 2, {"pipeline_parallel_size": 2}),
+        ("data_parallel_size", 2, {"data_parallel_size": 2}),
+    ],
+)
+def test_what_the_plugin_refuses_at_start_is_refused_before_it(
+    name: str, value: Any, at_start: dict[str, Any]
+) -> None:
+    parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **at_start}
+    engine = {"lora_config": None, "speculative_config": None, **at_start}
+    with pytest.raises(ValueError) as started:
+        refuse_unsupported(SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **engine))
+    arguments = {"model": "m", "arguments": {name: value}}
+    with pytest.raises(InvalidField) as caught:
+        DeploymentSettings.from_dict({"engine": arguments})
+    assert caught.value.field == f"engine.arguments.{name}"
+    assert caught.value.remedy == str(started.value)
+    # Plain vLLM has them all.
+    assert DeploymentSettings.from_dict({"engine": {**arguments, "nested": False}})
 
 
 @pytest.mark.parametrize(("ranks", "given"), [(1, 0), (2, 1), (2, 0.5)])

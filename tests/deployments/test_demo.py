@@ -1,5 +1,6 @@
 """The demonstration as its user runs it, on one replica and with a short trace."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,8 +10,11 @@ import psutil
 import pytest
 import yaml
 
-from nestedfp.deployments.demo import _trace
+from nestedfp.cli import main
+from nestedfp.deployments import demo as demo_command
+from nestedfp.deployments.demo import _trace, add_arguments
 from nestedfp.deployments.serve import DEFAULT_CONFIG
+from nestedfp.policies.checks import InvalidField
 
 DEMO_S = 400.0
 
@@ -32,11 +36,40 @@ def test_a_bad_setting_is_named_before_anything_starts(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--burst-rps", "-1"),
+        ("--calm-rps", "nan"),
+        ("--calm-s", "0"),
+        ("--burst-s", "-2"),
+        ("--prompt-tokens", "0"),
+        ("--output-tokens", "0"),
+        ("--seed", "-1"),
+    ],
+)
+def test_a_bad_option_is_named_before_anything_starts(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+) -> None:
+    # The command's handlers would stay with the process that runs the tests.
+    monkeypatch.setattr(demo_command, "raise_on_signals", lambda: None)
+    assert main(["demo", option, value, "--out", str(tmp_path / "out")]) == 1
+    assert f"error: {option}: got {value}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_load_without_a_request_is_refused() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(InvalidField, match=r"--calm-rps: got 0\.0; .*no requests"):
+        _trace(parser.parse_args(["--calm-rps", "0", "--calm"]))
+
+
 def test_the_calm_trace_is_as_long_and_has_no_burst() -> None:
-    import argparse
-
-    from nestedfp.deployments.demo import add_arguments
-
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     burst, calm = _trace(parser.parse_args([])), _trace(parser.parse_args(["--calm"]))

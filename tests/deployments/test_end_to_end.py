@@ -42,7 +42,7 @@ def settings(model: str) -> dict[str, Any]:
             "num_cpus": 0.5,
             "max_ongoing_requests": 6,
             "max_queued_requests": 4,
-            "graceful_shutdown_timeout_s": 5.0,
+            "graceful_shutdown_timeout_s": ANSWER_S,
         },
         "http": {"max_body_bytes": 16384, "max_strict_requests": 1},
         # Nothing that these tests do reaches the thresholds: every flip is one that a test asked for.

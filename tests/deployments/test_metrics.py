@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.telemetry.open_telemetry_metric_recorder import NAMESPACE
 
 from nestedfp.deployments import metrics
 from nestedfp.deployments.metrics import ReplicaMetrics, served_by
 from nestedfp.policies.config import Slo
 from nestedfp.policies.replica import Order
 
+README = Path(__file__).parents[2] / "deployments" / "README.md"
 Values = dict[tuple[str, str], float]
 
 
@@ -38,6 +41,25 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Values:
     for kind in ("Counter", "Gauge", "Histogram"):
         monkeypatch.setattr(metrics, kind, Series)
     return values
+
+
+def test_the_readme_lists_every_metric_with_its_kind_and_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: set[tuple[str, str, str]] = set()
+
+    def series(kind: str) -> Any:
+        def make(name: str, tag_keys: tuple[str, ...], **_: Any) -> None:
+            assert tag_keys[0] == "replica"
+            made.add((f"`{NAMESPACE}_{name}`", kind, ", ".join(tag_keys[1:])))
+
+        return make
+
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(metrics, kind, series(kind.lower()))
+    ReplicaMetrics("r1")
+    lines = README.read_text().splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| `ray_nestedfp_")]
+    assert {tuple(cell.strip() for cell in row[1:4]) for row in rows} == made
+    assert len(rows) == len(made)
 
 
 def test_headroom_recovers_when_nobody_calls(exported: Values) -> None:

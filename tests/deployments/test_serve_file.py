@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.serve import with_overrides
-from nestedfp.deployments.serve_file import IMPORT_PATH, ServeFile
+from nestedfp.deployments.serve_file import IMPORT_PATH, PROXY_LOCATIONS, ServeFile
 from nestedfp.policies.checks import InvalidField
 
 CONFIGS = sorted((Path(str(files("nestedfp.deployments"))) / "configs").glob("*.yaml"))
@@ -43,6 +44,8 @@ def serve_file(**changes: Any) -> dict[str, Any]:
         (serve_file(http_options={"root_path": "/a"}), "http_options.root_path"),
         (serve_file(http_options=7), "http_options"),
         (serve_file(logging_config={}), "logging_config"),
+        (serve_file(proxy_location="Nowhere"), "proxy_location"),
+        (serve_file(proxy_location="Disabled"), "proxy_location"),
         (serve_file(applications=["nestedfp"]), "applications[0]"),
         (serve_file(applications=[{**APPLICATION, "deployments": []}]), "applications[0].deployments"),
         (serve_file(applications=[{**APPLICATION, "route_prefix": "llm"}]), "applications[0].route_prefix"),
@@ -52,6 +55,22 @@ def test_a_bad_file_is_explained(content: Any, field: str) -> None:
     with pytest.raises(InvalidField) as caught:
         ServeFile.from_dict(content)
     assert caught.value.field == field
+
+
+def test_the_places_of_proxies_are_rays() -> None:
+    assert {*PROXY_LOCATIONS, "Disabled"} == {place.value for place in ProxyLocation}
+
+
+def test_a_replica_that_must_go_has_time_for_every_answer() -> None:
+    assert ServeFile.from_dict(serve_file()).settings.replicas.graceful_shutdown_timeout_s == 600.0
+    args = {**MINIMAL, "replicas": {"graceful_shutdown_timeout_s": 120}}
+    application = {**APPLICATION, "args": args}
+    with pytest.raises(
+        InvalidField, match=r"replicas\.graceful_shutdown_timeout_s: got 120; .*request_timeout_s, 600:"
+    ):
+        ServeFile.from_dict(serve_file(applications=[application]))
+    shorter = serve_file(applications=[application], http_options={"request_timeout_s": 120})
+    assert ServeFile.from_dict(shorter).request_timeout_s == 120
 
 
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "replicas": {
         "num_cpus": 0.1,
         "max_ongoing_requests": 64,
-        "graceful_shutdown_timeout_s": 5.0,
+        "graceful_shutdown_timeout_s": ANSWER_S,
         "signal_window_s": 3.0,
     },
     "http": {"max_strict_requests": 2, "strict_wait_s": 10.0},

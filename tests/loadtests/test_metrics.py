@@ -148,6 +148,17 @@ def test_an_answer_of_one_token_has_no_tpot_but_can_be_good() -> None:
     assert summary["attainment"] == {"any": 1.0}
 
 
+@pytest.mark.parametrize(("gap_s", "attainment"), [(0.6, 0.0), (0.02, 1.0)])
+def test_an_answer_without_usage_is_judged_by_the_gaps_between_its_chunks(
+    gap_s: float, attainment: float
+) -> None:
+    uncounted = record(0, output_tokens=None, tpot_s=None, itl_s=[gap_s] * 99, e2el_s=0.5 + 99 * gap_s)
+    summary = summarize_records([uncounted], Slo(tpot_s=0.033))
+    assert summary["requests"]["without_usage"] == 1
+    assert summary["tpot_ms"]["n"] == 0
+    assert summary["attainment"] == {"any": attainment}
+
+
 def test_a_limit_that_was_not_measured_is_not_met() -> None:
     assert not Slo(ttft_s=1.0).met_by(record(0, ttft_s=None))
 

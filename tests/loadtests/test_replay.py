@@ -191,6 +191,7 @@ def test_the_command_replays_a_file_and_records_what_it_did_to_it(
         ("--model m --straggler-s 0", "straggler_s is 0.0"),
         ("--model m --time-scale -1", "time scale is -1.0"),
         ("--model m --requests 0", "requests is 0"),
+        ("--model m --seed -1", "seed is -1"),
         ("--model m --synthetic mmpp --duration-s inf", "the trace lasts inf s"),
     ],
 )

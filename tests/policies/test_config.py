@@ -48,6 +48,17 @@ def test_every_batch_may_be_heavy_whatever_is_light() -> None:
     assert PolicyConfig.from_dict({"prediction": {"heavy_batch": 0}}).prediction.light_batch > 0.0
 
 
+@pytest.mark.parametrize("controller", ["static-fp16", "static-fp8"])
+def test_a_baseline_may_keep_the_settings_of_what_it_is_compared_with(controller: str) -> None:
+    kept = {"thresholds": {"waiting": {"high": 8, "low": 1}}, "prediction": {"shed": True}}
+    assert PolicyConfig.from_dict({"controller": controller, **kept}).prediction.shed
+
+
+def test_signals_may_wait_longer_where_older_ones_decide() -> None:
+    waits = {"sync_wait_s": 10.0, "lease_s": 30.0, "max_signal_age_s": 20.0}
+    assert PolicyConfig.from_dict(waits).sync_wait_s == 10.0
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
@@ -65,6 +76,9 @@ def test_every_batch_may_be_heavy_whatever_is_light() -> None:
         ({"calm_s": "3"}, "calm_s"),
         ({"lease_s": math.inf}, "lease_s"),
         ({"sync_wait_s": 3.0, "lease_s": 5.0}, "sync_wait_s"),
+        ({"sync_wait_s": 10.0, "lease_s": 30.0}, "sync_wait_s"),
+        ({"controller": "threshold", "prediction": {"shed": True}}, "prediction.shed"),
+        ({"controller": "predictive", "thresholds": {"waiting": {"high": 8, "low": 1}}}, "thresholds"),
         ({"max_flips_per_minute": 1}, "max_flips_per_minute"),
         ({"max_flips_per_minute": 2.5}, "max_flips_per_minute"),
         ({"panic_factor": 0.5}, "panic_factor"),

@@ -117,6 +117,9 @@ def test_step_times_of_a_measured_engine(
     path = measured(tmp_path, 2.0, ("nestedfp-fp8",))
     assert call(*words, "--engine", path) == 2
     assert "nestedfp-16bit in float16" in capsys.readouterr().err
+    Path(path).write_text(Path(path).read_text().replace("contender", "kernel"))
+    assert call(*words, "--engine", path) == 2
+    assert "rows of nestedfp-16bit in float16: got 0" in capsys.readouterr().err
     path = measured(tmp_path, 2.0, ("nestedfp-16bit", "nestedfp-fp8"))
     Path(path).write_text(Path(path).read_text().replace("kv_blocks", "blocks"))
     assert call(*words, "--engine", path) == 2
@@ -143,6 +146,7 @@ def test_the_fit_shows_its_progress_on_a_terminal_and_clears_it(
         (("--trace", "missing.csv"), "no such trace"),
         (("--replicas", "0"), "replicas: got 0"),
         (("--rate", "-1"), "rate: got -1.0"),
+        (("--seed", "-1"), "--seed: got -1"),
     ],
 )
 def test_bad_input_is_explained(
@@ -156,4 +160,37 @@ def test_bad_settings_are_explained(trace: str, tmp_path: Path, capsys: pytest.C
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"lease_s": -1}))
     assert call("--trace", trace, "--settings", str(settings)) == 2
-    assert "lease_s: got -1" in capsys.readouterr().err
+    assert "--settings.lease_s: got -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--settings", "--engine"])
+@pytest.mark.parametrize(
+    ("content", "remedy"), [("no JSON", "give a file of JSON"), ("[1]", "that holds one JSON object")]
+)
+def test_a_file_that_holds_something_else_is_named_with_its_option(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, content: str, remedy: str
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(content)
+    assert call("--trace", trace, option, str(path)) == 2
+    said = capsys.readouterr().err
+    assert f"{option}: got '{path}'; " in said
+    assert remedy in said
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"settings": {"replicas": 4}}, "settings.max_num_batched_tokens"),
+        ({"settings": None}, "settings"),
+        ({"rows": None}, "rows"),
+        ({"device": None}, "device"),
+    ],
+)
+def test_a_file_of_another_benchmark_is_no_engine(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], field: str
+) -> None:
+    path = Path(measured(tmp_path, 1.0, ("nestedfp-16bit", "nestedfp-fp8")))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert call("--trace", trace, "--engine", str(path)) == 2
+    assert f"--engine.{field}: got None; give a file that `nestedfp bench engine`" in capsys.readouterr().err
