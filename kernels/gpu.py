@@ -58,7 +58,7 @@ def _version(package: str) -> str | None:
 
 
 def _nvidia_smi(fields: Sequence[str]) -> list[str]:
-    """The command that prints them of torch's first device; CUDA_VISIBLE_DEVICES alone is nothing to it."""
+    """The command that prints them of torch's first device; nvidia-smi ignores CUDA_VISIBLE_DEVICES."""
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     return ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", card]
 

@@ -44,11 +44,11 @@ ROW_EXPONENT_RANGE = (-64, 127)
 FP8_EXPONENT_OFFSET = 8
 """`upper` read as E4M3 is w * 2^8."""
 
-ZERO = 0, 191
-"""The two bytes of a weight of zero."""
-
 _LARGEST_BITS = 0x3F40
 _OFFSET = 191
+
+ZERO = 0, _OFFSET
+"""The two bytes of a weight of zero."""
 
 
 def split(w: Tensor) -> tuple[Tensor, Tensor]:

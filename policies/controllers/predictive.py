@@ -161,11 +161,11 @@ class PredictiveController(Controller):
         calm_since: dict[str, tuple[str, float]] = {}
         shedding: set[str] = set()
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
-            place = places.get(mode, 0)
-            goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
             if mode == FP16 and replica_id in kept:
                 wishes[replica_id] = KEPT
                 continue
+            place = places.get(mode, 0)
+            goal, best = (0, 0) if replica_id in kept else (needed[row], able[row])
             if mode != FP8 and goal <= place <= best:
                 continue
             wish: Wish | None = None
