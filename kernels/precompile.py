@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_near
-from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
+from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_16bit_once, gemm_fp8
 from nestedfp.kernels.hopper.cuda.compile import cache_folder
+from nestedfp.kernels.hopper.linear_16bit import config_of
 from nestedfp.kernels.shapes import SHAPES, parse_shapes
 
 log = logging.getLogger("vllm.nestedfp")
@@ -32,7 +33,7 @@ class Recipe(NamedTuple):
 
     mode: Mode
     dtype: torch.dtype
-    config: gemm_16bit.Config | gemm_fp8.Config
+    config: gemm_16bit.Config | gemm_16bit_once.Config | gemm_fp8.Config
 
     @property
     def macros(self) -> tuple[object, ...]:
@@ -42,6 +43,8 @@ class Recipe(NamedTuple):
         """Leaves the machine code in the cache."""
         if isinstance(self.config, gemm_fp8.Config):
             gemm_fp8.code(self.config, self.dtype)
+        elif isinstance(self.config, gemm_16bit_once.Config):
+            gemm_16bit_once.code(self.config, self.dtype)
         else:
             gemm_16bit.code(self.config, self.dtype)
 
@@ -50,7 +53,7 @@ def recipes(N: int, K: int, dtype: torch.dtype) -> list[Recipe]:
     """What products of a weight [N, K] can need on Hopper, each once."""
     found: dict[tuple[object, ...], Recipe] = {}
     name = str(dtype).removeprefix("torch.")
-    for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
+    for mode, kind in ((Mode.BITS16, config_of), (Mode.FP8, gemm_fp8.Config)):
         for row in rows_near(Backend.HOPPER, HOPPER, mode, name, N, K):
             recipe = Recipe(mode, dtype, kind(**row.config))
             found.setdefault(recipe.macros, recipe)

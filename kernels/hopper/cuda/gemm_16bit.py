@@ -241,7 +241,7 @@ def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
     )
 
 
-class _Stores(IntEnum):
+class Stores(IntEnum):
     """Who stores y, as in output_16bit.cuh: threads, one element at a time or eight, or the copy engine."""
 
     NARROW = 0
@@ -249,11 +249,11 @@ class _Stores(IntEnum):
     SENT = 2
 
 
-def _stores(config: Config, M: int, N: int) -> _Stores:
+def stores(config: Config, M: int, N: int) -> Stores:
     """The copy engine pays where there is much to store; of few tokens it would delay the end."""
     if N % 8:
-        return _Stores.NARROW
-    return _Stores.SENT if M >= _LEAST_TOKENS_SENT and config.slices > 2 else _Stores.WIDE
+        return Stores.NARROW
+    return Stores.SENT if M >= _LEAST_TOKENS_SENT and config.slices > 2 else Stores.WIDE
 
 
 class _Shape(NamedTuple):
@@ -276,10 +276,10 @@ def _shape(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: t
     boxes = config.cluster_rows * config.x_boxes
     box = config.tokens // boxes if boxes > 1 else min(config.tokens, M)
     x_bytes = 2 * _STEP * box * boxes
-    stores = _stores(config, M, N)
-    numbers = (M, N, K, config.group, cut.cut, cut.parts, x_bytes, stores)
+    who = stores(config, M, N)
+    numbers = (M, N, K, config.group, cut.cut, cut.parts, x_bytes, who)
     weight_box = config.rows // config.cluster_tokens
-    y_box = config.slice if stores is _Stores.SENT else 0
+    y_box = config.slice if who is Stores.SENT else 0
     return _Shape(kernel, cut.clusters, box, weight_box, y_box, tuple(map(ctypes.c_int, numbers)))
 
 

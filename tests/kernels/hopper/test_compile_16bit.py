@@ -18,7 +18,7 @@ from nestedfp.kernels.hopper.cuda.gemm_16bit import (
     code,
     plan,
 )
-from nestedfp.kernels.hopper.linear_16bit import candidates
+from nestedfp.kernels.hopper.linear_16bit import candidates, config_of
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS
 
 from .machine_code import assert_registers_suffice, disassemble
@@ -50,8 +50,9 @@ TOKENS = [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384]
 
 
 def tabled() -> list[Config]:
-    rows = (row.config for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.BITS16)
-    return sorted({Config(**{**row, "split": 1, "waves": 0, "group": 8}) for row in rows}, key=repr)
+    rows = (config_of(**row.config) for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.BITS16)
+    configs = (config for config in rows if isinstance(config, Config))
+    return sorted({replace(config, split=1, waves=0, group=8) for config in configs}, key=repr)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -90,7 +91,8 @@ def test_what_the_producer_gives_up_is_what_consumers_take(config: Config) -> No
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
-    configs = [Config(**settings) for settings in candidates(M, N, K)]
+    found = [config_of(**settings) for settings in candidates(M, N, K)]
+    configs = [config for config in found if isinstance(config, Config)]
     assert configs
     for config in configs:
         resident = 132 * config.ctas // config.cluster
