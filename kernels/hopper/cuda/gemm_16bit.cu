@@ -33,6 +33,7 @@
 #include "exchange_16bit.cuh"
 #include "layout_16bit.cuh"
 #include "output_16bit.cuh"
+#include "panels_16bit.cuh"
 #include "ptx.cuh"
 #include "rebuild.cuh"
 #include "ring.cuh"
@@ -55,12 +56,8 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
                int group, int cut, int parts, int x_bytes, int stores, const Ahead ahead) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
-  const u32 x_full = base + X_FULL, x_empty = base + X_EMPTY;
-  const u32 weight_full = base + WEIGHT_FULL, weight_empty = base + WEIGHT_EMPTY;
   const u32 rank = CLUSTER == 1 ? 0 : ptx::cluster_rank();
-  // Of the CTAs that share panels with this one: the first, and where this one stands among them.
-  const u32 worker = CLUSTER_K == 1 ? 0 : rank - rank % WORKER;
-  const u32 rank_token = (rank - worker) % CLUSTER_TOKENS, rank_row = (rank - worker) / CLUSTER_TOKENS;
+  const Panels panels(base, rank);
   const int row_tiles = (N + ROWS * CLUSTER_ROWS - 1) / (ROWS * CLUSTER_ROWS);
   const int token_tiles = (M + TOKENS * CLUSTER_TOKENS - 1) / (TOKENS * CLUSTER_TOKENS);
   const int last_token = max((M + SLICE - 1) / SLICE * SLICE - TOKENS, 0);
@@ -69,14 +66,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
   const u32 thread = threadIdx.x % 128;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < X_STAGES; ++i) {
-      ptx::barrier_init(x_full + i * 8, 1);
-      ptx::barrier_init(x_empty + i * 8, CONSUMERS / SLICED_K * 4 * CLUSTER_ROWS);
-    }
-    for (int i = 0; i < WEIGHT_STAGES; ++i) {
-      ptx::barrier_init(weight_full + i * 8, 1);
-      ptx::barrier_init(weight_empty + i * 8, CONSUMERS * 4 * CLUSTER_TOKENS);
-    }
+    panels.init_barriers();
     if constexpr (CLUSTER_K > 1) Pair::init(base);
     ptx::barrier_init_fence();
   }
@@ -85,40 +75,29 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
   // The copy engine is slow where a box reaches past the last token, so the last tile begins where it ends there.
   auto corner = [&](int tile) -> Corner {
     const Position at = position(tile, row_tiles, token_tiles, group);
-    const int token = (at.token * CLUSTER_TOKENS + rank_token) * TOKENS;
+    const int token = (at.token * CLUSTER_TOKENS + panels.rank_token) * TOKENS;
     const int from = min(token, last_token);
-    return {(at.row * CLUSTER_ROWS + int(rank_row)) * ROWS, from, (token - from) / SLICE};
+    return {(at.row * CLUSTER_ROWS + int(panels.rank_row)) * ROWS, from, (token - from) / SLICE};
   };
 
   if (warpgroup == CONSUMERS) {
 #if PRODUCER_REGISTERS
     ptx::registers_less<PRODUCER_REGISTERS>();
 #endif
-    // Of a panel that several CTAs of the cluster share, each fetches its part for all of them.
     if (thread == 0) {
       // Weights depend on nothing: they are asked for before the kernel before this one has ended.
-      constexpr int PART = ROWS / CLUSTER_TOKENS;
-      u16 ctas = 0;
-      for (int i = 0; i < CLUSTER_TOKENS; ++i) ctas |= 1 << (worker + i + rank_row * CLUSTER_TOKENS);
       Ring<WEIGHT_STAGES> ring;
-      u32 last_full = weight_full, last_parity = 0;
+      u32 last_full = panels.weight_full(0), last_parity = 0;
       for (int index = 0; index < schedule.count; ++index) {
         if constexpr (CLUSTER_K > 1) Pair::await_taken(base, index - schedule.whole_count);
         const Segment segment = schedule.segment(index);
-        const int row = corner(segment.tile).row + rank_token * PART;
+        const int row = corner(segment.tile).row + panels.own_row();
         for (int unit = segment.first; unit < segment.last; ++unit) {
-          const u32 barrier = weight_full + ring.stage * 8;
-          const u32 to = base + WEIGHT_OFFSET + ring.stage * 2 * PLANE_BYTES + rank_token * PART * UNIT;
-          ptx::barrier_wait(weight_empty + ring.stage * 8, ring.parity ^ 1);
-          ptx::barrier_expect(barrier, 2 * PLANE_BYTES);
-          if constexpr (CLUSTER_TOKENS > 1) {
-            ptx::load_2d_multicast(to, &upper_map, 0, unit * N + row, barrier, ctas, ptx::EVICT_NORMAL);
-            ptx::load_2d_multicast(to + PLANE_BYTES, &lower_map, 0, unit * N + row, barrier, ctas, ptx::EVICT_NORMAL);
-          } else {
-            ptx::load_2d(to, &upper_map, 0, unit * N + row, barrier, ptx::EVICT_NORMAL);
-            ptx::load_2d(to + PLANE_BYTES, &lower_map, 0, unit * N + row, barrier, ptx::EVICT_NORMAL);
-          }
-          last_full = barrier, last_parity = ring.parity;
+          ptx::barrier_wait(panels.weight_empty(ring.stage), ring.parity ^ 1);
+          ptx::barrier_expect(panels.weight_full(ring.stage), 2 * PLANE_BYTES);
+          panels.load_weights(&upper_map, 0, unit * N + row, ring.stage);
+          panels.load_weights(&lower_map, 1, unit * N + row, ring.stage);
+          last_full = panels.weight_full(ring.stage), last_parity = ring.parity;
           ring.advance();
         }
       }
@@ -126,8 +105,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       if (schedule.count > 0) ptx::barrier_wait(last_full, last_parity);
       ask_ahead(ahead);
     } else if (thread == 32) {
-      u16 ctas = 0;
-      for (int i = 0; i < CLUSTER_ROWS; ++i) ctas |= 1 << (worker + rank_token + i * CLUSTER_TOKENS);
       ptx::wait_for_previous_kernel();
       ptx::let_next_kernel_start();
       Ring<X_STAGES> ring;
@@ -136,18 +113,9 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         const Segment segment = schedule.segment(index);
         const int first_token = corner(segment.tile).token;
         for (int step = segment.first * 2; step < segment.last * 2; ++step) {
-          const u32 barrier = x_full + ring.stage * 8;
-          ptx::barrier_wait(x_empty + ring.stage * 8, ring.parity ^ 1);
-          ptx::barrier_expect(barrier, x_bytes);
-#pragma unroll
-          for (int box = 0; box < X_BOXES; ++box) {
-            const int token = (rank_row * X_BOXES + box) * X_BOX;
-            const u32 to = base + ring.stage * X_BYTES + token * STEP * 2;
-            if constexpr (CLUSTER_ROWS > 1)
-              ptx::load_2d_multicast(to, &x_map, step * STEP, first_token + token, barrier, ctas, ptx::EVICT_NORMAL);
-            else
-              ptx::load_2d(to, &x_map, step * STEP, first_token + token, barrier, ptx::EVICT_NORMAL);
-          }
+          ptx::barrier_wait(panels.x_empty(ring.stage), ring.parity ^ 1);
+          ptx::barrier_expect(panels.x_full(ring.stage), x_bytes);
+          panels.load_x(&x_map, step, first_token, ring.stage);
           ring.advance();
         }
       }
@@ -161,21 +129,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
     // Of the first of two 64-wide steps; the second one's is 16 bytes on, which the swizzle makes ^ 16.
     const u32 share = base + WEIGHT_OFFSET + (row_offset + lane / 4) * UNIT +
                       ((lane % 4 * 2 ^ lane / 4 ^ k_slice) << 4);
-    // To every CTA whose producer writes to this one's buffer.
-    auto release_x = [&](int stage) {
-      if (lane >= CLUSTER_ROWS) return;
-      if constexpr (CLUSTER_ROWS == 1)
-        ptx::barrier_arrive(x_empty + stage * 8);
-      else
-        ptx::barrier_arrive_at(x_empty + stage * 8, worker + rank_token + lane * CLUSTER_TOKENS);
-    };
-    auto release_weights = [&](int stage) {
-      if (lane >= CLUSTER_TOKENS) return;
-      if constexpr (CLUSTER_TOKENS == 1)
-        ptx::barrier_arrive(weight_empty + stage * 8);
-      else
-        ptx::barrier_arrive_at(weight_empty + stage * 8, worker + lane + rank_row * CLUSTER_TOKENS);
-    };
     // Of this warpgroup: where its sums of part `part` of `tile` lie, one float4 a thread, and the tile's counter.
     auto scratch = [&](int part, int tile) {
       const size_t slot = (size_t(part * cut + tile) * CLUSTER + rank) * CONSUMERS + warpgroup;
@@ -209,7 +162,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       u32 weights[SETS][16];
       int previous = 0;
       auto multiply = [&](u32 (&operand)[16], bool first) {
-        ptx::barrier_wait(x_full + x_ring.stage * 8, x_ring.parity);
+        ptx::barrier_wait(panels.x_full(x_ring.stage), x_ring.parity);
         const u64 x_panel = ptx::panel_descriptor(base + x_ring.stage * X_BYTES);
         ptx::wgmma_fence();
 #pragma unroll
@@ -222,7 +175,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         if constexpr (SETS == 2) {
           // The step before is through: its registers may be written, and its x.
           ptx::wgmma_wait<1>();
-          if (!first) release_x(previous);
+          if (!first) panels.release_x(previous, lane);
         }
         previous = x_ring.stage;
 #pragma unroll
@@ -231,10 +184,10 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
       auto make_room = [&](bool first) {
         if constexpr (SETS == 2) return;
         ptx::wgmma_wait<0>();
-        if (!first) release_x(previous);
+        if (!first) panels.release_x(previous, lane);
       };
       auto await_weights = [&](int stage, u32 parity) -> u32 {
-        ptx::barrier_wait(weight_full + stage * 8, parity);
+        ptx::barrier_wait(panels.weight_full(stage), parity);
         return share + stage * 2 * PLANE_BYTES;
       };
       Bytes<UNIT, PLANE_BYTES> bytes[2];
@@ -250,7 +203,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
           make_room(first);
           bytes[0].rebuild(weights[0]);
           multiply(weights[0], first);
-          release_weights(weight_ring.stage);
+          panels.release_weights(weight_ring.stage, lane);
           weight_ring.advance();
           continue;
         }
@@ -274,11 +227,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
         }
         multiply(weights[SETS - 1], false);
         // wgmma has been issued on all of its weights, so the loads of its bytes have ended.
-        release_weights(stage);
+        panels.release_weights(stage, lane);
       }
       ptx::wgmma_wait<0>();
       ptx::hold(sums);
-      release_x(previous);
+      panels.release_x(previous, lane);
       if constexpr (SLICED_K == 2) {
         output.await_read();
         auto buffer = [&](u32 owner) { return base + OUTPUT_OFFSET + (owner * 4 + warp) * WARP_BYTES + lane * 16; };

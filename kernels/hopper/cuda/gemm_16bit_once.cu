@@ -15,6 +15,7 @@
 // the slot holds; waits end if all CTAs are resident.
 #include "layout_16bit.cuh"
 #include "output_16bit.cuh"
+#include "panels_16bit.cuh"
 #include "ptx.cuh"
 #include "rebuild.cuh"
 #include "ring.cuh"
@@ -61,10 +62,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
                     int ring_rows, int x_bytes, int stores) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = ptx::shared_address(shared);
-  const u32 x_full = base + X_FULL, x_empty = base + X_EMPTY;
-  const u32 weight_full = base + WEIGHT_FULL, weight_empty = base + WEIGHT_EMPTY;
-  const u32 rank = CLUSTER == 1 ? 0 : ptx::cluster_rank();
-  const u32 rank_token = rank % CLUSTER_TOKENS, rank_row = rank / CLUSTER_TOKENS;
+  const Panels panels(base, CLUSTER == 1 ? 0 : ptx::cluster_rank());
   const int row_tiles = (N + ROWS * CLUSTER_ROWS - 1) / (ROWS * CLUSTER_ROWS);
   const int token_tiles = (M + TOKENS * CLUSTER_TOKENS - 1) / (TOKENS * CLUSTER_TOKENS);
   const int last_token = max((M + SLICE - 1) / SLICE * SLICE - TOKENS, 0);
@@ -76,14 +74,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
   const u32 thread = threadIdx.x % 128;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < X_STAGES; ++i) {
-      ptx::barrier_init(x_full + i * 8, 1);
-      ptx::barrier_init(x_empty + i * 8, CONSUMERS * 4 * CLUSTER_ROWS);
-    }
-    for (int i = 0; i < WEIGHT_STAGES; ++i) {
-      ptx::barrier_init(weight_full + i * 8, 1);
-      ptx::barrier_init(weight_empty + i * 8, CONSUMERS * 4 * CLUSTER_TOKENS);
-    }
+    panels.init_barriers();
     ptx::barrier_init_fence();
   }
   ptx::meet<CLUSTER>();
@@ -159,13 +150,10 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
       if (!started) ptx::wait_for_previous_kernel();
       if (lane == 0) slots.leave();
     } else if (thread == 0) {
-      constexpr int PART = ROWS / CLUSTER_TOKENS;
-      u16 ctas = 0;
-      for (int i = 0; i < CLUSTER_TOKENS; ++i) ctas |= 1 << (i + rank_row * CLUSTER_TOKENS);
       ptx::wait_for_previous_kernel();
       Ring<WEIGHT_STAGES> stages;
       u32* read = nullptr;  // counter of the slot that this CTA has yet to hand back
-      u32 last_full = weight_full, last_parity = 0;
+      u32 last_full = panels.weight_full(0), last_parity = 0;
       bool ready = false;  // of the next chunk's slot
       auto hand_back = [&] {
         if (!read) return;
@@ -175,7 +163,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
       };
       for (; waves.more(); waves.advance()) {
         const bool holds = waves.holds(worker);
-        const int row = (waves.row_of(worker) - waves.row) * CLUSTER_ROWS * ROWS + int(rank_row * ROWS + rank_token * PART);
+        const int row = ((waves.row_of(worker) - waves.row) * CLUSTER_ROWS + int(panels.rank_row)) * ROWS + panels.own_row();
         for (int first = 0; first < units; first += CHUNK, slots.advance()) {
           if (!ready) {
             ptx::count_await(slots.counter(), slots.full());
@@ -190,25 +178,17 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
           Slots next = slots;
           next.advance();
           for (int i = 0; i < min(CHUNK, units - first); ++i) {
-            const u32 barrier = weight_full + stages.stage * 8;
-            const u32 to = base + WEIGHT_OFFSET + stages.stage * 2 * PLANE_BYTES + rank_token * PART * UNIT;
-            ptx::barrier_wait(weight_empty + stages.stage * 8, stages.parity ^ 1);
-            ptx::barrier_expect(barrier, 2 * PLANE_BYTES);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int line = ((slots.slot * CHUNK + i) * 2 + half) * ring_rows + row;
-              if constexpr (CLUSTER_TOKENS > 1)
-                ptx::load_2d_multicast(to + half * PLANE_BYTES, &ring_map, 0, line, barrier, ctas, ptx::EVICT_NORMAL);
-              else
-                ptx::load_2d(to + half * PLANE_BYTES, &ring_map, 0, line, barrier, ptx::EVICT_NORMAL);
-            }
+            ptx::barrier_wait(panels.weight_empty(stages.stage), stages.parity ^ 1);
+            ptx::barrier_expect(panels.weight_full(stages.stage), 2 * PLANE_BYTES);
+            for (int half = 0; half < 2; ++half)
+              panels.load_weights(&ring_map, half, ((slots.slot * CHUNK + i) * 2 + half) * ring_rows + row, stages.stage);
             // While the next stage is in use: what is on its way takes no time from the copies.
             if (i == 0) hand_back();
             if (i > 0 && !ready && ptx::count_read(next.counter()) >= next.full()) {
               ptx::global_copies_fence();
               ready = true;
             }
-            last_full = barrier, last_parity = stages.parity;
+            last_full = panels.weight_full(stages.stage), last_parity = stages.parity;
             stages.advance();
           }
           read = slots.counter();
@@ -216,27 +196,16 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
       }
       slots.leave();
     } else if (thread == 32) {
-      u16 ctas = 0;
-      for (int i = 0; i < CLUSTER_ROWS; ++i) ctas |= 1 << (rank_token + i * CLUSTER_TOKENS);
       ptx::wait_for_previous_kernel();
       ptx::let_next_kernel_start();
       Ring<X_STAGES> stages;
       for (; waves.more(); waves.advance()) {
         if (!waves.holds(worker)) continue;
-        const int token = min((waves.token_of(worker) * CLUSTER_TOKENS + int(rank_token)) * TOKENS, last_token);
+        const int token = min((waves.token_of(worker) * CLUSTER_TOKENS + int(panels.rank_token)) * TOKENS, last_token);
         for (int step = 0; step < units * 2; ++step) {
-          const u32 barrier = x_full + stages.stage * 8;
-          ptx::barrier_wait(x_empty + stages.stage * 8, stages.parity ^ 1);
-          ptx::barrier_expect(barrier, x_bytes);
-#pragma unroll
-          for (int box = 0; box < X_BOXES; ++box) {
-            const int line = (rank_row * X_BOXES + box) * X_BOX;
-            const u32 to = base + stages.stage * X_BYTES + line * STEP * 2;
-            if constexpr (CLUSTER_ROWS > 1)
-              ptx::load_2d_multicast(to, &x_map, step * STEP, token + line, barrier, ctas, ptx::EVICT_NORMAL);
-            else
-              ptx::load_2d(to, &x_map, step * STEP, token + line, barrier, ptx::EVICT_NORMAL);
-          }
+          ptx::barrier_wait(panels.x_empty(stages.stage), stages.parity ^ 1);
+          ptx::barrier_expect(panels.x_full(stages.stage), x_bytes);
+          panels.load_x(&x_map, step, token, stages.stage);
           stages.advance();
         }
       }
@@ -247,21 +216,6 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
     // Of the first half of a thread's 32 bytes; the second is 16 bytes on, which the swizzle makes ^ 16.
     const u32 share = base + WEIGHT_OFFSET + (warpgroup * 64 + warp * 16 + lane / 4) * UNIT +
                       ((lane % 4 * 2 ^ lane / 4) << 4);
-    // To every CTA whose producer writes to this one's buffer.
-    auto release_x = [&](int stage) {
-      if (lane >= CLUSTER_ROWS) return;
-      if constexpr (CLUSTER_ROWS == 1)
-        ptx::barrier_arrive(x_empty + stage * 8);
-      else
-        ptx::barrier_arrive_at(x_empty + stage * 8, rank_token + lane * CLUSTER_TOKENS);
-    };
-    auto release_weights = [&](int stage) {
-      if (lane >= CLUSTER_TOKENS) return;
-      if constexpr (CLUSTER_TOKENS == 1)
-        ptx::barrier_arrive(weight_empty + stage * 8);
-      else
-        ptx::barrier_arrive_at(weight_empty + stage * 8, lane + rank_row * CLUSTER_TOKENS);
-    };
     Output output(&y_map, y, row_exponent, bias, M, N, stores, base, warpgroup, thread);
     ptx::wait_for_previous_kernel();
     float sums[SUMS];
@@ -269,16 +223,16 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
     Ring<WEIGHT_STAGES> weight_ring;
     for (; waves.more(); waves.advance()) {
       if (!waves.holds(worker)) continue;
-      const int own_token = (waves.token_of(worker) * CLUSTER_TOKENS + int(rank_token)) * TOKENS;
+      const int own_token = (waves.token_of(worker) * CLUSTER_TOKENS + int(panels.rank_token)) * TOKENS;
       const int token = min(own_token, last_token), skip = (own_token - token) / SLICE;
-      output.begin((waves.row_of(worker) * CLUSTER_ROWS + int(rank_row)) * ROWS);
+      output.begin((waves.row_of(worker) * CLUSTER_ROWS + int(panels.rank_row)) * ROWS);
 
       u32 weights[SETS][16];
       int previous = 0;
       auto step = [&](u32 (&operand)[16], u32 from, bool first) {
         if constexpr (SETS == 1) {
           ptx::wgmma_wait<0>();
-          if (!first) release_x(previous);
+          if (!first) panels.release_x(previous, lane);
         }
 #pragma unroll
         for (int row = 0; row < 2; ++row)
@@ -289,7 +243,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
 #pragma unroll
             for (int i = 0; i < 4; ++i) operand[(half * 2 + i / 2) * 4 + i % 2 * 2 + row] = words[i];
           }
-        ptx::barrier_wait(x_full + x_ring.stage * 8, x_ring.parity);
+        ptx::barrier_wait(panels.x_full(x_ring.stage), x_ring.parity);
         const u64 x_panel = ptx::panel_descriptor(base + x_ring.stage * X_BYTES);
         ptx::wgmma_fence();
 #pragma unroll
@@ -301,22 +255,22 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
         ptx::wgmma_commit();
         if constexpr (SETS == 2) {
           ptx::wgmma_wait<1>();
-          if (!first) release_x(previous);
+          if (!first) panels.release_x(previous, lane);
         }
         previous = x_ring.stage;
         x_ring.advance();
       };
       for (int unit = 0; unit < units; ++unit) {
-        ptx::barrier_wait(weight_full + weight_ring.stage * 8, weight_ring.parity);
+        ptx::barrier_wait(panels.weight_full(weight_ring.stage), weight_ring.parity);
         const u32 from = share + weight_ring.stage * 2 * PLANE_BYTES;
         step(weights[0], from, unit == 0);
         step(weights[SETS - 1], from + PLANE_BYTES, false);
-        release_weights(weight_ring.stage);
+        panels.release_weights(weight_ring.stage, lane);
         weight_ring.advance();
       }
       ptx::wgmma_wait<0>();
       ptx::hold(sums);
-      release_x(previous);
+      panels.release_x(previous, lane);
 #pragma unroll
       for (int slice = 0; slice < SLICES; ++slice)
         if (slice >= skip && token + slice * SLICE < M) output.store(sums + slice * SLICE_SUMS, token + slice * SLICE);
