@@ -27,6 +27,10 @@ from nestedfp.policies.replica import ActorUnavailable
 NAMESPACE: Final = "nestedfp"
 _PREFIX: Final = "nestedfp-policy"
 _LONELY_S: Final = 60.0
+_ON_THE_HEAD: Final = {"node:__internal_head__": 0.001}
+"""A share of what Ray gives its head node alone: elsewhere the actor would keep a node that is drained, or
+that nothing else needs, from ending.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +85,7 @@ def find_or_create(app_name: str, config: PolicyConfig) -> Any:
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            resources=_ON_THE_HEAD,
             max_restarts=0,
         )
         .remote(config.to_dict())
