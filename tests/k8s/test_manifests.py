@@ -138,7 +138,15 @@ def test_each_replica_finds_a_place_and_no_place_is_idle(service: Service) -> No
 def test_the_head_takes_no_replica(service: Service) -> None:
     assert service.head.ray_start["num-cpus"] == service.head.ray_start["num-gpus"] == "0"
     assert "nvidia.com/gpu" not in {**service.head.limits, **service.head.requests}
-    assert service.spec["excludeHeadPodFromServeSvc"] is True
+
+
+def test_the_proxy_of_the_head_serves_where_there_may_be_no_other() -> None:
+    """Serve's proxy on a drained worker closes at once, though the replica serves on."""
+    through_the_head = {
+        folder: not Service(folder).spec.get("excludeHeadPodFromServeSvc", False) for folder in OVERLAYS
+    }
+    alone = {folder: Service(folder).fewest == 1 for folder in OVERLAYS}
+    assert through_the_head == alone
 
 
 def test_every_proxy_has_the_front_door(service: Service) -> None:
