@@ -1,6 +1,8 @@
-"""Scratch memory for products whose K is split: one per device, reused by every product of every kernel.
+"""Scratch memory for products whose CTAs wait for one another: one per device, for all products.
 
-Products of one device run one after another on a stream, and each leaves the counters at zero.
+Products of one device run one after another on a stream, and each leaves the counters at zero. Two at once,
+on two streams or of two processes that share a device without time slicing, would each hold a part of the
+multiprocessors and wait for the rest.
 """
 
 from functools import cache

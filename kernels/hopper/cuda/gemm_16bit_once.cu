@@ -49,6 +49,7 @@ struct Slots {
     __threadfence();
     u32* left = counters + RING * COUNTER_PITCH;
     if (atomicAdd(left, 1) + 1 != 3 * ctas) return;
+    __threadfence();
     for (int i = 0; i <= RING; ++i) counters[i * COUNTER_PITCH] = 0;
   }
 };
@@ -98,13 +99,13 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
           ptx::prefetch_l2(upper + from, (end - begin) * UNIT);
           ptx::prefetch_l2(lower + from, (end - begin) * UNIT);
         };
-        if (chunk < 2) ask(turn * CHUNK);
+        ask(chunk % 2 == turn ? 0 : CHUNK);
         for (int first = 0; first < units; first += CHUNK, slots.advance(), ++chunk) {
           if (chunk % 2 != turn) continue;
           ask(first + 2 * CHUNK);
           const int steps = (end - begin + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE * GROUPS;
           // Each step's bytes are asked for before the step before is written.
-          uint4 high[UNITS_AT_ONCE], low[UNITS_AT_ONCE];
+          uint4 high[UNITS_AT_ONCE] = {}, low[UNITS_AT_ONCE] = {};
           auto fetch = [&](int step) {
             const int row = begin + step / GROUPS * ROWS_AT_ONCE + lane / 8, unit = first + step % GROUPS * UNITS_AT_ONCE;
 #pragma unroll
@@ -153,11 +154,14 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
       ptx::wait_for_previous_kernel();
       Ring<WEIGHT_STAGES> stages;
       u32* read = nullptr;  // counter of the slot that this CTA has yet to hand back
-      u32 last_full = panels.weight_full(0), last_parity = 0;
-      bool ready = false;  // of the next chunk's slot
-      auto hand_back = [&] {
+      bool ready = false;   // of the next chunk's slot
+      // Copies end in any order: all must have, but that of a unit of the next chunk if one has been `issued`.
+      auto hand_back = [&](bool issued) {
         if (!read) return;
-        ptx::barrier_wait(last_full, last_parity);
+#pragma unroll
+        for (int stage = 0; stage < WEIGHT_STAGES; ++stage)
+          if (!issued || stage != stages.stage)
+            ptx::barrier_wait(panels.weight_full(stage), stage < stages.stage ? stages.parity : stages.parity ^ 1);
         ptx::count_one(read);
         read = nullptr;
       };
@@ -171,7 +175,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
           }
           ready = false;
           if (!holds) {
-            hand_back();
+            hand_back(false);
             ptx::count_one(slots.counter());
             continue;
           }
@@ -183,12 +187,11 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             for (int half = 0; half < 2; ++half)
               panels.load_weights(&ring_map, half, ((slots.slot * CHUNK + i) * 2 + half) * ring_rows + row, stages.stage);
             // While the next stage is in use: what is on its way takes no time from the copies.
-            if (i == 0) hand_back();
+            if (i == 0) hand_back(true);
             if (i > 0 && !ready && ptx::count_read(next.counter()) >= next.full()) {
               ptx::global_copies_fence();
               ready = true;
             }
-            last_full = panels.weight_full(stages.stage), last_parity = stages.parity;
             stages.advance();
           }
           read = slots.counter();

@@ -4,7 +4,7 @@ gemm_16bit_once.cu says what the kernel does.
 """
 
 import ctypes
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -27,8 +27,8 @@ _RING, _CHUNK = 3, 8
 # Of 64 of K each, for a weight row.
 _RING_LINES = _RING * _CHUNK * 2
 # Weight rows of a wave for which the workspace has room; tiles along the tokens from which on that is enough
-# on 132 multiprocessors; and rows that the rebuilding warps keep up with.
-_RING_ROWS, _LEAST_TILES, _FAST_ROWS = SCRATCH_FLOATS * 4 // (_RING_LINES * 128), 3, 2304
+# on 176 multiprocessors; and rows that the rebuilding warps keep up with.
+_RING_ROWS, _LEAST_TILES, _FAST_ROWS = SCRATCH_FLOATS * 4 // (_RING_LINES * 128), 4, 2304
 # By a tile's tokens at most: what (producer, consumer) threads get, and the units that are rebuilt at once.
 _REGISTERS = {256: (104, 200, 4), MOST_TOKENS: (88, 208, 2)}
 
@@ -54,6 +54,8 @@ class Config:
 
     def defines(self, dtype: torch.dtype) -> dict[str, int]:
         """The macros of gemm_16bit_once.cu."""
+        if self.tokens > MOST_TOKENS:
+            raise ValueError(f"tokens is {self.tokens}, expected at most {MOST_TOKENS}")
         producer, consumer, units = next(v for most, v in _REGISTERS.items() if self.tokens <= most)
         return self.tile.defines(dtype) | {
             "PRODUCER_REGISTERS": producer,
@@ -131,7 +133,7 @@ def _launch(
     x: int, x_pitch: int, upper: int, lower: int, row_exponent: int, bias: int | None, y: int,
 ) -> Launch:  # fmt: skip
     """Of operands at these addresses; x_pitch in elements."""
-    kernel, tile = _kernel(config, dtype, device.index), config.tile
+    kernel, tile = _kernel(replace(config, once=0), dtype, device.index), config.tile
     work = plan(config, M, N, kernel.resident_clusters)
     boxes = config.cluster_rows * tile.x_boxes
     box = config.tokens // boxes if boxes > 1 else min(config.tokens, M)
