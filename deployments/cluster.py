@@ -29,12 +29,12 @@ from nestedfp.deployments import front_door, policy_actor
 from nestedfp.deployments.app import build_app
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.interrupt import interrupts_held
+from nestedfp.deployments.policy_calls import CALL_TIMEOUT_S, PolicyCalls
 from nestedfp.deployments.processes import none_left_behind
 from nestedfp.deployments.serve_file import ServeFile
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _POLL_S: Final = 0.5
-_CALL_TIMEOUT_S: Final = 10.0
 _ROUNDING: Final = 1e-6
 DEPLOYMENT: Final = "EngineReplica"
 
@@ -60,15 +60,14 @@ class RunningApp:
 
     def policy_status(self) -> dict[str, Any]:
         """The policy actor's status: targets, last reports, and `log`: mode changes with their signals."""
-        status: dict[str, Any] = ray.get(self._policy().status.remote(), timeout=_CALL_TIMEOUT_S)
-        return status
+        return self._policy().status()
 
     def pin(self, mode: str, expires_s: float) -> None:
         """Pin every replica to `mode` for `expires_s` seconds."""
-        ray.get(self._policy().set_override.remote(mode, expires_s), timeout=_CALL_TIMEOUT_S)
+        self._policy().pin(mode, expires_s)
 
     def unpin(self) -> None:
-        ray.get(self._policy().clear_override.remote(), timeout=_CALL_TIMEOUT_S)
+        self._policy().unpin()
 
     def kill_policy(self) -> None:
         """Kill the policy actor; the replicas bring a new one up."""
@@ -78,7 +77,7 @@ class RunningApp:
         """One replica's own view: process, control loop, engine. With several replicas, any of them."""
         if self._handle is None:
             self._handle = serve.get_deployment_handle(DEPLOYMENT, self.file.app_name)
-        status: dict[str, Any] = self._handle.control_status.remote().result(timeout_s=_CALL_TIMEOUT_S)
+        status: dict[str, Any] = self._handle.control_status.remote().result(timeout_s=CALL_TIMEOUT_S)
         return status
 
     def close(self) -> None:
@@ -86,8 +85,8 @@ class RunningApp:
         if self._handle is not None:
             self._handle.shutdown()
 
-    def _policy(self) -> Any:
-        return policy_actor.find_or_create(self.file.app_name, self.file.settings.policy)
+    def _policy(self) -> PolicyCalls:
+        return PolicyCalls(policy_actor.find_or_create(self.file.app_name, self.file.settings.policy))
 
 
 @contextmanager
