@@ -66,6 +66,13 @@ def actor_name(app_name: str, config: PolicyConfig) -> str:
     return f"{_PREFIX}::{app_name}::{digest.hexdigest()[:12]}"
 
 
+def application_of(name: str) -> str | None:
+    """The application whose policy actor has this name; None for the name of anything else."""
+    kind, _, rest = name.partition("::")
+    application, _, digest = rest.rpartition("::")
+    return application if kind == _PREFIX and application and digest else None
+
+
 @cache
 def _code() -> bytes:
     """The digest of the policy's source as this process found it: a later edit is not what it runs."""

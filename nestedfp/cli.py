@@ -21,6 +21,9 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(
         "nestedfp.deployments.serve", "serve a model on Ray Serve behind an OpenAI-compatible endpoint"
     ),
+    "status": Command("nestedfp.deployments.status", "show what the policy of a running application does"),
+    "pin": Command("nestedfp.deployments.pin", "keep every replica in one precision for a while"),
+    "unpin": Command("nestedfp.deployments.unpin", "end a pin: the controller decides again"),
     "demo": Command(
         "nestedfp.deployments.demo", "replay a burst on two CPU replicas and report what the policy did"
     ),

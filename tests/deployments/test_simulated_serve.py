@@ -6,9 +6,13 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +24,7 @@ from nestedfp.deployments import policy_actor
 from nestedfp.deployments.app import build_app
 from nestedfp.deployments.cluster import DEPLOYMENT, RunningApp
 from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.policies.config import PolicyConfig
 
 from .serving import ANSWER_S, eventually, serving
 
@@ -242,6 +247,98 @@ def test_orders_reach_the_engine_quickly(app: App) -> None:
     assert sorted(seen)[len(seen) // 2] < 0.2
 
 
+def operator(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`nestedfp` as from another shell, which knows the address and the token."""
+    known = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    known["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    return subprocess.run(
+        [sys.executable, "-m", "nestedfp.cli", *arguments],
+        env=known | environment,
+        capture_output=True,
+        text=True,
+        timeout=ANSWER_S,
+        check=False,
+    )
+
+
+def test_an_operator_pins_and_unpins_from_another_process(app: App) -> None:
+    eventually(lambda: app.all_in("fp16"))
+    before = operator("status")
+    assert (before.returncode, before.stderr) == (0, "")
+    assert "pin: none" in before.stdout
+
+    pinned = operator("pin", "fp8", "--for", "15m")
+    assert (pinned.returncode, pinned.stderr) == (0, "")
+    assert "pin: every replica in fp8 for 15m more" in pinned.stdout
+    eventually(lambda: app.all_in("fp8"))
+    eventually(lambda: all(entry["report"]["mode"] == "fp8" for entry in app.policy()["replicas"].values()))
+
+    whole = json.loads(operator("status", "--json").stdout)
+    assert whole.keys() == app.policy().keys()
+    assert whole["override"]["mode"] == "fp8"
+    assert 840.0 < whole["override"]["left_s"] < 900.0
+    shown = operator("status", "--log", "1").stdout
+    assert "pin: every replica in fp8 for 14m" in shown
+    replica = app.statuses()[0]["replica"]
+    assert f"{replica}  fp8 " in shown
+    assert shown.count("fp16 -> fp8: pinned by hand for 900 s more") == 1
+
+    unpinned = operator("unpin")
+    assert (unpinned.returncode, unpinned.stderr) == (0, "")
+    assert "pin: none" in unpinned.stdout
+    eventually(lambda: app.all_in("fp16"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        (("status",), {"RAY_AUTH_TOKEN": "wrong"}, "got a token that it refuses; set it"),
+        (("status",), {"RAY_AUTH_TOKEN": ""}, "got no token, and it demands one; set it"),
+        (("unpin",), {"RAY_AUTH_MODE": "disabled"}, "got no token, and it demands one; set it"),
+        (("pin", "fp4", "--for", "1m"), {}, "mode: got 'fp4'; choose one of fp16, fp8, auto"),
+        (("status", "--app", "other"), {}, "--app: got 'other'; choose one of"),
+    ],
+    ids=["wrong token", "no token", "token not sent", "unknown mode", "unknown application"],
+)
+def test_what_keeps_an_operator_out_is_told_in_one_line(
+    app: App, tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], told: str
+) -> None:
+    # Ray would find a token in the user's home folder.
+    ended = operator(*arguments, HOME=str(tmp_path), **environment)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"nestedfp {arguments[0]}: ")
+    assert told in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert app.policy()["override"] is None
+
+
+def test_an_operator_among_several_applications(app: App) -> None:
+    class Silent:
+        def status(self) -> None:
+            time.sleep(ANSWER_S)
+
+    dry = PolicyConfig(dry_run=True)
+    name = policy_actor.actor_name("silent", dry)
+    options = {"name": name, "namespace": policy_actor.NAMESPACE, "num_cpus": 0}
+    silent = ray.remote(Silent).options(**options).remote()
+    policy_actor.find_or_create("dry", dry)
+    try:
+        apps = " or ".join(sorted(["dry", "silent", app.running.file.app_name]))
+        for arguments, told in [
+            (("status",), f"--app: not given, and this Ray has several; choose {apps}"),
+            (("pin", "fp8", "--for", "1m", "--app", "dry"), "got 'fp8'; set dry_run to false"),
+            (("unpin", "--app", "silent"), "policy actor: no answer in 10 s; try again"),
+        ]:
+            ended = operator(*arguments)
+            assert (ended.returncode, ended.stdout) == (1, "")
+            assert told in ended.stderr
+            assert ended.stderr.count("\n") == 1
+        assert "no replica has reported" in operator("status", "--app", "dry").stdout
+    finally:
+        ray.kill(silent)
+        policy_actor.end("dry", dry)
+
+
 def test_a_redeployed_policy_meets_an_actor_of_its_own(app: App, http: httpx.Client) -> None:
     old, known = app.running.file, set(app.policy()["replicas"])
     policy = {**SETTINGS["policy"], "controller": "static-fp8"}
@@ -250,6 +347,9 @@ def test_a_redeployed_policy_meets_an_actor_of_its_own(app: App, http: httpx.Cli
     assert app.policy()["controller"] == "static-fp8"
     assert not set(app.policy()["replicas"]) & known
     eventually(lambda: complete(http).headers["x-nestedfp-precision-at-start"] == "fp8")
+    seen = operator("status")
+    assert ": controller static-fp8;" in seen.stdout
+    assert "has another policy actor" in seen.stderr
     # The old one is still there, with the class and the settings it was made with, and nobody calls it.
     name = policy_actor.actor_name(old.app_name, old.settings.policy)
     stale = ray.get(ray.get_actor(name, namespace=policy_actor.NAMESPACE).status.remote())
