@@ -179,7 +179,7 @@ def _returns(mode: str, before: str) -> bool:
 
 def _pin(override: Override, now: float) -> Wish:
     left_s = override.until_s - now
-    return Wish(override.mode, f"pinned by hand for {left_s:.0f} s more", "override", left_s, 0.0, fixed=True)
+    return Wish(override.mode, "pinned by hand", "override", left_s, 0.0, fixed=True)
 
 
 def _move(before: ReplicaState, wish: Wish) -> Assignment:

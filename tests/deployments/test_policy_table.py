@@ -86,7 +86,7 @@ async def test_a_pin_and_the_time_it_has_left() -> None:
     assert shown[6:] == [
         "",
         "last mode changes:",
-        "  2026-03-01 12:00:00  b  fp16 -> fp8: pinned by hand for 900 s more",
+        "  2026-03-01 12:00:00  b  fp16 -> fp8: pinned by hand",
     ]
 
 
