@@ -55,7 +55,7 @@ class Prediction:
     """How long the load must be light before ``auto`` gives way to 16 bits."""
     tolerance: float = 0.005
     """Share of requests missed at which the levels fall."""
-    pace: float = 0.87
+    pace: float = 0.85
     """The most of the TPOT limit that a token of a heavy batch may take on average in 16 bits. What is left
     of it keeps batches small, so that a burst meets room. A light batch may take all of it."""
     light_batch: float = 0.1

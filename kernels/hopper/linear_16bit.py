@@ -107,7 +107,7 @@ def _once(M: int, N: int, K: int) -> Iterator[tuple[int, gemm_16bit_once.Config]
         widths = range(1, min(ceil_div(M, tokens), workers) + 1)
         plans = {gemm_16bit_once.plan(replace(tile, once=width), M, N, workers) for width in widths}
         for work in sorted(plans, key=lambda work: -work.width)[:3]:
-            yield work.waves * tokens * 2 * K // 64, replace(tile, once=work.width)
+            yield work.waves * tokens * 4 * K // 64, replace(tile, once=work.width)
 
 
 def _space(M: int, N: int, K: int) -> Iterator[Config]:
