@@ -1,13 +1,12 @@
 """Which products run before an engine is ready."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 from torch import nn
 
 from nestedfp.kernels.dispatch import Backend, Mode, Problem, configuration, table
-from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
+from nestedfp.kernels.hopper.cuda import gemm_fp8
+from nestedfp.kernels.hopper.linear_16bit import config_of
 from nestedfp.kernels.layout import KOrder
 from nestedfp.kernels.precompile import Precompiler, Recipe, recipes
 from nestedfp.vllm.warm_up import (
@@ -41,15 +40,18 @@ def test_counts_for_devices_without_a_table_double_and_none_is_too_large() -> No
 
 
 @pytest.mark.parametrize(("N", "K"), [(28672, 4096), (3072, 4096), (4096, 7168)])
-def test_what_compiles_while_weights_load_is_all_that_their_products_need(N: int, K: int) -> None:
-    macros = [recipe.macros for recipe in recipes(N, K, torch.float16)]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_compiles_while_weights_load_is_all_that_their_products_need(
+    N: int, K: int, dtype: torch.dtype
+) -> None:
+    macros = [recipe.macros for recipe in recipes(N, K, dtype)]
     assert len(set(macros)) == len(macros)
-    for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
+    name = str(dtype).removeprefix("torch.")
+    for mode, kind in ((Mode.BITS16, config_of), (Mode.FP8, gemm_fp8.Config)):
         for M in token_counts(8192, tabled_counts_of_h100()):
-            config = configuration(Backend.HOPPER, Problem(mode, M, N, K, "float16", KOrder.HOPPER), H100)
-            if config is not None and set(config) == {field.name for field in fields(kind)}:
-                wanted = kind(**config).defines(torch.float16)
-                assert (mode, torch.float16, *sorted(wanted.items())) in macros
+            config = configuration(Backend.HOPPER, Problem(mode, M, N, K, name, KOrder.HOPPER), H100)
+            assert config is not None
+            assert (mode, dtype, *sorted(kind(**config).defines(dtype).items())) in macros
 
 
 def tabled_counts_of_h100() -> set[int]:

@@ -6,6 +6,7 @@ an error: for trying out changes, since other work on the device may rightly mak
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import cache, lru_cache
@@ -102,6 +103,13 @@ class Config:
     def x_boxes(self) -> int:
         """Copies that a CTA makes for a stage of x, of 256 tokens at most."""
         return ceil_div(self.tokens // self.cluster_rows, _MOST_TOKENS_A_PRODUCT)
+
+    def x_copies(self, M: int) -> tuple[int, int]:
+        """Tokens in a copy of x, and the bytes of all copies of a stage. The copy engine is slow where a
+        box reaches past the last token."""
+        boxes = self.cluster_rows * self.x_boxes
+        box = self.tokens // boxes if boxes > 1 else min(self.tokens, M)
+        return box, 2 * _STEP * box * boxes
 
     @property
     def _x_bytes(self) -> int:
@@ -225,9 +233,14 @@ def cluster_tiles(config: Config, M: int, N: int) -> int:
 
 def code(config: Config, dtype: torch.dtype) -> bytes:
     """The cubin of `config` for activations of `dtype`."""
+    return compiled("gemm_16bit.cu", config, dtype, config.defines(dtype))
+
+
+def compiled(source: str, tile: Config, dtype: torch.dtype, defines: Mapping[str, int]) -> bytes:
+    """The cubin of a file that multiplies by the products of `tile`."""
     kind = "bf16" if dtype is torch.bfloat16 else "f16"
-    headers = {"wgmma.cuh": wgmma_header(config.tokens // config.products, kind, a_in_registers=True)}
-    return cubin("gemm_16bit.cu", headers, config.defines(dtype))
+    headers = {"wgmma.cuh": wgmma_header(tile.tokens // tile.products, kind, a_in_registers=True)}
+    return cubin(source, headers, defines)
 
 
 @cache
@@ -272,10 +285,7 @@ class _Shape(NamedTuple):
 def _shape(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> _Shape:
     kernel = _kernel(config, dtype, device.index)
     cut = plan(config, M, N, K, kernel.resident_clusters)
-    # The copy engine is slow where a box reaches past the last token.
-    boxes = config.cluster_rows * config.x_boxes
-    box = config.tokens // boxes if boxes > 1 else min(config.tokens, M)
-    x_bytes = 2 * _STEP * box * boxes
+    box, x_bytes = config.x_copies(M)
     who = stores(config, M, N)
     numbers = (M, N, K, config.group, cut.cut, cut.parts, x_bytes, who)
     weight_box = config.rows // config.cluster_tokens

@@ -14,13 +14,13 @@
 // theirs. Nobody counts for a use of the slot before all have counted for what came before, so the counter says what
 // the slot holds; waits end if all CTAs are resident.
 #include "layout_16bit.cuh"
+#include "multiply_16bit.cuh"
 #include "output_16bit.cuh"
 #include "panels_16bit.cuh"
 #include "ptx.cuh"
 #include "rebuild.cuh"
 #include "ring.cuh"
 #include "waves.cuh"
-#include "wgmma.cuh"
 
 namespace {
 
@@ -247,15 +247,7 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, 1)
             for (int i = 0; i < 4; ++i) operand[(half * 2 + i / 2) * 4 + i % 2 * 2 + row] = words[i];
           }
         ptx::barrier_wait(panels.x_full(x_ring.stage), x_ring.parity);
-        const u64 x_panel = ptx::panel_descriptor(base + x_ring.stage * X_BYTES);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-#pragma unroll
-          for (int i = 0; i < MMAS; ++i)
-            wgmma(reinterpret_cast<float (&)[MMA_TOKENS / 2]>(sums[i * MMA_TOKENS / 2]), operand + k * 4,
-                  x_panel + k * 2 + i * (MMA_TOKENS * STEP * 2 >> 4), k > 0 || !first);
-        ptx::wgmma_commit();
+        multiply_step(sums, operand, base + x_ring.stage * X_BYTES, first);
         if constexpr (SETS == 2) {
           ptx::wgmma_wait<1>();
           if (!first) panels.release_x(previous, lane);

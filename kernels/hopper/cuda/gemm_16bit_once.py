@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.hopper.cuda import gemm_16bit
-from nestedfp.kernels.hopper.cuda.compile import cubin
 from nestedfp.kernels.hopper.cuda.gemm_16bit import Stores, ceil_div, stores
 from nestedfp.kernels.hopper.cuda.launch import NO_MAP, Kernel, Launch, address, tensor_map
-from nestedfp.kernels.hopper.cuda.wgmma import wgmma_header
 from nestedfp.kernels.hopper.workspace import SCRATCH_FLOATS, workspace
 
 MOST_TOKENS = 320
@@ -111,9 +109,7 @@ def _tiles_along_tokens(config: Config, M: int) -> int:
 
 def code(config: Config, dtype: torch.dtype) -> bytes:
     """The cubin of `config` for activations of `dtype`."""
-    kind = "bf16" if dtype is torch.bfloat16 else "f16"
-    headers = {"wgmma.cuh": wgmma_header(config.tokens // config.tile.products, kind, a_in_registers=True)}
-    return cubin("gemm_16bit_once.cu", headers, config.defines(dtype))
+    return gemm_16bit.compiled("gemm_16bit_once.cu", config.tile, dtype, config.defines(dtype))
 
 
 @cache
@@ -135,8 +131,7 @@ def _launch(
     """Of operands at these addresses; x_pitch in elements."""
     kernel, tile = _kernel(replace(config, once=0), dtype, device.index), config.tile
     work = plan(config, M, N, kernel.resident_clusters)
-    boxes = config.cluster_rows * tile.x_boxes
-    box = config.tokens // boxes if boxes > 1 else min(config.tokens, M)
+    box, x_bytes = tile.x_copies(M)
     who = stores(tile, M, N)
     ring, counters = workspace(device)
     ring_box = tile.rows // config.cluster_tokens
@@ -145,7 +140,7 @@ def _launch(
         tensor_map(dtype, ring.data_ptr(), _RING_LINES * work.rows, _STEP, _STEP, ring_box, _STEP),
         tensor_map(dtype, y, M, N, N, tile.slice, 64) if who is Stores.SENT else NO_MAP,
         *map(ctypes.c_void_p, (y, upper, lower, address(ring), row_exponent, bias, address(counters))),
-        *map(ctypes.c_int, (M, N, K, work.width, work.rows, 2 * _STEP * box * boxes, who)),
+        *map(ctypes.c_int, (M, N, K, work.width, work.rows, x_bytes, who)),
     )
     return Launch(kernel, kernel.resident_clusters, arguments, device.index)
 
