@@ -41,6 +41,9 @@ ROUTES: Final = {
 PRECISION_HEADER: Final = b"x-nestedfp-precision"
 STRICT: Final = "fp16"
 ANY: Final = "any"
+_MARKS: Final = (PRECISION_ARGUMENT.encode(), STRICT_CACHE_SALT.encode(), rb"\u", b"\0")
+_SHOWN: Final = 80
+"""Characters of a client's value in a refusal."""
 
 
 def route(scope: Scope) -> str:
@@ -127,7 +130,8 @@ class PrecisionClass:
     A strict request (`fp16`) tells the engine to run each of its steps in 16 bits and to share no KV block
     with requests that may have used FP8. Since it holds the whole batch in 16 bits, at most `limit` run at
     once; one more waits, first come first served, for at most `wait_s` seconds and is then refused with 503,
-    of which `refused()` is told. Stands behind :class:`BodyLimit`, so that the body is one message.
+    of which `refused()` is told. A body that would break the promise, to itself or to others, is refused with
+    400. Stands behind :class:`BodyLimit`, so that the body is one message.
     """
 
     def __init__(
@@ -161,11 +165,9 @@ class PrecisionClass:
         if wanted not in (STRICT, ANY):
             message = f"The header x-nestedfp-precision is {wanted!r}; give 'fp16' or 'any', or leave it out."
             await send_error(send, 400, message, "BadRequestError", param="x-nestedfp-precision")
-        elif _pins_itself(body):
-            message = (
-                f"The header x-nestedfp-precision sets {PRECISION_ARGUMENT}; leave it out of vllm_xargs."
-            )
-            await send_error(send, 400, message, "BadRequestError", param="vllm_xargs")
+        elif (fault := _fault(body, pinned=wanted == STRICT and self._nested)) is not None:
+            field, message = fault
+            await send_error(send, 400, message, "BadRequestError", param=field)
         elif wanted == ANY or not self._nested:
             await self._app(scope, _replay(body, receive), send)
         elif await self._got_place():
@@ -249,13 +251,27 @@ def pin_to_16_bits(body: bytes) -> bytes:
     return json.dumps(request).encode()
 
 
-def _pins_itself(body: bytes) -> bool:
-    # An escape may spell the name; where there is none, most bodies need not be parsed.
-    if PRECISION_ARGUMENT.encode() not in body and rb"\u" not in body:
-        return False
-    request = _json_object(body)
-    extra = None if request is None else request.get("vllm_xargs")
-    return isinstance(extra, dict) and PRECISION_ARGUMENT in extra
+def _fault(body: bytes, *, pinned: bool) -> tuple[str, str] | None:
+    """The field for which this body is refused, and the message; `pinned`: the engine will get a pin."""
+    # Escapes or UTF-16 may spell the names; where there are neither, most bodies need not be parsed.
+    named = any(mark in body for mark in _MARKS)
+    request = _json_object(body) if named or pinned else None
+    if request is None:
+        return None
+    extra, salt, beams = (request.get(name) for name in ("vllm_xargs", "cache_salt", "use_beam_search"))
+    if isinstance(extra, dict) and PRECISION_ARGUMENT in extra:
+        text = f"The header x-nestedfp-precision sets {PRECISION_ARGUMENT}; leave it out of vllm_xargs."
+        return "vllm_xargs", text
+    # Secret salts would differ from replica to replica, and from one start to the next.
+    if isinstance(salt, str) and salt.startswith(STRICT_CACHE_SALT):
+        taken = f"what begins with {STRICT_CACHE_SALT!r} is for requests that demand FP16"
+        return "cache_salt", f"cache_salt is {salt[:_SHOWN]!r}, but {taken}; choose another."
+    # vLLM makes the parameters of each beam anew, without the pin.
+    if pinned and beams not in (None, False):
+        shown = json.dumps(beams)[:_SHOWN]
+        text = f"use_beam_search is {shown}; leave it out, or the header x-nestedfp-precision: fp16."
+        return "use_beam_search", text
+    return None
 
 
 def _json_object(body: bytes) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from nestedfp.deployments.admission import (
     PrecisionClass,
     pin_to_16_bits,
 )
-from nestedfp.deployments.asgi import App, Receive, Scope, Send, send_json
+from nestedfp.deployments.asgi import App, Headers, Receive, Scope, Send, send_json
 from nestedfp.deployments.door import api_keys
 from nestedfp.policies.checks import InvalidField
 from nestedfp.vllm.control import PRECISION_ARGUMENT, STRICT_CACHE_SALT
@@ -221,10 +221,53 @@ async def test_unknown_class_and_pins_past_the_header_are_refused() -> None:
     assert unknown.status == 400
     assert error_of(unknown)["param"] == "x-nestedfp-precision"
     body = json.dumps({"vllm_xargs": {PRECISION_ARGUMENT: "fp16"}}).encode()
-    for spelled in (body, body.replace(b"_precision", rb"\u005fprecision")):
+    for spelled in (body, body.replace(b"_precision", rb"\u005fprecision"), body.decode().encode("utf-16")):
         past = await ask(door(Recorder()), "POST", CHAT, body=(spelled,))
         assert past.status == 400
         assert error_of(past)["param"] == "vllm_xargs"
+
+
+@pytest.mark.parametrize("salt", [STRICT_CACHE_SALT, f"{STRICT_CACHE_SALT}:mine", f"{STRICT_CACHE_SALT}2"])
+@pytest.mark.parametrize("headers", [[], STRICT])
+async def test_nobody_names_the_cache_of_strict_requests(salt: str, headers: Headers) -> None:
+    """Whoever did could fill it with blocks that were computed in FP8."""
+    body = json.dumps({"cache_salt": salt})
+    for spelled in (body.encode(), body.replace("-", r"\u002d").encode(), body.encode("utf-16")):
+        inner = Recorder()
+        refused = await ask(door(inner), "POST", CHAT, headers=headers, body=(spelled,))
+        assert (refused.status, inner.bodies) == (400, [])
+        error = error_of(refused)
+        assert error["param"] == "cache_salt"
+        assert salt in error["message"]
+        assert "choose another" in error["message"]
+
+
+async def test_other_salts_are_the_clients_own() -> None:
+    for salt in ("mine", f"my-{STRICT_CACHE_SALT}", None, 7):
+        body = json.dumps({"cache_salt": salt}).encode()
+        assert (await ask(door(Recorder()), "POST", CHAT, body=(body,))).status == 200
+
+
+@pytest.mark.parametrize("value", [True, 1, "true", "yes"])
+async def test_a_strict_request_may_not_search_beams_which_would_lose_the_pin(value: object) -> None:
+    body = json.dumps({"use_beam_search": value, "n": 2}).encode()
+    inner = Recorder()
+    refused = await ask(door(inner), "POST", CHAT, headers=STRICT, body=(body,))
+    assert (refused.status, inner.bodies) == (400, [])
+    error = error_of(refused)
+    assert error["param"] == "use_beam_search"
+    assert json.dumps(value) in error["message"]
+    assert "leave it out" in error["message"]
+
+
+async def test_beams_are_for_all_others_and_for_plain_vllm() -> None:
+    beams = b'{"use_beam_search": true}'
+    assert (await ask(door(Recorder()), "POST", CHAT, body=(beams,))).status == 200
+    assert (
+        await ask(door(Recorder(), nested=False), "POST", CHAT, headers=STRICT, body=(beams,))
+    ).status == 200
+    for body in (b'{"use_beam_search": false}', b'{"use_beam_search": null}'):
+        assert (await ask(door(Recorder()), "POST", CHAT, headers=STRICT, body=(body,))).status == 200
 
 
 async def test_strict_places_are_bounded_and_given_back() -> None:
