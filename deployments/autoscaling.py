@@ -80,10 +80,10 @@ def autoscaling_config(settings: DeploymentSettings) -> AutoscalingConfig:
     autoscaling = settings.autoscaling
     if autoscaling is None:
         raise InvalidField("autoscaling", None, "give at least min_replicas and max_replicas")
+    # No initial_replicas: Serve would go back to them whenever anything of the deployment changes.
     return AutoscalingConfig(
         min_replicas=autoscaling.min_replicas,
         max_replicas=autoscaling.max_replicas,
-        initial_replicas=autoscaling.min_replicas,
         metrics_interval_s=autoscaling.interval_s,
         look_back_period_s=_WINDOW_INTERVALS * autoscaling.interval_s,
         upscale_delay_s=0.0,

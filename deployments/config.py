@@ -229,7 +229,7 @@ class AutoscalingSettings:
     """Bounds of the number of replicas, and the rule that chooses it. Durations are seconds."""
 
     min_replicas: int
-    """Also the number at the start."""
+    """Also the number at the first start; a later deployment keeps the number that runs."""
     max_replicas: int
     interval_s: float = 1.0
     """How often replicas publish their facts."""

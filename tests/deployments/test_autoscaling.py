@@ -6,7 +6,11 @@ import math
 from typing import Any
 
 import pytest
+from ray.serve._private.autoscaling_state import DeploymentAutoscalingState
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
+from ray.serve._private.config import DeploymentConfig, ReplicaConfig
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve._private.usage import ServeUsageTag
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
@@ -174,7 +178,29 @@ def test_a_bad_setting_is_named(change: dict[str, Any], field: str) -> None:
 
 def test_serve_gets_the_bounds_and_adds_no_delay_of_its_own() -> None:
     config = autoscaling_config(DeploymentSettings.from_dict(SETTINGS))
-    assert (config.min_replicas, config.initial_replicas, config.max_replicas) == (1, 1, 4)
+    assert (config.min_replicas, config.max_replicas) == (1, 4)
     assert (config.upscale_delay_s, config.downscale_delay_s) == (0.0, 0.0)
     assert config.policy.policy_function.endswith("JointScaling")
     assert isinstance(JointScaling(**config.policy.policy_kwargs), JointScaling)
+
+
+def test_a_deployment_starts_with_the_fewest_and_a_changed_one_keeps_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ServeUsageTag, "record", lambda *_: None)
+    scaled = {"min_replicas": 2, "max_replicas": 8}
+    config = autoscaling_config(DeploymentSettings.from_dict({**SETTINGS, "autoscaling": scaled}))
+
+    def deployed(version: str, user_config: dict[str, Any] | None = None) -> DeploymentInfo:
+        return DeploymentInfo(
+            deployment_config=DeploymentConfig(autoscaling_config=config, user_config=user_config),
+            replica_config=ReplicaConfig.create(object, ray_actor_options={}),
+            start_time_ms=0,
+            deployer_job_id="",
+            version=version,
+        )
+
+    state = DeploymentAutoscalingState(DeploymentID("d", "a"))
+    assert state.register(deployed("1"), curr_target_num_replicas=0) == 2
+    assert state.register(deployed("1", {"policy": {}}), curr_target_num_replicas=7) == 7
+    assert state.register(deployed("2"), curr_target_num_replicas=6) == 6
