@@ -38,7 +38,7 @@ class EngineReplica:
     """Made by Serve with the settings of the application as plain values."""
 
     async def __init__(self, settings: Mapping[str, Any]) -> None:  # type: ignore[misc]
-        self._settings = DeploymentSettings.from_dict(settings)
+        self._given = self._settings = DeploymentSettings.from_dict(settings)
         context = serve.get_replica_context()
         self._app_name = context.app_name
         simulated = self._settings.engine.device == SIMULATED
@@ -56,21 +56,25 @@ class EngineReplica:
         app: App = self._engine.asgi
         return app
 
-    async def reconfigure(self, user_config: Mapping[str, Any] | None) -> None:
-        """Take over changed policy settings (`{"policy": {...}}`) without a restart.
+    async def reconfigure(self, user_config: Mapping[str, Any] | None, rank: Any = None) -> None:
+        """Take over the policy settings of `user_config` (`{"policy": {...}}`) without a restart.
 
-        Bad ones fail the start of a replica. One that serves keeps what it has and logs them: Serve would end
-        it, and every other with it.
+        They stand in for those that the replica was made with, which hold again without them: where it is
+        empty, or None. Bad ones fail the start of a replica. One that serves keeps what it has and logs them:
+        Serve would end it, and every other with it.
         """
+        # Only with a parameter `rank`, here of no use, does Ray also call where user_config was removed.
         try:
-            self._settings = with_user_config(self._settings, user_config or {})
+            changed = with_user_config(self._given, user_config or {})
         except InvalidField as error:
             if not self._healthy:
                 raise
             logger.error("user_config is not taken over: %s", error)
             return
-        self._engine.adopt(self._settings)
-        await self._follow()
+        if changed != self._settings:
+            self._settings = changed
+            self._engine.adopt(changed)
+            await self._follow()
 
     async def check_health(self) -> None:
         """Raises where the engine hangs or the control loop has ended.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from ray.serve._private.replica import UserCallableWrapper
 
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.replica import EngineReplica, with_user_config
@@ -20,6 +21,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.ttft_s = SETTINGS.policy.slo.ttft_s
+        self.adopted = 0
         self.silent_s = 0.0
         self.asked = 0
 
@@ -29,6 +31,7 @@ class Engine:
 
     def adopt(self, settings: DeploymentSettings) -> None:
         self.ttft_s = settings.policy.slo.ttft_s
+        self.adopted += 1
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def replica(engine: Engine) -> Any:
 
     made: Any = object.__new__(Replica)
     plain = {**SETTINGS.to_dict(), "engine": {"model": "m", "nested": False}}
-    made._settings = DeploymentSettings.from_dict(plain)
+    made._given = made._settings = DeploymentSettings.from_dict(plain)
     made._engine, made._loop, made._following, made._death_watch = engine, None, None, None
     made._healthy = False
     made._latency_told = ""
@@ -57,6 +60,31 @@ def replica(engine: Engine) -> Any:
 async def test_a_changed_policy_reaches_the_engine(replica: Any, engine: Engine) -> None:
     await replica.reconfigure({"policy": {"slo": {"ttft_s": 0.5}}})
     assert engine.ttft_s == 0.5
+
+
+@pytest.fixture
+def serve(replica: Any) -> Any:
+    """Ray's own part of a replica, around this one."""
+    wrapper: Any = object.__new__(UserCallableWrapper)
+    wrapper._callable, wrapper._is_function = replica, False
+    wrapper._run_user_code_in_separate_thread = wrapper._run_sync_methods_in_threadpool = False
+    return wrapper
+
+
+@pytest.mark.parametrize("removed", [None, {}])
+async def test_without_user_config_the_settings_of_the_file_hold_again(
+    serve: Any, engine: Engine, removed: dict[str, Any] | None
+) -> None:
+    await serve.call_reconfigure({"policy": {"slo": {"ttft_s": 0.5}}}, rank=0)
+    await serve.call_reconfigure(removed, rank=0)
+    assert engine.ttft_s == 2.0
+
+
+async def test_what_changes_nothing_leaves_the_replica_alone(serve: Any, engine: Engine) -> None:
+    await serve.call_reconfigure(None, rank=0)
+    for rank in (0, 1):
+        await serve.call_reconfigure({"policy": {"slo": {"ttft_s": 0.5}}}, rank=rank)
+    assert engine.adopted == 1
 
 
 async def test_a_bad_user_config_fails_a_start_but_ends_no_replica_that_serves(
