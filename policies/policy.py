@@ -102,7 +102,8 @@ class Policy:
 
         A replica not seen before keeps the mode it reports until its signals ask for another. Replicas that
         left the snapshot are forgotten. A replica with unusable signals keeps its mode, manual pins
-        excepted.
+        excepted. A pin sets the mode alone: limits are still the controller's, or, with unusable signals, the
+        last ones.
         """
         limit_s = self.config.max_signal_age_s
         views = {view.report.replica_id: view for view in by_load(snapshot.replicas)}
@@ -123,8 +124,10 @@ class Policy:
         after: dict[str, ReplicaState] = {}
         shared: dict[tuple[str, str, int, bool], Assignment] = {}
         for key, before in known.items():
-            wish = _pin(pin, now) if pin else wishes.get(key)
-            refusal = None if pin else faults.get(key)
+            wish, refusal = wishes.get(key), faults.get(key)
+            if pin:
+                limits = before.limits if refusal is not None else wish.limits if wish is not None else None
+                wish, refusal = _pin(pin, now, limits), None
             if refusal is None and wish is not None and wish.mode != before.mode and not pin:
                 refusal = self._refusal(wish, before, last_return_s, now)
             if wish is None or wish.mode == before.mode or refusal is not None:
@@ -177,9 +180,9 @@ def _returns(mode: str, before: str) -> bool:
     return speed.get(mode, 1) < speed.get(before, 1)
 
 
-def _pin(override: Override, now: float) -> Wish:
+def _pin(override: Override, now: float, limits: Mapping[str, float] | None) -> Wish:
     left_s = override.until_s - now
-    return Wish(override.mode, "pinned by hand", "override", left_s, 0.0, fixed=True)
+    return Wish(override.mode, "pinned by hand", "override", left_s, 0.0, limits=limits, fixed=True)
 
 
 def _move(before: ReplicaState, wish: Wish) -> Assignment:

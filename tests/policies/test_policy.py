@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.bounds import step_bounds
 from nestedfp.policies.policy import FLIP_WINDOW_S, Assignment, Policy, PolicyState
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.snapshot import Override, ReplicaView, Snapshot
@@ -185,6 +186,32 @@ def test_a_pin_beats_every_bound_and_expires(view: MakeView) -> None:
     assert run.at(99.9, override=pin).mode == "fp8"
     run.at(100.0, override=pin)
     assert run.at(103.0, override=pin).mode == "fp16"
+
+
+def test_a_pin_keeps_the_controllers_step_bounds(view: MakeView) -> None:
+    run = Run(view, controller="predictive", thresholds={})
+    bounds = step_bounds(run.policy.config)
+    assert run.at(0.0).limits == bounds
+    for mode, until_s in (("fp8", 10.0), ("fp16", 20.0), ("auto", 30.0)):
+        pin = Override(mode, until_s)
+        flipped, kept, blind = (
+            run.at(until_s - left_s, override=pin, stale_s=stale_s)
+            for left_s, stale_s in ((9.0, 0.0), (8.0, 0.0), (7.0, 99.0))
+        )
+        assert [target.mode for target in (flipped, kept, blind)] == [mode] * 3
+        assert [target.limits for target in (flipped, kept, blind)] == [bounds] * 3
+
+
+def test_a_pin_in_fp8_keeps_the_bound_on_the_queue_for_as_long_as_there_is_one(view: MakeView) -> None:
+    run = Run(view, controller="predictive", thresholds={}, prediction={"shed": True})
+    flood = {"waiting": 400, "waiting_prompt_tokens": 400_000, "oldest_waiting_s": 9.0, "mode": "fp8"}
+    pin = Override("fp8", 100.0)
+    for second in range(5):
+        pinned = run.at(float(second), override=pin, **flood)
+        assert pinned.limits is not None
+        assert pinned.limits["waiting_prompt_tokens"] > 0
+    calm = run.at(5.0, override=pin, mode="fp8")
+    assert calm.limits == step_bounds(run.policy.config)
 
 
 def test_a_static_policy_takes_every_replica_over_at_once(view: MakeView) -> None:
