@@ -36,7 +36,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
             "num_gpus": settings.num_gpus,
             "runtime_env": {"env_vars": settings.environment},
         },
-        max_ongoing_requests=replicas.max_ongoing_requests,
+        max_ongoing_requests=settings.max_ongoing_requests,
         max_queued_requests=replicas.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=settings.http.retry_after_s),
         health_check_period_s=replicas.health_check_period_s,

@@ -84,6 +84,14 @@ class EngineSettings:
             return 0
         return math.prod(self.arguments.get(size, 1) for size in _PARALLEL_SIZES)
 
+    @property
+    def max_num_seqs(self) -> int:
+        """Most requests of one step."""
+        if self.device == SIMULATED:
+            return SimulatedArguments.from_dict(self.arguments).max_num_seqs
+        given: int | None = self.arguments.get("max_num_seqs")
+        return _VLLM_SEQUENCES if given is None else given
+
     def _check_arguments(self) -> None:
         if self.device == SIMULATED:
             SimulatedArguments.from_dict(self.arguments)
@@ -99,11 +107,10 @@ class EngineSettings:
             for name in _PARALLEL_SIZES
             if name in self.arguments
         }
-        # The policy predicts with it; none is vLLM's default.
-        longest = self.arguments.get("max_num_batched_tokens")
-        if longest is not None:
-            name = "max_num_batched_tokens"
-            sizes[name] = checks.integer(f"engine.arguments.{name}", longest, minimum=1)
+        # The policy predicts with the one, what a replica holds follows the other; none is vLLM's default.
+        for name in ("max_num_batched_tokens", "max_num_seqs"):
+            if self.arguments.get(name) is not None:
+                sizes[name] = checks.integer(f"engine.arguments.{name}", self.arguments[name], minimum=1)
         object.__setattr__(self, "arguments", {**self.arguments, **sizes})
         if self.nested:
             self._refuse_unsupported()
@@ -166,9 +173,9 @@ class ReplicaSettings:
     num_cpus: float = 1.0
     num_gpus: float | None = None
     """GPUs of a replica; without it, as many as its engine's processes take."""
-    max_ongoing_requests: int = 64
-    """Requests a replica holds at once, its engine's queue included; near `max_num_seqs` plus the queue
-    wanted.
+    max_ongoing_requests: int | None = None
+    """Requests a replica holds at once, its queue included; without it, `max_num_seqs` and a quarter.
+    No fewer than `max_num_seqs`: what waits in Serve's proxies is hidden from the policy.
     """
     max_queued_requests: int = 128
     """Requests that wait in one proxy for a replica; beyond it the answer is 503 with Retry-After."""
@@ -182,10 +189,9 @@ class ReplicaSettings:
     """Window of the TTFT and TPOT percentiles and of the arrival rate."""
 
     def __post_init__(self) -> None:
-        if self.count is not None:
-            checks.take_integer(self, "count", place="replicas", minimum=1)
-        for name in ("max_ongoing_requests", "max_queued_requests", "start_attempts"):
-            checks.take_integer(self, name, place="replicas", minimum=1)
+        for name in ("count", "max_ongoing_requests", "max_queued_requests", "start_attempts"):
+            if getattr(self, name) is not None:
+                checks.take_integer(self, name, place="replicas", minimum=1)
         checks.number("replicas.num_cpus", self.num_cpus)
         if self.num_gpus is not None:
             checks.number("replicas.num_gpus", self.num_gpus)
@@ -272,6 +278,13 @@ class DeploymentSettings:
         if self.autoscaling is not None and self.replicas.count is not None:
             remedy = "leave it out: autoscaling begins with its min_replicas and goes on by itself"
             raise InvalidField("replicas.count", self.replicas.count, remedy)
+        held, batch = self.replicas.max_ongoing_requests, self.engine.max_num_seqs
+        if held is not None and held < batch:
+            remedy = (
+                f"give at least engine.arguments.max_num_seqs, {batch}, or lower that: else requests wait in "
+                "Serve's proxies, where the policy does not see them"
+            )
+            raise InvalidField("replicas.max_ongoing_requests", held, remedy)
         unknown = [plan for plan in self.policy.plans if plan not in self.engine.plans]
         if unknown:
             raise InvalidField("policy.plans", unknown, "configure these plans under engine.plugin.plans")
@@ -280,6 +293,12 @@ class DeploymentSettings:
         if needed and not (given >= needed or (needed == 1 and given > 0)):
             remedy = f"give {needed}, or leave it out: so many take the engine's processes"
             raise InvalidField("replicas.num_gpus", given, remedy)
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """Requests a replica holds at once; unless set, somewhat more than one of its steps."""
+        given = self.replicas.max_ongoing_requests
+        return math.ceil(_ROOM_TO_QUEUE * self.engine.max_num_seqs) if given is None else given
 
     @property
     def num_gpus(self) -> float:
@@ -338,6 +357,9 @@ class DeploymentSettings:
         return {**defaults, **self.engine.environment}
 
 
+_VLLM_SEQUENCES: Final = 128
+"""vLLM's `max_num_seqs` unless told otherwise, where it is started as a library."""
+_ROOM_TO_QUEUE: Final = 1.25
 _PARALLEL_SIZES: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OWN_ARGUMENTS: Final = (
     "model",

@@ -38,7 +38,7 @@ class SimulatedApp:
                 max_sequences=given.max_num_seqs,
                 kv_tokens=given.kv_tokens,
             ),
-            places=settings.replicas.max_ongoing_requests,
+            places=settings.max_ongoing_requests,
             seed=given.seed,
             stepped=self._stepped,
             arrived=self._window.prompts_arrived,

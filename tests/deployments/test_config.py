@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nestedfp.deployments.app import build_app
 from nestedfp.deployments.config import CPU_ENVIRONMENT, DeploymentSettings, SimulatedArguments
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.roofline import latency_model
@@ -51,6 +52,41 @@ def test_defaults() -> None:
     assert settings.autoscaling is None
     assert settings.replicas_at_start == 1
     assert settings.environment == {}
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "held"),
+    [
+        ("cuda", {"max_num_seqs": 256}, 320),
+        ("cpu", {"max_num_seqs": 3.0}, 4),
+        ("cuda", {}, 160),
+        ("cuda", {"max_num_seqs": None}, 160),
+        ("simulated", {}, 320),
+    ],
+)
+def test_a_replica_holds_somewhat_more_than_a_step(device: str, arguments: dict[str, Any], held: int) -> None:
+    settings = DeploymentSettings.from_dict(
+        {"engine": {"model": "m", "device": device, "arguments": arguments}}
+    )
+    assert settings.max_ongoing_requests == held
+    assert DeploymentSettings.from_dict(settings.to_dict()) == settings
+    application: Any = build_app(settings.to_dict())
+    assert application._bound_deployment.max_ongoing_requests == held
+
+
+def test_a_replica_that_would_hold_less_than_a_step_is_refused() -> None:
+    engine = {"model": "m", "arguments": {"max_num_seqs": 64}}
+    enough = DeploymentSettings.from_dict({"engine": engine, "replicas": {"max_ongoing_requests": 64}})
+    assert enough.max_ongoing_requests == 64
+    with pytest.raises(InvalidField) as caught:
+        DeploymentSettings.from_dict({"engine": engine, "replicas": {"max_ongoing_requests": 63}})
+    assert (caught.value.field, caught.value.value) == ("replicas.max_ongoing_requests", 63)
+    assert "at least engine.arguments.max_num_seqs, 64" in caught.value.remedy
+
+
+def test_vllms_default_step_bounds_a_replica_too() -> None:
+    with pytest.raises(InvalidField, match=r"max_ongoing_requests.*127.*max_num_seqs, 128"):
+        DeploymentSettings.from_dict({"engine": {"model": "m"}, "replicas": {"max_ongoing_requests": 127}})
 
 
 def test_cpu_replicas_get_their_environment_and_the_file_wins() -> None:
