@@ -74,7 +74,7 @@ class ReplicaMetrics:
 
 def served_by(status: int, tokens: Mapping[str, int] | None) -> str:
     """The label `served`: the precision of all tokens, `mixed`, or the HTTP status where tokens are not
-    known.
+    known or the answer was cut off (499).
     """
     used = [precision for precision, count in (tokens or {}).items() if count > 0]
     if status != 200 or not used:

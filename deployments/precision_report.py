@@ -24,6 +24,7 @@ from nestedfp.deployments.asgi import App, Headers, Message, Receive, Scope, Sen
 AT_START_HEADER: Final = b"x-nestedfp-precision-at-start"
 REPLICA_HEADER: Final = b"x-nestedfp-replica"
 _ID_HEADER: Final = b"x-request-id"
+_UNFINISHED: Final = 499
 
 # Inside a JSON string the quotes would be escaped, so generated text cannot contain this.
 _USAGE_MARK: Final = b'"usage":{'
@@ -33,7 +34,10 @@ _DATA: Final = b"data: "
 
 
 class Served(Protocol):
-    """Hears of each request that was answered: its class, the HTTP status, its tokens by precision."""
+    """Hears of each request that left: its class, the HTTP status, its tokens by precision.
+
+    The status is 499 where the answer was not sent to its end: the client left, or time ran out.
+    """
 
     def __call__(self, *, strict: bool, status: int, tokens: Mapping[str, int] | None) -> None: ...
 
@@ -70,8 +74,11 @@ class PrecisionReport:
         self._arrived()
         scope["headers"] = _with_own_id(scope["headers"])
         strict = is_strict(scope)
-        precision = "fp16" if strict else self._precision()
-        headers = [(AT_START_HEADER, precision.encode()), (REPLICA_HEADER, self._replica)]
+
+        def headers() -> Headers:
+            precision = "fp16" if strict else self._precision()
+            return [(AT_START_HEADER, precision.encode()), (REPLICA_HEADER, self._replica)]
+
         response = _Response(send, headers, self._tokens)
         try:
             await self._app(scope, receive, response.send)
@@ -80,19 +87,23 @@ class PrecisionReport:
 
 
 class _Response:
-    """One response on its way out. `status` stays 499 where the client left before an answer."""
+    """One response on its way out. `status` is 499 until all of it has been sent."""
 
     def __init__(
-        self, send: Send, headers: Headers, tokens: Callable[[str], Awaitable[Mapping[str, int] | None]]
+        self,
+        send: Send,
+        headers: Callable[[], Headers],
+        tokens: Callable[[str], Awaitable[Mapping[str, int] | None]],
     ) -> None:
-        self._send = send
+        self._client = send
         self._headers = headers
         self._ask = tokens
         self._held: Message | None = None
         self._body = b""
         self._streams = False
         self._stream_id: str | None = None
-        self.status = 499
+        self._started = _UNFINISHED
+        self.status = _UNFINISHED
         self.tokens: Mapping[str, int] | None = None
 
     async def send(self, message: Message) -> None:
@@ -117,11 +128,18 @@ class _Response:
         if over and self.tokens is None and self._stream_id is not None:
             self.tokens = await self._ask(self._stream_id)
 
+    async def _send(self, message: Message) -> None:
+        """Everything goes through here: headers are added as they leave, and the end is noted."""
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), *self._headers()]}
+        await self._client(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.status = self._started
+
     async def _start(self, message: Message) -> None:
-        self.status = message["status"]
-        headers = [*message.get("headers", []), *self._headers]
-        message = {**message, "headers": headers}
-        if self.status == 200 and is_json(headers):
+        self._started = message["status"]
+        headers = message.get("headers", [])
+        if self._started == 200 and is_json(headers):
             # The length is not known before the usage is; the body follows at once.
             self._held = message
             return
@@ -134,7 +152,8 @@ class _Response:
         if await self._annotate(answer):
             body = _dump(answer)
         length = (b"content-length", str(len(body)).encode())
-        await self._send({**start, "headers": [*without(start["headers"], b"content-length"), length]})
+        headers = [*without(start.get("headers", []), b"content-length"), length]
+        await self._send({**start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _annotate_events(self, body: bytes) -> bytes:

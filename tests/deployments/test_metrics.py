@@ -96,6 +96,7 @@ def test_requests_are_counted_by_class_and_what_served_them(exported: Values) ->
         (200, {"fp16": 1, "fp8": 2}, "mixed"),
         (200, None, "200"),
         (503, None, "503"),
+        (499, {"fp16": 3, "fp8": 0}, "499"),
     ],
 )
 def test_label_of_a_served_request(status: int, tokens: dict[str, int] | None, label: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, header, send_error, send_json
 from nestedfp.deployments.precision_report import PrecisionReport
 
-from .asgi_client import Answer, ask
+from .asgi_client import Answer, ask, scope_of
 
 CHAT = "/v1/chat/completions"
 TOKENS = {"fp16": 40, "fp8": 12}
@@ -26,10 +27,11 @@ class Desk:
         self.asked: list[str] = []
         self.arrivals = 0
         self.served: list[tuple[bool, int, Mapping[str, int] | None]] = []
+        self.precision = "fp8"
         self.app = PrecisionReport(
             inner,
             replica="r1",
-            precision=lambda: "fp8",
+            precision=lambda: self.precision,
             tokens=self._take,
             arrived=self._arrived,
             served=self._served,
@@ -88,6 +90,17 @@ async def test_unknown_tokens_leave_the_body_alone() -> None:
     answer = {"id": "chatcmpl-1", "usage": USAGE}
     response = await Desk(json_app(answer), tokens=None).ask()
     assert response.body == json.dumps(answer).encode()
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"application/json"])
+async def test_the_precision_at_the_start_is_that_in_force_when_the_headers_leave(kind: bytes) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        desk.precision = "fp16"  # A flip while the request waited.
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    desk = Desk(app)
+    assert (await desk.ask()).headers["x-nestedfp-precision-at-start"] == "fp16"
 
 
 async def test_a_strict_request_starts_in_16_bits_whatever_the_target() -> None:
@@ -166,6 +179,38 @@ async def test_a_request_without_an_answer_counts_as_left() -> None:
     desk = Desk(app)
     with pytest.raises(RuntimeError, match="cut"):
         await desk.ask()
+    assert desk.served == [(False, 499, None)]
+
+
+class Gone(Exception):
+    """What a server raises when the client has gone."""
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, Gone])
+async def test_a_stream_that_is_cut_off_counts_as_left(error: type[BaseException]) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        raise error
+
+    desk = Desk(app)
+    with pytest.raises(error):
+        await desk.ask()
+    assert desk.served == [(False, 499, None)]
+
+
+async def test_an_end_that_reaches_nobody_counts_as_left() -> None:
+    async def send(message: Message) -> None:
+        if not message.get("more_body", True):
+            raise Gone
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    desk = Desk(stream_app(event({"id": "cmpl-1", "choices": []})))
+    with pytest.raises(Gone):
+        await desk.app(scope_of("POST", CHAT), receive, send)
     assert desk.served == [(False, 499, None)]
 
 
