@@ -47,7 +47,7 @@ class JointScaling:
             rows,
             ScalingState(**remembered),
             current=context.target_num_replicas,
-            # One that says nothing does not serve as far as is known: it neither counts nor goes.
+            # One that says nothing does not serve as far as is known.
             starting=max(0, context.target_num_replicas - len(rows)),
             config=self._config,
             slo=self._slo,

@@ -5,7 +5,8 @@ enough, or has carried load for so long that it is no burst, or is not to be had
 16 bits, by a pin or under a static policy. While FP8 carries load nothing is removed; and one replica leaves
 only when all are in 16 bits and the rest is predicted to hold the SLO in 16 bits, for a while without a
 break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8 where 16 bits alone are
-not predicted to hold.
+not predicted to hold. While one that was ordered does not serve yet nothing changes, but not for ever: it may
+never find a place.
 
 The facts of one replica are a flat dictionary of finite numbers (:func:`scaling_stats`), as Ray Serve's
 ``record_autoscaling_stats`` wants them: a single None or NaN there would end the metric for good.
@@ -51,6 +52,10 @@ class ScalingConfig:
     """How long most replicas may carry load in FP8 before one is added although FP8 holds."""
     spare_s: float = 300.0
     """How long one replica fewer must have been enough before one is removed."""
+    start_patience_s: float = 600.0
+    """How long ordered replicas that do not serve hold everything; far more than a start takes. Afterwards
+    those that serve are counted alone.
+    """
     headroom: float = 0.7
     """Share of the TPOT limit that predictions may use up."""
 
@@ -60,7 +65,7 @@ class ScalingConfig:
         if self.max_replicas < self.min_replicas:
             remedy = f"give at least min_replicas, {self.min_replicas}"
             raise InvalidField("max_replicas", self.max_replicas, remedy)
-        for field in ("overload_s", "fp8_patience_s", "spare_s"):
+        for field in ("overload_s", "fp8_patience_s", "spare_s", "start_patience_s"):
             checks.number(field, getattr(self, field))
         checks.number("headroom", self.headroom, above=0.0, maximum=1.0)
 
@@ -73,6 +78,8 @@ class ScalingState:
     spare_since_s: float | None = None
     relied_since_s: float | None = None
     """Since when most replicas have relied on FP8."""
+    starting_since_s: float | None = None
+    """Since when some of those ordered have not served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +131,17 @@ def desired_replicas(
 
     ``stats`` holds :func:`scaling_stats` of the replicas that serve (unusable rows are left out),
     ``current`` the number ordered, ``starting`` how many of these do not serve yet. Without a usable row
-    nothing changes.
+    nothing changes; nor does it while replicas start, until ``start_patience_s`` have passed without a moment
+    in which all served.
     """
     usable = [row for row in stats if _usable(row)]
     if not usable:
         return _bounded(current, "no usable reports", config), ScalingState()
+    state = replace(state, starting_since_s=_since(starting > 0, state.starting_since_s, now))
+    absent = 0
+    if state.starting_since_s is not None and now - state.starting_since_s >= config.start_patience_s:
+        absent, starting = starting, 0
+    present = max(0, current - absent)
     in_fp8 = [row for row in usable if _relies_on_fp8(row, config, slo, model)]
     mostly_fp8 = 2 * len(in_fp8) > len(usable)
     state = replace(state, relied_since_s=_since(mostly_fp8, state.relied_since_s, now))
@@ -141,10 +154,10 @@ def desired_replicas(
     if overloaded and starting == 0 and overloaded_s >= config.overload_s:
         # What those added will mostly be in: nothing is predicted for some of each.
         mode = FP16 if len(stuck) > len(strained) else FP8
-        wanted = max(current + 1, _smallest(mode, usable, current, config, slo, model))
+        wanted = max(current + 1, absent + _smallest(mode, usable, present, config, slo, model))
         counts = {"FP8": len(strained), "16 bits": len(stuck)}
         reason = ", ".join(f"{name} too slow on {count} replicas" for name, count in counts.items() if count)
-        return _bounded(wanted, reason, config), ScalingState()
+        return _changed(wanted, reason, current, config, state)
     if mostly_fp8 and starting == 0:
         relied_s = 0.0 if state.relied_since_s is None else now - state.relied_since_s
         long_in_fp8 = [
@@ -154,17 +167,18 @@ def desired_replicas(
         ]
         if 2 * len(long_in_fp8) > len(usable):
             reason = f"{len(long_in_fp8)} replicas in FP8 for {config.fp8_patience_s:g} s"
-            return _bounded(current + 1, reason, config), ScalingState()
+            return _changed(current + 1, reason, current, config, state)
     if in_fp8 or stuck or starting > 0:
         slow = f"{len(stuck)} too slow in 16 bits, " if stuck else ""
         reason = f"{len(in_fp8)} replicas in FP8, {slow}{starting} starting: hold"
         return _bounded(current, reason, config), replace(state, spare_since_s=None)
-    spare = current > config.min_replicas and _holds(FP16, usable, current - 1, config, slo, model)
+    # Who is absent may serve unheard: the only one heard of would then do the other's work beside its own.
+    rest = max(present - 1, 0.5) if absent else current - 1
+    spare = current > config.min_replicas and _holds(FP16, usable, rest, config, slo, model)
     state = replace(state, spare_since_s=_since(spare, state.spare_since_s, now))
     if state.spare_since_s is not None and now - state.spare_since_s >= config.spare_s:
-        return _bounded(
-            current - 1, f"{current - 1} replicas hold the SLO in 16 bits", config
-        ), ScalingState()
+        reason = f"{max(1, present - 1)} replicas hold the SLO in 16 bits"
+        return _changed(current - 1, reason, current, config, state)
     hopeful = sum(row["strain"] >= 1.0 for row in usable)
     reason = f"{hopeful} replicas too slow in 16 bits, FP8 may help" if hopeful else "16 bits hold"
     return _bounded(current, reason, config), state
@@ -192,7 +206,7 @@ def _since(condition: bool, before: float | None, now: float) -> float | None:
 def _holds(
     mode: str,
     usable: Sequence[Mapping[str, float]],
-    replicas: int,
+    replicas: float,
     config: ScalingConfig,
     slo: Slo,
     model: LatencyModel,
@@ -225,6 +239,15 @@ def _smallest(
         if _holds(mode, usable, replicas, config, slo, model):
             return replicas
     return config.max_replicas
+
+
+def _changed(
+    replicas: int, reason: str, current: int, config: ScalingConfig, state: ScalingState
+) -> tuple[Scaling, ScalingState]:
+    """Another number, and all delays anew. Those who are absent get new patience only if more are ordered."""
+    scaling = _bounded(replicas, reason, config)
+    more = scaling.replicas > current
+    return scaling, ScalingState(starting_since_s=None if more else state.starting_since_s)
 
 
 def _bounded(replicas: int, reason: str, config: ScalingConfig) -> Scaling:

@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from nestedfp.deployments.autoscaling import JointScaling, autoscaling_config
 from nestedfp.deployments.config import DeploymentSettings
-from nestedfp.policies.autoscaling import STATS, scaling_stats
+from nestedfp.policies.autoscaling import STATS, ScalingConfig, scaling_stats
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import Slo
 from nestedfp.policies.protocol import ReplicaReport
@@ -102,6 +102,13 @@ def test_a_silent_replica_is_never_taken_for_an_idle_one() -> None:
     serve = Serve(target=2)
     for now in range(100, 200):
         assert serve.tick(float(now), [IDLE, {}]) == 2
+
+
+def test_a_replica_that_is_never_scheduled_is_waited_for_no_longer_than_the_patience() -> None:
+    serve = Serve(target=2)
+    patience_s = ScalingConfig().start_patience_s
+    assert {serve.tick(100.0 + second, [OVER]) for second in range(int(patience_s))} == {2}
+    assert serve.tick(100.0 + patience_s, [OVER]) > 2
 
 
 @pytest.mark.parametrize("age_s", [6.0, -6.0, math.inf])

@@ -28,7 +28,13 @@ from nestedfp.policies.replica import ReplicaControl
 from nestedfp.policies.roofline import latency_model
 
 CONFIG = ScalingConfig(
-    min_replicas=1, max_replicas=8, overload_s=5.0, fp8_patience_s=60.0, spare_s=100.0, headroom=0.7
+    min_replicas=1,
+    max_replicas=8,
+    overload_s=5.0,
+    fp8_patience_s=60.0,
+    spare_s=100.0,
+    start_patience_s=400.0,
+    headroom=0.7,
 )
 MODEL = latency_model()
 IDLE = {
@@ -207,6 +213,64 @@ def test_nothing_is_added_while_a_replica_starts() -> None:
         assert rule.at(float(second), [OVER, OVER], current=3, starting=1).replicas == 3
 
 
+def test_one_that_never_starts_holds_an_overload_up_for_no_longer_than_the_patience() -> None:
+    rule = Rule()
+    assert rule.at(0.0, [OVER, OVER], current=3, starting=1).replicas == 3
+    assert rule.at(399.9, [OVER, OVER], current=3, starting=1).replicas == 3
+    grown = rule.at(400.0, [OVER, OVER], current=3, starting=1).replicas
+    assert grown > 3
+    # Those newly ordered have a patience of their own.
+    rule.at(401.0, [OVER, OVER], current=grown, starting=grown - 2)
+    assert rule.at(800.9, [OVER, OVER], current=grown, starting=grown - 2).replicas == grown
+    assert rule.at(801.0, [OVER, OVER], current=grown, starting=grown - 2).replicas > grown
+
+
+def test_what_never_starts_carries_nothing_of_what_is_predicted() -> None:
+    """Two absent ones make no difference to how many more must serve."""
+    flood = [{**OVER, "prompt_per_s": 70_000.0}] * 2
+    wanted = []
+    for absent in (0, 2):
+        rule = Rule()
+        rule.at(0.0, flood, current=2 + absent, starting=absent)
+        wanted.append(rule.at(400.0, flood, current=2 + absent, starting=absent).replicas)
+    assert wanted[1] == wanted[0] + 2 < 8
+
+
+def test_those_that_never_start_are_given_up_in_the_end() -> None:
+    rule = Rule()
+    orders = []
+    current = 3
+    for second in range(1000):
+        current = rule.at(float(second), [IDLE], current=current, starting=current - 1).replicas
+        orders.append(current)
+    # Patience, then calm, then calm again: what is absent needs no second patience.
+    assert [orders.index(number) for number in (2, 1)] == [500, 601]
+    assert orders[-1] == 1
+
+
+def test_an_overload_at_the_most_replicas_does_not_renew_the_patience() -> None:
+    rule = Rule()
+    rule.at(0.0, [OVER] * 7, current=8, starting=1)
+    assert rule.at(400.0, [OVER] * 7, current=8, starting=1).replicas == 8
+    rule.at(410.0, [IDLE] * 7, current=8, starting=1)
+    assert rule.at(510.0, [IDLE] * 7, current=8, starting=1).replicas == 7
+
+
+def test_one_that_may_serve_unheard_stays_where_the_other_could_not_do_its_work() -> None:
+    half = {**BUSY, "prompt_per_s": 10_000.0}
+    rule = Rule()
+    for second in range(0, 2000, 10):
+        seen = rule.at(float(second), [half], current=2, starting=1)
+    assert seen == Scaling(2, "16 bits hold")
+
+
+def test_one_that_serves_for_a_moment_renews_the_patience() -> None:
+    rule = Rule()
+    rule.at(0.0, [OVER, OVER], current=3, starting=1)
+    rule.at(399.0, [OVER, OVER, FP8], current=3)
+    assert rule.at(400.0, [OVER, OVER], current=3, starting=1).replicas == 3
+
+
 def test_nothing_is_removed_while_any_replica_is_in_fp8() -> None:
     rule = Rule()
     for second in range(500):
@@ -261,7 +325,7 @@ def test_a_clock_that_falls_proves_nothing() -> None:
 def test_the_answer_is_always_an_int_within_bounds(
     rows: list[dict[str, Any]], current: int, starting: int, now: float
 ) -> None:
-    for state in (ScalingState(), ScalingState(0.0, 0.0)):
+    for state in (ScalingState(), ScalingState(0.0, 0.0), ScalingState(0.0, 0.0, 0.0, 0.0)):
         wanted, _ = desired_replicas(
             rows, state, current=current, starting=starting, config=CONFIG, slo=Slo(), model=MODEL, now=now
         )
@@ -294,6 +358,8 @@ def test_bad_settings_are_named() -> None:
         ScalingConfig(min_replicas=4, max_replicas=2)
     with pytest.raises(InvalidField, match="headroom"):
         ScalingConfig(headroom=1.5)
+    with pytest.raises(InvalidField, match="start_patience_s"):
+        ScalingConfig(start_patience_s=-1.0)
 
 
 def test_numbers_of_replicas_are_whole() -> None:

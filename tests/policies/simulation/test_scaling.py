@@ -115,6 +115,17 @@ def test_the_joint_rule_adds_replicas_that_must_stay_in_16_bits(policy: str, str
     assert max(outcome.timeline.active) > 1
 
 
+def test_replicas_that_start_as_they_should_never_meet_the_end_of_the_patience() -> None:
+    load = arrivals(45.0, 300.0)
+    seen = []
+    for patience in ({}, {"start_patience_s": 1e9}):
+        config = ScalingConfig(min_replicas=1, max_replicas=4, **patience)
+        joint = JointScaler(config=config, slo=Slo(), model=latency_model())
+        seen.append(run(load, joint, startup_s=120.0, policy="predictive").timeline.active)
+    assert max(seen[0]) > 1
+    assert seen[0] == seen[1]
+
+
 def test_copies_keep_the_bursts_and_thinning_the_order() -> None:
     load = arrivals(5.0, 60.0)
     thick = thickened(load, 3, 0.5, seed=1)
