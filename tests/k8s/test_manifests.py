@@ -198,7 +198,8 @@ def test_selectors_find_the_pods(folder: str, service: Service) -> None:
         selected = budget["spec"]["selector"]["matchLabels"].items()
         assert selected <= service.worker.labels.items()
         assert not selected <= service.head.labels.items()
-        # As many as always run would keep every node from being emptied.
+        # As many as always run would keep every node from being emptied, and so would any maxUnavailable.
+        assert "maxUnavailable" not in budget["spec"]
         assert 0 < budget["spec"]["minAvailable"] < service.fewest
 
 
