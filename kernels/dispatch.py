@@ -1,8 +1,9 @@
 """From mode, shape, dtype and device to a backend and its configuration: pure, total, testable anywhere.
 
 The configuration of a GPU kernel comes from a table in `tables/`, written by `nestedfp tune kernels` on
-the device it names. A shape the table does not hold takes the entry of the nearest one; a device without
-a table takes the kernel's own rule (configuration None). No shape is an error.
+the device it names. What the table does not hold, another weight or another number of tokens, takes the
+kernel's own rule (configuration None): tiles that fill the waves of one shape may leave half of the next
+one's last wave idle, so a neighbour's entry says little. No shape is an error.
 """
 
 import json
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache, lru_cache
 from importlib import resources
-from math import log2
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -24,6 +24,8 @@ Kind = TypeVar("Kind")
 
 # The bulk copy engine needs base addresses and row pitches in multiples of 16 bytes.
 TMA_ALIGNMENT = 16
+# Up to so many tokens a row serves those below it.
+_FEW_TOKENS = 64
 
 
 class Mode(StrEnum):
@@ -106,39 +108,38 @@ def preferred_order(device: torch.device | str, N: int, K: int) -> KOrder:
 
 
 def configuration(backend: Backend, problem: Problem, capability: Capability) -> Config | None:
-    """The tabled configuration of the shape nearest to `problem`, or None without a table."""
-    rows = rows_near(backend, capability, problem.mode, problem.dtype, problem.N, problem.K)
-    return holding(rows, problem.M).config if rows else None
+    """The tabled configuration for `problem`, or None for the kernel's own rule."""
+    rows = rows_of(backend, capability, problem.mode, problem.dtype, problem.N, problem.K)
+    return holding(rows, problem.M)
 
 
 @lru_cache(maxsize=4096)
-def rows_near(
+def rows_of(
     backend: Backend, capability: Capability, mode: Mode, dtype: str, N: int, K: int
 ) -> list[TableRow]:
-    """The rows for the nearest N and K: serving meets few weights and many numbers of tokens."""
-    rows = [row for row in table(backend, capability) if row.mode is mode]
-    return nearest([row for row in rows if row.dtype == dtype] or rows, N, K)
+    """The rows of a weight, ascending in M: those of the dtype, or where there are none the other one's."""
+    rows = [row for row in table(backend, capability) if (row.mode, row.N, row.K) == (mode, N, K)]
+    return sorted([row for row in rows if row.dtype == dtype] or rows, key=lambda row: row.M)
 
 
-def nearest(rows: list[TableRow], N: int, K: int) -> list[TableRow]:
-    """The rows whose N and K are nearest, by the sum of their distances in octaves; ascending in M.
+def holding(rows: list[TableRow], M: int) -> Config | None:
+    """The configuration for M tokens among a weight's `rows`, ascending in M, or None.
 
-    N and K come first since they fix how many tiles a matrix gives and how long each runs.
+    Of few tokens a product's time is that of its bytes, whatever the tile: the next larger row serves.
     """
-
-    def distance(row: TableRow) -> float:
-        return abs(log2(row.N / N)) + abs(log2(row.K / K))
-
-    shortest = min(map(distance, rows), default=0.0)
-    return sorted((row for row in rows if distance(row) == shortest), key=lambda row: row.M)
+    at = bisect_left(rows, M, key=lambda row: row.M)
+    if at == len(rows) or (rows[at].M != M and rows[at].M > _FEW_TOKENS):
+        return None
+    return rows[at].config
 
 
-def holding(rows: list[TableRow], M: int) -> TableRow:
-    """Of `rows`, ascending in M and not empty, the first that holds M tokens, or the last.
-
-    Tiles are cut for so many tokens: one that is too wide wastes less than one that must run twice.
-    """
-    return rows[min(bisect_left(rows, M, key=lambda row: row.M), len(rows) - 1)]
+def token_grid(largest: int) -> list[int]:
+    """Numbers of tokens, ascending, up to the first from `largest` on: multiples of 16, and of a quarter of
+    the power of two below them."""
+    grid = [16]
+    while grid[-1] < largest:
+        grid.append(grid[-1] + max(16, 1 << grid[-1].bit_length() >> 3))
+    return grid
 
 
 @cache

@@ -1,8 +1,9 @@
 """`nestedfp compile kernels`: machine code of the CUDA C++ kernels before it is needed, without a GPU.
 
-What a weight needs is every configuration that the tables hold for it. Threads compile side by side, since
+What a weight needs is every configuration that the tables hold for it, and that the kernels' rules choose for
+other numbers of tokens. Threads compile side by side, since
 NVRTC does not hold Python's lock, and leave their work in the cache that products look into; a product that
-meets one under way waits for it. Without a table nothing is known ahead: kernels compile when first launched.
+meets one under way waits for it.
 """
 
 import argparse
@@ -15,16 +16,21 @@ from typing import NamedTuple
 
 import torch
 
-from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_near
+from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_of
 from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_16bit_once, gemm_fp8
 from nestedfp.kernels.hopper.cuda.compile import cache_folder
+from nestedfp.kernels.hopper.fp8 import rules as rules_fp8
 from nestedfp.kernels.hopper.linear_16bit import config_of
+from nestedfp.kernels.hopper.linear_16bit import rules as rules_16bit
 from nestedfp.kernels.shapes import SHAPES, parse_shapes
 
 log = logging.getLogger("vllm.nestedfp")
 
 HOPPER: Capability = (9, 0)
 _MOST_THREADS = 16
+# Of a step. Products of more find what they need among the same.
+_MOST_TOKENS = 8192
+AnyConfig = gemm_16bit.Config | gemm_16bit_once.Config | gemm_fp8.Config
 
 
 class Recipe(NamedTuple):
@@ -33,7 +39,7 @@ class Recipe(NamedTuple):
 
     mode: Mode
     dtype: torch.dtype
-    config: gemm_16bit.Config | gemm_16bit_once.Config | gemm_fp8.Config
+    config: AnyConfig
 
     @property
     def macros(self) -> tuple[object, ...]:
@@ -53,10 +59,19 @@ def recipes(N: int, K: int, dtype: torch.dtype) -> list[Recipe]:
     """What products of a weight [N, K] can need on Hopper, each once."""
     found: dict[tuple[object, ...], Recipe] = {}
     name = str(dtype).removeprefix("torch.")
-    for mode, kind in ((Mode.BITS16, config_of), (Mode.FP8, gemm_fp8.Config)):
-        for row in rows_near(Backend.HOPPER, HOPPER, mode, name, N, K):
-            recipe = Recipe(mode, dtype, kind(**row.config))
-            found.setdefault(recipe.macros, recipe)
+
+    def add(mode: Mode, config: AnyConfig) -> None:
+        recipe = Recipe(mode, dtype, config)
+        found.setdefault(recipe.macros, recipe)
+
+    for mode, kind, rules in (
+        (Mode.BITS16, config_of, rules_16bit),
+        (Mode.FP8, gemm_fp8.Config, rules_fp8),
+    ):
+        for row in rows_of(Backend.HOPPER, HOPPER, mode, name, N, K):
+            add(mode, kind(**row.config))
+        for config in rules(_MOST_TOKENS, N, K):
+            add(mode, config)
     return list(found.values())
 
 

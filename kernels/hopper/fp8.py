@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
-from nestedfp.kernels.dispatch import parsed
+from nestedfp.kernels.dispatch import parsed, token_grid
 from nestedfp.kernels.hopper.cuda.gemm_fp8 import Config, plan, product
+from nestedfp.kernels.hopper.overlap import overlapped
 from nestedfp.kernels.layout import KOrder
 
 _MULTIPROCESSORS = 132
+# Of tokens, for which configurations are looked for; from there on tiles and waves are many, and all alike.
+_LARGEST = 8192
 # Side by side before the next weight rows; the first wave must quantise them all before it can start.
 _GROUP_TOKENS = 1024
 # Weight rows of a tile: what fills the last wave best. wgmma takes any multiple of 8, the epilogue of 16.
@@ -23,8 +26,15 @@ _MANY_ROWS = (32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 _BLOCK_ROWS = (96, 128, 160, 176, 192)
 # Beyond it, a thread's sums leave no registers to exchange parts.
 _MOST_SPLIT_COLUMNS = 320
-# Cycles after a tile whose outputs are packed to be stored later, and what that way costs the last tile.
-_DEFERRED_ENDING, _LAST_ENDING = 700, 1000
+# Fitted to 2,365 products on an H100 (docs/kernels.md): a cycle's products of a token, a row and 128 of K, and
+# its bytes from shared memory, into a multiprocessor, out of the L2 and out of memory; cycles of a launch,
+# with clusters, of a tile's end by weight rows, of the last end where outputs are stored later, of gathering
+# parts, and bytes of parts a cycle.
+_TENSOR, _SHARED = 35, 166
+_INTO, _L2, _MEMORY = 100, 8500, 1760
+_LAUNCH, _CLUSTER_LAUNCH, _END_ROW, _LAST_END, _GATHER, _PART_BYTES = 6400, 2300, 17.5, 3100, 1700, 16
+# What the power limit of 700 W makes of a cycle of all tensor cores.
+_POWER = 1.11
 
 
 def linear_fp8(
@@ -48,9 +58,21 @@ def linear_fp8(
     return y
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 14)
 def rule(M: int, N: int, K: int) -> Config:
-    """A configuration for any product, without a table."""
+    """A configuration for any product, without a table: of `rules` the one that is estimated to be fastest,
+    but of those for the next larger number of tokens at most."""
+    return min(rules(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
+
+
+def rules(largest: int, N: int, K: int) -> list[Config]:
+    """The configurations from which `rule` chooses for up to `largest` tokens of a weight: few enough to be
+    compiled before they are needed."""
+    return list(dict.fromkeys(_fastest(M, N, K) for M in token_grid(min(largest, _LARGEST))))
+
+
+@lru_cache(maxsize=4096)
+def _fastest(M: int, N: int, K: int) -> Config:
     return min(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
 
 
@@ -94,7 +116,7 @@ def _space(M: int, N: int, K: int) -> Iterator[Config]:
 
 
 def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
-    resident = _MULTIPROCESSORS * tile.ctas // tile.cluster
+    resident = _resident(tile)
     most = 1 if tile.blocks * tile.rows > _MOST_SPLIT_COLUMNS else K // (8 * 128 * tile.chunks)
     parts = plan(replace(tile, split=max(1, min(8, most))), M, N, K, resident).split
     for split in sorted({1, parts, parts // 2 if parts > 3 else 1}):
@@ -105,21 +127,39 @@ def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
 
 
 def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
-    """Cycles of the busiest multiprocessor: the slowest of tensor cores, shared memory, L2 and memory in each
-    step of K, and what a tile costs beside its steps. It ranks configurations; it predicts no times."""
-    workers = _MULTIPROCESSORS * config.ctas // config.cluster
-    cut = plan(config, M, N, K, workers)
-    tensor = config.tokens * config.rows / 32
-    operands = config.tokens // 64 * 4 * (2048 + config.rows * 32)
-    shared = ((config.tokens + config.rows) * 128 + operands) / 128
-    l2 = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128 / 36
-    memory = config.rows * 128 / 13.5 if M <= 128 else 0
-    tile = K / 128 * max(tensor, shared, l2, memory) * config.ctas
-    ending = 1200 + config.rows * config.blocks * 6
-    waves = -(-cut.whole // workers)
-    endings = (waves - 1) * _DEFERRED_ENDING + ending + _LAST_ENDING if config.deferred else waves * ending
-    cycles = waves * tile + endings
-    if cut.split > 1:
-        moved = 2 * config.tokens * config.rows * 4 * (cut.split - 1) / cut.split
-        cycles += tile / cut.split + ending + 2500 + moved / 40
-    return cycles
+    """Cycles of the busiest multiprocessor: the slowest of tensor cores, shared memory, copies, L2 and memory
+    in each step of K, and what a tile costs beside its steps; and what the power limit leaves to all of them.
+    It ranks configurations: their times are met within 6 % in the mean, but for the quantiser's."""
+    workers = _resident(config)
+    work = plan(config, M, N, K, workers)
+    along_tokens = -(-M // config.tokens)
+    panel_bytes = (config.tokens + config.rows) * 128
+    # Of x a warpgroup reads its own 64 tokens, of the weights all rows.
+    operand_bytes = config.tokens // 64 * 4 * (2048 + config.rows * 32)
+    l2_bytes = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128
+    steps = K / 128
+
+    def step(active: int) -> float:
+        """Of K, while so many workers have a tile."""
+        return overlapped(
+            config.tokens * config.rows * config.ctas / _TENSOR,
+            (panel_bytes + operand_bytes) * config.ctas / _SHARED,
+            panel_bytes * config.ctas / _INTO,
+            l2_bytes * active * config.cluster / _L2,
+            config.rows * 128 * active * config.cluster / along_tokens / _MEMORY,
+        )
+
+    full, rest = divmod(work.whole, workers)
+    end = config.rows * config.blocks * _END_ROW
+    cycles = _LAUNCH + (_CLUSTER_LAUNCH if config.cluster > 1 else 0)
+    cycles += steps * (full * step(workers) + (step(rest) if rest else 0))
+    cycles += end + _LAST_END if config.deferred else (full + (rest > 0)) * end
+    if work.split > 1:
+        moved = 2 * config.tokens * config.rows * 4 * (work.split - 1) / work.split
+        cycles += steps * step(workers) / work.split + end + _GATHER + moved / _PART_BYTES
+    products = along_tokens * config.tokens * N * steps / 32 / _MULTIPROCESSORS
+    return overlapped(cycles, products * _POWER)
+
+
+def _resident(config: Config) -> int:
+    return _MULTIPROCESSORS * config.ctas // config.cluster

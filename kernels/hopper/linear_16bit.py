@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
-from nestedfp.kernels.dispatch import parsed
+from nestedfp.kernels.dispatch import parsed, token_grid
 from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_16bit_once
 from nestedfp.kernels.hopper.cuda.gemm_16bit import Config, ceil_div, cluster_tiles, plan
+from nestedfp.kernels.hopper.overlap import overlapped
 from nestedfp.kernels.layout import KOrder
 
 _MULTIPROCESSORS = 132
+# Of tokens, for which configurations are looked for; from there on tiles and waves are many, and all alike.
+_LARGEST = 8192
 # The most tokens of a tile by warpgroups: what ptxas (CUDA 13.0) compiles without spilling, clustered or not.
 _MOST_TOKENS = {1: 256, 2: 352, 3: 192, 4: 96}
 # And in clusters along the tokens, or with K in turns; and in clusters that share K and panels, of which four
@@ -26,16 +29,20 @@ _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
 # From so many tokens on weights may be rebuilt once for a wave; so many configurations of that.
 _LEAST_TOKENS_ONCE, _MOST_ONCE = 2048, 8
-# An H100's cycles, measured: of a rebuild of 64 x 64 weights, while other warpgroups multiply (with seven
-# instructions for four weights, which are six now); bytes a cycle into a multiprocessor, out of the L2 and
-# out of memory; of a launch, with clusters, of a tile beside its steps, of a float32 of a part written and
-# read through the L2, of waiting for the parts, and the same two between the CTAs of a cluster.
-_REBUILD = 360
-_INTO, _L2, _MEMORY = 60, 6700, 1480
-_LAUNCH, _CLUSTER_LAUNCH, _TILE, _PART_FLOAT, _GATHER = 3000, 1000, 2200, 0.2, 2500
-_PAIR_FLOAT, _PAIR = 0.085, 1500
+# Clusters of four that are resident: a multiprocessor less in some part of the chip costs one of 33 there.
+_FOURS = 30
+# What the rule leaves out: clusters of four, whose number differs from chip to chip; of few tokens tall
+# tiles, which fetch too little at a time.
+_RULE_CLUSTERS, _RULE_PARTS, _RULE_WARPGROUPS, _FEW_TOKENS = ((1, 1), (1, 2), (2, 1)), 4, 2, 64
+# Fitted to 2,460 products on an H100 (docs/kernels.md), in cycles: of a rebuild of 64 x 64 weights beside
+# products; bytes a cycle into a multiprocessor, out of the L2 and out of memory; of a launch, with clusters,
+# of a tile beside its steps, of a float32 of a part written and read through the L2, of waiting for the
+# parts; and of a float32 that CTAs of a cluster exchange.
+_REBUILD = 140
+_INTO, _L2, _MEMORY = 100, 11000, 1760
+_LAUNCH, _CLUSTER_LAUNCH, _TILE, _PART_FLOAT, _GATHER, _PAIR_FLOAT = 2000, 1450, 3800, 0.5, 3100, 0.085
 # What the power limit of 700 W makes of a cycle of all tensor cores, and what a rebuild adds to it by tokens.
-_POWER, _REBUILD_POWER = 1.2, 14
+_POWER, _REBUILD_POWER = 0.58, 100
 
 
 def linear_16bit(
@@ -74,15 +81,30 @@ def config_of(**settings: int) -> Config | gemm_16bit_once.Config:
     return gemm_16bit_once.Config(**settings) if "once" in settings else Config(**settings)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 14)
 def rule(M: int, N: int, K: int) -> Config:
-    """A configuration for any product, without a table."""
-    return min(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
+    """A configuration for any product, without a table: of `rules` the one that is estimated to be fastest,
+    but of those for the next larger number of tokens at most."""
+    return min(rules(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
+
+
+def rules(largest: int, N: int, K: int) -> list[Config]:
+    """The configurations from which `rule` chooses for up to `largest` tokens of a weight: few enough to be
+    compiled before they are needed."""
+    return list(dict.fromkeys(_fastest(M, N, K) for M in token_grid(min(largest, _LARGEST))))
+
+
+@lru_cache(maxsize=4096)
+def _fastest(M: int, N: int, K: int) -> Config:
+    configs = _space(M, N, K, _RULE_CLUSTERS, _RULE_PARTS)
+    found = (c for c in configs if c.cluster <= 2 and (M > _FEW_TOKENS or c.warpgroups <= _RULE_WARPGROUPS))
+    return min(found, key=lambda config: estimated_cycles(config, M, N, K))
 
 
 def candidates(M: int, N: int, K: int, most: int = 48) -> list[Settings]:
     """What the tuner times for a shape: the `most` that a model of the multiprocessor finds fastest."""
-    ranked = sorted(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
+    space = _space(M, N, K, _CLUSTERS, _MOST_PARTS)
+    ranked = sorted(space, key=lambda config: estimated_cycles(config, M, N, K))
     chosen: dict[tuple[int | bool, ...], Config] = {}
     for config in ranked:
         # Each tile in each cluster, whole and split: what either saves differs more than the model knows.
@@ -110,24 +132,26 @@ def _once(M: int, N: int, K: int) -> Iterator[tuple[int, gemm_16bit_once.Config]
             yield work.waves * tokens * 4 * K // 64, replace(tile, once=work.width)
 
 
-def _space(M: int, N: int, K: int) -> Iterator[Config]:
+def _space(
+    M: int, N: int, K: int, clusters: tuple[tuple[int, int], ...], most_parts: int
+) -> Iterator[Config]:
     widest = 16 * ceil_div(M, 16)
     for warpgroups, most in _MOST_TOKENS.items():
         for tokens in range(min(widest, 64), min(widest, most) + 1, 16):
-            for cluster_tokens, cluster_rows in _CLUSTERS:
+            for cluster_tokens, cluster_rows in clusters:
                 tile = Config(tokens, warpgroups, cluster_tokens, cluster_rows)
                 if tokens % (8 * cluster_rows) or tokens * (cluster_tokens - 1) >= M:
                     continue
                 if tokens > _MOST_TOKENS_CLUSTERED and cluster_tokens > 1:
                     continue
-                yield from _splits(tile, M, N, K)
+                yield from _splits(tile, M, N, K, most_parts)
                 if warpgroups == 2 and tokens % 32 == 0 and tokens <= _MOST_TOKENS_CLUSTERED:
-                    yield from _splits(replace(tile, sliced_k=2), M, N, K)
+                    yield from _splits(replace(tile, sliced_k=2), M, N, K, most_parts)
                 if warpgroups == 1 and tokens <= 64 and tile.cluster == 1:
-                    yield from _splits(replace(tile, ctas=2), M, N, K)
+                    yield from _splits(replace(tile, ctas=2), M, N, K, most_parts)
 
 
-def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
+def _splits(tile: Config, M: int, N: int, K: int, most_parts: int) -> Iterator[Config]:
     tiles, resident = cluster_tiles(tile, M, N), _resident(tile)
     yield tile
     if tiles % resident == 0 or tiles > 16 * resident:
@@ -137,7 +161,7 @@ def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
         yield replace(tile, cluster_k=2)
         if tiles > resident:
             yield replace(tile, cluster_k=2, waves=1)
-    for parts in range(2, _MOST_PARTS + 1):
+    for parts in range(2, most_parts + 1):
         if parts * 512 <= K:
             yield replace(tile, split=parts)
             if tiles > resident:
@@ -145,13 +169,13 @@ def _splits(tile: Config, M: int, N: int, K: int) -> Iterator[Config]:
 
 
 def _resident(config: Config) -> int:
-    return _MULTIPROCESSORS * config.ctas // config.cluster
+    return _FOURS if config.cluster == 4 else _MULTIPROCESSORS * config.ctas // config.cluster
 
 
 def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     """Cycles of the busiest multiprocessor: the slowest of tensor cores, rebuild, copies, L2 and memory in
-    each step of K, and what a tile costs beside its steps; or what the power limit leaves to all of them. It
-    ranks configurations; it predicts no times."""
+    each step of K, and what a tile costs beside its steps; and what the power limit leaves to all of them. It
+    ranks configurations: their times are met within 6 % in the mean, beyond what it knows of M and dtype."""
     tiles = cluster_tiles(config, M, N)
     work = plan(config, M, N, K, _resident(config))
     workers = work.clusters * config.cluster_k
@@ -160,12 +184,12 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     panel_bytes = (config.tokens + config.rows) * 128
     l2_bytes = (config.tokens / config.cluster_rows + config.rows / config.cluster_tokens) * 128
     floats = config.rows * config.tokens * config.ctas
-    part_float, gather = (_PAIR_FLOAT, _PAIR) if config.cluster_k > 1 else (_PART_FLOAT, _GATHER)
+    part_float, gather = (_PAIR_FLOAT, 0) if config.cluster_k > 1 else (_PART_FLOAT, _GATHER)
     steps = K / 64
 
     def step(active: int) -> float:
         """Of K, while so many workers have a tile."""
-        return max(
+        return overlapped(
             multiply * row_groups * config.ctas,
             # A warpgroup rebuilds once its products before have been handed to the tensor cores.
             (multiply + _REBUILD) / config.sliced_k,
@@ -185,4 +209,5 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
     if work.cut:
         cycles += rounds(work.cut * work.parts, steps / work.parts, _TILE + part_float * floats) + gather
     products = tiles * config.worker * multiply * row_groups * steps / _MULTIPROCESSORS
-    return max(cycles, products * (_POWER + _REBUILD_POWER / config.tokens))
+    return overlapped(cycles, products * (_POWER + _REBUILD_POWER / config.tokens))
+

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels import KOrder, preferred_order
-from nestedfp.kernels.dispatch import Backend, table
+from nestedfp.kernels.dispatch import Backend, table, token_grid
 from nestedfp.weight import DTYPES
 
 
@@ -37,12 +37,14 @@ def _precompiler() -> Any:
 def token_counts(largest: int, tabled: Iterable[int]) -> list[int]:
     """Token counts, ascending and at most `largest`, that meet every configuration of the kernels.
 
-    A table's configuration holds from one tabled count to the next, so the tabled counts and `largest` meet
-    them all; the rules used without a table change at powers of two or between them.
+    Hopper's rules find theirs for the counts of `token_grid`, where a table may have one of its own, but not
+    for a token less; the portable kernels' change at powers of two or between them.
     """
     powers = [1 << exponent for exponent in range(largest.bit_length())]
     between = [3 * power // 2 for power in powers if power > 1]
-    return sorted(count for count in {*tabled, *powers, *between, largest} if 0 < count <= largest)
+    grid = token_grid(largest)
+    counts = {*tabled, *powers, *between, *grid, *(count - 1 for count in grid), largest}
+    return sorted(count for count in counts if 0 < count <= largest)
 
 
 def tabled_counts(device: torch.device) -> set[int]:

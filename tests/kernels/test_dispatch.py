@@ -1,5 +1,7 @@
 """Dispatch: total over shapes, faithful to the table, and honest about what a kernel can address."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,17 +13,15 @@ from nestedfp.kernels.dispatch import (
     TableRow,
     choose,
     holding,
-    nearest,
     parse_table,
     table,
+    token_grid,
 )
 from nestedfp.kernels.layout import KOrder
 from nestedfp.kernels.shapes import SHAPES, TOKENS
 
 HOPPER = (9, 0)
-ROWS = [
-    TableRow(Mode.FP8, "float16", M, N, 4096, 1.0, {"tokens": M}) for M in (16, 128) for N in (4096, 28672)
-]
+ROWS = [TableRow(Mode.FP8, "float16", M, 4096, 4096, 1.0, {"tokens": M}) for M in (8, 16, 128, 256)]
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -38,11 +38,25 @@ def test_tabled_shapes_get_their_own_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("M", "N", "tokens", "rows"), [(1, 4000, 16, 4096), (17, 4096, 128, 4096), (9999, 40000, 128, 28672)]
+    ("M", "tokens"), [(1, 8), (8, 8), (9, 16), (17, None), (127, None), (128, 128), (129, None), (257, None)]
 )
-def test_nearest_shape(M: int, N: int, tokens: int, rows: int) -> None:
-    row = holding(nearest(ROWS, N, 4096), M)
-    assert (tokens, rows) == (row.M, row.N)
+def test_few_tokens_take_the_next_larger_row_and_many_their_own_or_none(M: int, tokens: int | None) -> None:
+    assert holding(ROWS, M) == (None if tokens is None else {"tokens": tokens})
+
+
+def test_another_weight_than_the_table_s_is_left_to_the_kernel_s_rule() -> None:
+    for N, K in ((4097, 4096), (4096, 4224), (37888, 3584)):
+        for M in (1, 64, 1024):
+            assert choose(Problem(Mode.BITS16, M, N, K, "float16", KOrder.HOPPER), HOPPER).config is None
+
+
+@given(largest=st.integers(1, 1 << 17))
+def test_a_grid_of_tokens_is_at_most_a_quarter_apart_and_reaches_the_largest(largest: int) -> None:
+    grid = token_grid(largest)
+    assert grid[-1] >= largest
+    assert len(grid) == 1 or grid[-2] < largest
+    assert all(after - before <= max(16, before / 4) for before, after in pairwise(grid))
+    assert all(count % 16 == 0 for count in grid)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +117,6 @@ def test_a_type_without_rows_takes_those_of_the_other() -> None:
     for row in rows:
         problem = Problem(Mode.FP8, row.M, row.N, row.K, "bfloat16", KOrder.HOPPER)
         assert choose(problem, HOPPER).config == row.config
-
-
-def test_the_next_larger_tabled_number_of_tokens_is_taken() -> None:
-    near = nearest(ROWS, 4096, 4096)
-    assert [holding(near, M).M for M in (1, 16, 17, 128, 16384)] == [16, 16, 128, 128, 128]
 
 
 def test_a_backend_without_a_table_leaves_the_choice_to_its_kernel() -> None:

@@ -18,7 +18,7 @@ from nestedfp.kernels.hopper.cuda.gemm_16bit import (
     code,
     plan,
 )
-from nestedfp.kernels.hopper.linear_16bit import candidates, config_of
+from nestedfp.kernels.hopper.linear_16bit import candidates, config_of, estimated_cycles, rule, rules
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS
 
 from .machine_code import assert_registers_suffice, disassemble
@@ -51,12 +51,20 @@ TOKENS = [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384]
 
 def tabled() -> list[Config]:
     rows = (config_of(**row.config) for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.BITS16)
-    configs = (config for config in rows if isinstance(config, Config))
+    return distinct([config for config in rows if isinstance(config, Config)])
+
+
+def ruled() -> list[Config]:
+    """Of a weight that the table does not hold."""
+    return distinct(rules(8192, 3584, 18944))
+
+
+def distinct(configs: list[Config]) -> list[Config]:
     return sorted({replace(config, split=1, waves=0, group=8) for config in configs}, key=repr)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled()]), ids=repr)
+@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled(), *ruled()]), ids=repr)
 def test_machine_code(config: Config, dtype: torch.dtype) -> None:
     sass = disassemble(code(config, dtype))
     products = re.findall(r"HGMMA\.64x(\d+)x16\.F32(?:\.BF16)? R\d+, (\w+)", sass)
@@ -106,6 +114,19 @@ def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
         if config.cluster_k == 1:
             assert work.cut * work.parts * config.cluster * config.rows * config.tokens <= SCRATCH_FLOATS
             assert work.cut * config.cluster * config.warpgroups <= SCRATCH_COUNTERS
+
+
+@pytest.mark.parametrize(("N", "K"), [(3584, 18944), (37888, 3584), (1280, 8192), (77, 128)])
+def test_rules_are_few_and_among_them_one_is_best_for_what_it_was_found_for(N: int, K: int) -> None:
+    few = rules(8192, N, K)
+    assert len(few) <= 32
+    for M in (1, 16, 100, 224, 1000, 4096, 16384):
+        assert rule(M, N, K) in few
+    for M in (224, 4096):
+        space = [config_of(**settings) for settings in candidates(M, N, K)]
+        own = [c for c in space if isinstance(c, Config) and c.cluster <= 2 and c.split <= 4 and c.group == 8]
+        best = min(estimated_cycles(config, M, N, K) for config in own)
+        assert estimated_cycles(rule(M, N, K), M, N, K) <= best
 
 
 def test_only_tiles_beyond_full_waves_are_cut() -> None:

@@ -1,6 +1,7 @@
 """The one-launch FP8 kernel compiled for sm_90a without a GPU, and how it is planned."""
 
 import re
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("triton")
 
 from nestedfp.kernels.dispatch import Backend, Mode, table
 from nestedfp.kernels.hopper.cuda.gemm_fp8 import SHARED_MEMORY, Config, code, plan
-from nestedfp.kernels.hopper.fp8 import candidates
+from nestedfp.kernels.hopper.fp8 import candidates, rules
 
 from .machine_code import assert_registers_suffice, disassemble
 
@@ -19,10 +20,18 @@ PER_PROGRAM = SHARED_MEMORY - 1024
 
 
 def tabled() -> list[Config]:
-    configs = (row.config for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.FP8)
+    configs = [Config(**row.config) for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.FP8]
+    return distinct(configs)
+
+
+def ruled() -> list[Config]:
+    """Of a weight that the table does not hold."""
+    return distinct(rules(8192, 3584, 18944))
+
+
+def distinct(configs: list[Config]) -> list[Config]:
     # Machine code depends on whether there are parts, not on how many.
-    cut = {Config(**{**config, "split": min(config["split"], 2), "group": 8}) for config in configs}
-    return sorted(cut, key=repr)
+    return sorted({replace(config, split=min(config.split, 2), group=8) for config in configs}, key=repr)
 
 
 SOME = [
@@ -42,7 +51,7 @@ SOME = [
 ]
 
 
-@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled()]), ids=repr)
+@pytest.mark.parametrize("config", dict.fromkeys([*SOME, *tabled(), *ruled()]), ids=repr)
 def test_machine_code(config: Config) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         sass = disassemble(code(config, dtype))
