@@ -13,7 +13,7 @@ from nestedfp.vllm import compat
 from nestedfp.vllm.accounting import RequestTokens, StepCounts
 from nestedfp.vllm.choice import StepFacts
 from nestedfp.vllm.config import settings_of
-from nestedfp.vllm.control import PRECISION_ARGUMENT
+from nestedfp.vllm.control import PRECISION_ARGUMENT, STRICT_CACHE_SALT
 from nestedfp.vllm.progress import Progress
 from nestedfp.vllm.selection import BoundedStep, PlanSelection
 from nestedfp.vllm.status import EngineStatus
@@ -50,7 +50,7 @@ class PrecisionMixin:
 
     def add_request(self, request: Any) -> None:
         self.request_tokens.open(request.request_id)
-        if is_strict(request.sampling_params):
+        if is_strict(request):
             self.selection.pin(request.request_id)
         super().add_request(request)  # type: ignore[misc]
 
@@ -157,13 +157,18 @@ class PrecisionMixin:
         return self.selection.bound(work, self._times.of, (request.request_id for request in self.running))
 
 
-def is_strict(sampling_params: Any) -> bool:
-    """Whether a request insists on 16 bits; an unknown value is logged and counts as no wish."""
-    arguments = getattr(sampling_params, "extra_args", None) or {}
+def is_strict(request: Any) -> bool:
+    """Whether a request insists on 16 bits; an unknown value is logged and counts as no wish.
+
+    The salt of strict requests insists, too, followed by `:` and a client's own or not. vLLM's beam search
+    keeps the salt and loses the argument, and what is computed under the salt strict requests reuse.
+    """
+    arguments = getattr(request.sampling_params, "extra_args", None) or {}
     value = arguments.get(PRECISION_ARGUMENT)
     if value not in (None, "any", "fp16"):
         logger.warning("%s is %r, expected 'fp16' or 'any'; ignored", PRECISION_ARGUMENT, value)
-    return bool(value == "fp16")
+    salt = (request.cache_salt or "").partition(":")[0]
+    return value == "fp16" or salt == STRICT_CACHE_SALT
 
 
 class PrecisionScheduler(PrecisionMixin, _Scheduler):  # type: ignore[misc]

@@ -8,6 +8,7 @@ import pytest
 
 from nestedfp.policies.steps import LIMIT_NAMES
 from nestedfp.vllm.config import NestedFPConfig
+from nestedfp.vllm.control import STRICT_CACHE_SALT
 from nestedfp.vllm.scheduler import PrecisionMixin
 from nestedfp.vllm.settings import Settings
 from nestedfp.vllm.step import REPORT, TAG, StepReport
@@ -71,11 +72,13 @@ def request(
     computed: int = 8,
     prompt: int = 40,
     age_s: float = 2.0,
+    salt: str | None = None,
     **extra_args: Any,
 ) -> SimpleNamespace:
     return SimpleNamespace(
         request_id=request_id,
         sampling_params=SimpleNamespace(extra_args=extra_args or None),
+        cache_salt=salt,
         arrival_time=time.time() - age_s,
         num_prompt_tokens=prompt,
         num_computed_tokens=computed,
@@ -125,6 +128,19 @@ def test_a_strict_request_pins_its_steps_until_it_is_finished(scheduler: Schedul
     scheduler.finished = {"s"}
     assert getattr(scheduler.step(a=1), TAG).plan == "fp8"
     assert scheduler.selection.strict_count == 0
+
+
+@pytest.mark.parametrize(
+    ("salt", "plan"),
+    [(STRICT_CACHE_SALT, "fp16"), (f"{STRICT_CACHE_SALT}:mine", "fp16"), ("mine", "fp8"), (None, "fp8")],
+)
+def test_nothing_is_computed_in_fp8_under_the_salt_of_strict_requests(
+    scheduler: Scheduler, salt: str | None, plan: str
+) -> None:
+    """Beam search sends its requests with the salt, and without the argument."""
+    scheduler.selection.set_target("fp8", 1)
+    scheduler.add_request(request("beam", salt=salt))
+    assert getattr(scheduler.step(beam=1), TAG).plan == plan
 
 
 BOUNDS = {
