@@ -7,6 +7,7 @@ plan it was scheduled with, however many steps are in flight.
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nestedfp.vllm import compat
@@ -52,6 +53,12 @@ class PrecisionMixin:
         self.request_tokens.open(request.request_id)
         if is_strict(request):
             self.selection.pin(request.request_id)
+            # The encoder cache goes by these and knows no salt: the output of an FP8 step would be reused.
+            # New ones, as the samples of a prompt share them.
+            request.mm_features = [
+                replace(feature, identifier=f"{STRICT_CACHE_SALT}:{feature.identifier}")
+                for feature in request.mm_features
+            ]
         super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:

@@ -79,6 +79,7 @@ def request(
         request_id=request_id,
         sampling_params=SimpleNamespace(extra_args=extra_args or None),
         cache_salt=salt,
+        mm_features=[],
         arrival_time=time.time() - age_s,
         num_prompt_tokens=prompt,
         num_computed_tokens=computed,
@@ -141,6 +142,27 @@ def test_nothing_is_computed_in_fp8_under_the_salt_of_strict_requests(
     scheduler.selection.set_target("fp8", 1)
     scheduler.add_request(request("beam", salt=salt))
     assert getattr(scheduler.step(beam=1), TAG).plan == plan
+
+
+def test_encoder_outputs_of_fp8_steps_are_not_reused_by_strict_requests(scheduler: Scheduler) -> None:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+    from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+    image = MultiModalFeatureSpec(None, "image", "hash of the image", PlaceholderRange(offset=0, length=4))
+    requests = {
+        "a": request("a"),
+        "s": request("s", salt=STRICT_CACHE_SALT),
+        "t": request("t", nestedfp_precision="fp16"),
+    }
+    for each in requests.values():
+        each.mm_features = [image]
+        each.get_num_encoder_embeds = lambda position: 4
+        scheduler.add_request(each)
+    cache = EncoderCacheManager(cache_size=64)
+    cache.allocate(requests["a"], 0)
+    assert not cache.check_and_update_cache(requests["s"], 0)
+    cache.allocate(requests["s"], 0)
+    assert cache.check_and_update_cache(requests["t"], 0), "strict ones share theirs"
 
 
 BOUNDS = {
