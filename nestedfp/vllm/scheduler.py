@@ -37,12 +37,14 @@ class PrecisionMixin:
     waiting: Any
     kv_cache_manager: Any
     running: list[Any]
+    scheduler_config: Any
+    need_mamba_block_aligned_split: bool
     max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = settings_of(self.vllm_config)  # type: ignore[attr-defined]
-        self.selection = PlanSelection(settings)
+        self.selection = PlanSelection(settings, prompts_split=self._prompts_split())
         self.progress = Progress()
         self.counts = StepCounts(settings.plans)
         self.request_tokens = RequestTokens()
@@ -133,6 +135,15 @@ class PrecisionMixin:
             step_corrections={} if self._times is None else dict(self._times.corrections),
             context_tokens=sum(request.num_computed_tokens for request in self.running),
             **worker_facts,
+        )
+
+    def _prompts_split(self) -> bool:
+        """Whether any budget lets each prompt on. vLLM waits for one that holds an unsplit prompt or image
+        whole, or the block that a state-space layer aligns to."""
+        return (
+            self.scheduler_config.enable_chunked_prefill
+            and not self.scheduler_config.disable_chunked_mm_input
+            and not self.need_mamba_block_aligned_split
         )
 
     def _facts(self, tokens: int) -> StepFacts:

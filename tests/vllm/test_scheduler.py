@@ -17,7 +17,10 @@ from nestedfp.vllm.step import REPORT, TAG, StepReport
 class BaseScheduler:
     """Schedules what it is told to; several steps may be in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, aligned: bool = False, **scheduler_config: bool) -> None:
+        chosen = {"enable_chunked_prefill": True, "disable_chunked_mm_input": False, **scheduler_config}
+        self.scheduler_config = SimpleNamespace(**chosen)
+        self.need_mamba_block_aligned_split = aligned
         config = NestedFPConfig(Settings())
         self.vllm_config = SimpleNamespace(quant_config=config, model_config=None)
         self.kv_cache_manager = SimpleNamespace(usage=0.25)
@@ -217,6 +220,19 @@ def test_a_fixed_precision_is_held_to_what_the_slo_leaves(
     scheduler.waiting = [request("b", age_s=0.1, prompt=5000)]
     assert getattr(scheduler.step(a=1, b=200), TAG).plan == mode
     assert scheduler.allowed == [pytest.approx(tokens, abs=1)]
+
+
+@pytest.mark.parametrize(
+    "unsplit", [{"enable_chunked_prefill": False}, {"disable_chunked_mm_input": True}, {"aligned": True}]
+)
+@pytest.mark.parametrize(("mode", "plan"), [("fp16", "fp16"), ("fp8", "fp8"), ("auto", "fp8")])
+def test_a_prompt_that_cannot_be_split_is_not_starved(unsplit: dict[str, bool], mode: str, plan: str) -> None:
+    scheduler = Scheduler(**unsplit)
+    scheduler.selection.set_target(mode, 1, limits=BOUNDS)
+    scheduler.running = [request("a", made=1, computed=40, age_s=0.5)]
+    scheduler.waiting = [request("b", age_s=0.1, prompt=1500)]
+    assert getattr(scheduler.step(a=1, b=1500), TAG).plan == plan
+    assert scheduler.allowed == [2048]
 
 
 def test_a_step_with_a_strict_request_is_held_to_what_16_bits_compute(scheduler: Scheduler) -> None:
