@@ -138,7 +138,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
         LORA: vllm_config.lora_config is not None,
         SPECULATION: vllm_config.speculative_config is not None,
         PIPELINE: parallel.pipeline_parallel_size > 1,
-        DATA: parallel.data_parallel_size > 1,
+        # Of a dense model vLLM makes each rank an engine of size 1; all but the first keep their index.
+        DATA: parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
     }
     for feature, given in wanted.items():
         if given:

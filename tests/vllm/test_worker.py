@@ -16,7 +16,7 @@ from nestedfp.vllm.settings import Settings
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 from nestedfp.vllm.worker import PrecisionMixin, refuse_unsupported
 
-PARALLEL = {"pipeline_parallel_size": 1, "data_parallel_size": 1}
+PARALLEL = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "data_parallel_index": 0}
 
 
 def vllm_config(**changes: Any) -> SimpleNamespace:
@@ -181,6 +181,10 @@ def test_ranks_that_ran_unlike_answer_unlike(monkeypatch: pytest.MonkeyPatch) ->
         ({"speculative_config": object()}, "speculative decoding yet; drop"),
         ({"parallel_config": SimpleNamespace(**{**PARALLEL, "pipeline_parallel_size": 2})}, "pipeline"),
         ({"parallel_config": SimpleNamespace(**{**PARALLEL, "data_parallel_size": 2})}, "data parallelism"),
+        (
+            {"parallel_config": SimpleNamespace(**{**PARALLEL, "data_parallel_index": 1})},
+            "data parallelism yet; start one engine per rank",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_at_start(changes: dict[str, Any], message: str) -> None:
