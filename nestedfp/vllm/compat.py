@@ -120,6 +120,13 @@ def current_config() -> Any:
     return get_current_vllm_config()
 
 
+def batch_invariant() -> bool:
+    """Whether results are asked for that do not depend on the batch (`VLLM_BATCH_INVARIANT`)."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
 def graph_holders(runner: Any) -> list[tuple[Any, str]]:
     """All (object, attribute) pairs under which vLLM keeps CUDA graphs of the model that `runner` runs.
 

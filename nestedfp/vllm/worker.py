@@ -12,7 +12,7 @@ from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import Plan
-from nestedfp.vllm.settings import DATA, LORA, PIPELINE, SPECULATION, refusal
+from nestedfp.vllm.settings import BATCH_INVARIANCE, DATA, LORA, PIPELINE, SPECULATION, refusal
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 
 # Under vLLM's own logger, which is the only one that its processes configure.
@@ -140,6 +140,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
         PIPELINE: parallel.pipeline_parallel_size > 1,
         # Of a dense model vLLM makes each rank an engine of size 1; all but the first keep their index.
         DATA: parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
+        BATCH_INVARIANCE: compat.batch_invariant(),
     }
     for feature, given in wanted.items():
         if given:

@@ -192,6 +192,15 @@ def test_what_is_not_supported_is_refused_at_start(changes: dict[str, Any], mess
         refuse_unsupported(vllm_config(**changes))
 
 
+def test_batch_invariance_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' tiles, and with them the order of sums, follow the number of tokens."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="batch-invariant results yet; unset VLLM_BATCH_INVARIANT"):
+        refuse_unsupported(vllm_config())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    refuse_unsupported(vllm_config())
+
+
 def test_a_worker_without_the_quantization_says_what_is_missing() -> None:
     with pytest.raises(ValueError, match=r"need quantization='nestedfp', but the engine has None"):
         worker_module.settings_of(
