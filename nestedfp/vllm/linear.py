@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nestedfp.kernels import preferred_order
 from nestedfp.vllm import compat
-from nestedfp.vllm.active import ACTIVE, layer_kind
+from nestedfp.vllm.active import ACTIVE, NESTED, layer_kind
 from nestedfp.vllm.op import planned_linear
 from nestedfp.vllm.settings import Inexact
 from nestedfp.vllm.warm_up import begin_compiling
@@ -70,6 +70,9 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         begin_compiling(layer.weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        first = self._is_plain is None
+        if first:
+            self._name = ACTIVE.unique_name(self._name)
         nested = None if self._is_plain else self._nest(layer.weight.data)
         self._is_plain = nested is None
         if nested is None:
@@ -80,7 +83,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         del layer.weight
         for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", nested.row_exponent)):
             layer.register_parameter(f"weight_{name}", nn.Parameter(tensor, requires_grad=False))
-        ACTIVE.note_nested(self._name, layer.weight_upper, layer.weight_lower, layer.weight_row_exponent)
+        if first:
+            planes = layer.weight_upper, layer.weight_lower
+            ACTIVE.note_nested(self._name, self._kind, *planes, layer.weight_row_exponent)
+        else:
+            ACTIVE.note_layer(self._name, NESTED)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._is_plain:
@@ -142,7 +149,7 @@ class PlainLinearMethod(_UnquantizedLinearMethod):  # type: ignore[misc]
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__()
-        ACTIVE.note_layer(name, reason)
+        ACTIVE.note_layer(ACTIVE.unique_name(name), reason)
 
 
 compat.register_stock_weight_loaders(NestedLinearMethod)

@@ -11,7 +11,7 @@ from torch import nn
 from nestedfp.precision import Precision
 from nestedfp.vllm import op
 from nestedfp.vllm.active import ACTIVE, LayerRecord
-from nestedfp.vllm.linear import NestedLinearMethod, Staging
+from nestedfp.vllm.linear import NestedLinearMethod, PlainLinearMethod, Staging
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Inexact
 from nestedfp.weight import NonFiniteWeightError, nest
@@ -86,6 +86,20 @@ def test_each_layer_knows_what_the_one_loaded_after_it_reads() -> None:
     assert read_after(last) == ()
 
 
+def test_layers_without_a_name_are_told_apart() -> None:
+    (first, first_method), (second, second_method) = loaded(weights(), ""), loaded(weights(), "")
+    PlainLinearMethod("", "router gate")
+    ACTIVE.start_recording(torch.device("cpu"))
+    assert ACTIVE.record is not None
+    x = torch.randn(4, K).half()
+    assert torch.equal(first_method.apply(first, x), second_method.apply(second, x))
+    assert ACTIVE.record.mismatches(ACTIVE.record.take(), FP16) == 0
+    assert ACTIVE.layer_counts() == ({"nested": 2, "plain": 1}, {"router gate": 1})
+    second.weight = nn.Parameter(weights(), requires_grad=False)
+    second_method.process_weights_after_loading(second)
+    assert ACTIVE.layer_counts()[0] == {"nested": 2, "plain": 1}, "a reload is no other layer"
+
+
 def test_layers_that_are_gone_leave_their_memory() -> None:
     first, _ = loaded(weights(), "model.layers.0.mlp.down_proj")
     second, _ = loaded(weights(), "model.layers.1.mlp.down_proj")
@@ -133,7 +147,7 @@ def test_a_layer_that_would_lose_bits_stays_plain_and_is_counted() -> None:
         {"rows that would not rebuild bit for bit": 1},
     )
     loaded(w, inexact=Inexact.NEAREST)
-    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 1}
 
 
 def test_bfloat16_rows_below_the_grid_are_rounded_and_counted() -> None:

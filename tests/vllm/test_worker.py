@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nestedfp.vllm import worker as worker_module
-from nestedfp.vllm.active import ACTIVE, LayerRecord
+from nestedfp.vllm.active import ACTIVE, NESTED, LayerRecord
 from nestedfp.vllm.config import NestedFPConfig
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Settings
@@ -132,12 +132,13 @@ def test_a_layer_that_ran_something_else_is_reported(worker: Worker, monkeypatch
 def test_a_new_worker_knows_nothing_of_an_engine_before_it(worker: Worker) -> None:
     exponents = torch.zeros(4, dtype=torch.int8)
     planes = torch.zeros((2, 4, 8), dtype=torch.uint8)
-    ACTIVE.note_nested("model.layers.0.mlp.down_proj", *planes, exponents)
+    ACTIVE.note_nested("model.layers.0.mlp.down_proj", "down_proj", *planes, exponents)
     ACTIVE.plan = FP8
     Worker()
     assert ACTIVE.plan is FP16
     assert ACTIVE.layer_counts() == ({"nested": 0, "plain": 0}, {})
-    ACTIVE.note_nested("model.layers.0.mlp.down_proj", *planes, torch.ones(4, dtype=torch.int8))
+    ones = torch.ones(4, dtype=torch.int8)
+    ACTIVE.note_nested("model.layers.0.mlp.down_proj", "down_proj", *planes, ones)
     ACTIVE.start_recording(torch.device("cpu"))
     assert ACTIVE.record is not None
     assert len(ACTIVE.record.take()) == 1
@@ -147,11 +148,11 @@ def test_a_new_worker_knows_nothing_of_an_engine_before_it(worker: Worker) -> No
 def test_a_reload_of_a_layer_shows_in_the_reports_and_the_facts(worker: Worker) -> None:
     name = "model.layers.0.mlp.down_proj"
     planes, exponents = torch.zeros((2, 4, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int8)
-    ACTIVE.note_nested(name, *planes, exponents)
+    ACTIVE.note_nested(name, "down_proj", *planes, exponents)
     before = worker.precision_facts()
     assert getattr(worker.execute_model(step("fp16")), REPORT).loads == before["loads"]
     ACTIVE.inexact_rows[name] = 3
-    ACTIVE.note_nested(name, *planes, exponents)
+    ACTIVE.note_layer(name, NESTED)
     after = worker.precision_facts()
     assert getattr(worker.execute_model(step("fp16")), REPORT).loads == after["loads"] > before["loads"]
     assert (before["inexact_rows"], after["inexact_rows"]) == (0, 3)
