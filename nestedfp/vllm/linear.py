@@ -105,7 +105,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         return product
 
     def _nest(self, weight: Tensor) -> NestedWeight | None:
-        """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity."""
+        """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity.
+
+        On a reload a nested layer cannot become plain, as compiled code reads its bytes: there ValueError
+        is raised for rows that must be exact and are not, before anything of the layer is written.
+        """
         if weight.dtype not in DTYPES:
             ACTIVE.note_layer(self._name, f"dtype {weight.dtype}")
             return None
@@ -113,10 +117,17 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             nested = nest(
                 weight,
                 order=preferred_order(weight.device, *weight.shape),
-                require_exact=self._is_plain is None and self._must_be_exact(weight.dtype),
+                require_exact=self._must_be_exact(weight.dtype),
                 planes=STAGING.planes(weight),
             )
         except InexactRowsError as error:
+            if self._is_plain is not None:
+                report = error.report
+                raise ValueError(
+                    f"layer {self._name}: {report.inexact_rows} of {report.rows} rows of the new weights do "
+                    "not rebuild bit for bit, and a running engine keeps a nested layer nested; reload the "
+                    "old weights, or start an engine on the new ones, with inexact='nearest' to round them"
+                ) from error
             ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
             logger.warning("layer %s stays plain 16-bit: %s", self._name, error)
             return None

@@ -95,8 +95,7 @@ def test_layers_without_a_name_are_told_apart() -> None:
     assert torch.equal(first_method.apply(first, x), second_method.apply(second, x))
     assert ACTIVE.record.mismatches(ACTIVE.record.take(), FP16) == 0
     assert ACTIVE.layer_counts() == ({"nested": 2, "plain": 1}, {"router gate": 1})
-    second.weight = nn.Parameter(weights(), requires_grad=False)
-    second_method.process_weights_after_loading(second)
+    reload(second, second_method, weights())
     assert ACTIVE.layer_counts()[0] == {"nested": 2, "plain": 1}, "a reload is no other layer"
 
 
@@ -110,15 +109,36 @@ def test_layers_that_are_gone_leave_their_memory() -> None:
     assert ACTIVE.read_after(first.weight_row_exponent) == ()
 
 
+def reload(layer: nn.Module, method: Any, weight: torch.Tensor) -> None:
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    method.process_weights_after_loading(layer)
+
+
 def test_reloading_keeps_the_layout_whatever_the_new_weights_are() -> None:
-    layer, method = loaded(weights())
+    layer, method = loaded(weights(), inexact=Inexact.NEAREST)
     upper = layer.weight_upper
     replaced = weights()
     replaced[0, 0], replaced[0, 1] = 1000.0, 6e-8
-    layer.weight = nn.Parameter(replaced, requires_grad=False)
-    method.process_weights_after_loading(layer)
+    reload(layer, method, replaced)
     assert layer.weight_upper.shape == upper.shape
     assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+    assert sum(ACTIVE.inexact_rows.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("inexact", "dtype"), [(Inexact.AUTO, torch.float16), (Inexact.PLAIN, torch.bfloat16)]
+)
+def test_reloading_rounds_nothing_that_must_be_exact(inexact: Inexact, dtype: torch.dtype) -> None:
+    layer, method = loaded(weights(dtype), inexact=inexact)
+    x = torch.randn(4, K).to(dtype)
+    before = method.apply(layer, x)
+    replaced = -weights(dtype)
+    replaced[0, 0], replaced[0, 1] = 1000.0, 6e-8
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.down_proj: 1 of 48 rows of the new"):
+        reload(layer, method, replaced)
+    assert torch.equal(method.apply(layer, x), before), "nothing was written"
+    reload(layer, method, -weights(dtype))
+    assert torch.equal(method.apply(layer, x), -before)
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
