@@ -74,6 +74,14 @@ def gpu_worker() -> Any:
     return Worker
 
 
+def measures_all_memory(worker: Any) -> bool:
+    """Whether a GPU worker sized its KV cache by all that is gone from the device, as 0.32 does.
+
+    0.26 adds up the weights and what the profiled step took, and misses what was allocated in between.
+    """
+    return hasattr(worker, "total_consumed")
+
+
 def cpu_worker() -> Any:
     from vllm.v1.worker.cpu_worker import CPUWorker
 

@@ -40,9 +40,11 @@ class Staging:
         upper, lower = self._bytes[:count], self._bytes[count : 2 * count]
         return upper.view(weight.shape), lower.view(weight.shape)
 
-    def release(self) -> None:
-        """After the last layer."""
+    def release(self) -> int:
+        """After the last layer; returns how many bytes were held."""
+        held = self._bytes.nbytes
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        return held
 
 
 STAGING = Staging()

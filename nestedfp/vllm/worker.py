@@ -26,6 +26,8 @@ class PrecisionMixin:
 
     vllm_config: Any
     device: Any
+    staging_bytes = 0
+    """What nesting took beside the weights while they loaded."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.precision_settings = settings_of(vllm_config)
@@ -37,7 +39,7 @@ class PrecisionMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        STAGING.release()
+        self.staging_bytes = STAGING.release()
         # vLLM's compile cache knows the configuration, not which layers were nested: tell it, or code
         # compiled for another mix of nested and plain layers would be taken.
         states = sorted(ACTIVE.layers.items())
@@ -52,8 +54,17 @@ class PrecisionMixin:
             logger.info("nestedfp: %d layers nested to nearest", len(ACTIVE.inexact_rows))
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        super().reload_weights(*args, **kwargs)  # type: ignore[misc]
-        STAGING.release()
+        try:
+            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            STAGING.release()
+
+    def finish_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        """Ends what `start_weight_update` began: weights that were sent, not read."""
+        try:
+            super().finish_weight_update(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            STAGING.release()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         tag: StepTag | None = getattr(scheduler_output, TAG, None)

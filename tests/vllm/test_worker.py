@@ -1,6 +1,7 @@
 """The worker mixin over a stand-in for vLLM's worker."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
@@ -11,6 +12,7 @@ import torch
 from nestedfp.vllm import worker as worker_module
 from nestedfp.vllm.active import ACTIVE, NESTED, LayerRecord
 from nestedfp.vllm.config import NestedFPConfig
+from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Settings
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
@@ -157,6 +159,21 @@ def test_a_reload_of_a_layer_shows_in_the_reports_and_the_facts(worker: Worker) 
     assert getattr(worker.execute_model(step("fp16")), REPORT).loads == after["loads"] > before["loads"]
     assert (before["inexact_rows"], after["inexact_rows"]) == (0, 3)
     ACTIVE.clear()
+
+
+@pytest.mark.parametrize("method", ["reload_weights", "finish_weight_update"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_new_weights_leave_no_staging_memory(worker: Worker, method: str, failing: bool) -> None:
+    def nest_all(self: Any) -> None:
+        STAGING.planes(torch.zeros(4, 8))
+        if failing:
+            raise ValueError("the weights do not nest")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseWorker, method, nest_all, raising=False)
+        with pytest.raises(ValueError, match="do not nest") if failing else nullcontext():
+            getattr(worker, method)()
+    assert STAGING.release() == 0
 
 
 def test_ranks_that_ran_unlike_answer_unlike(monkeypatch: pytest.MonkeyPatch) -> None:
