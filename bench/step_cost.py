@@ -28,7 +28,7 @@ TARGETS: dict[str, tuple[str, dict[str, float]]] = {
 
 
 def vllm_config() -> SimpleNamespace:
-    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1)
+    parallel = SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1, data_parallel_index=0)
     return SimpleNamespace(
         quant_config=NestedFPConfig(Settings()),
         model_config=None,
@@ -41,6 +41,8 @@ def vllm_config() -> SimpleNamespace:
 class NoScheduler:
     def __init__(self, batch: int) -> None:
         self.vllm_config = vllm_config()
+        self.scheduler_config = SimpleNamespace(enable_chunked_prefill=True, disable_chunked_mm_input=False)
+        self.need_mamba_block_aligned_split = False
         self.kv_cache_manager = SimpleNamespace(usage=0.25)
         self.max_num_scheduled_tokens = 2048
         self.waiting: list[Any] = []
@@ -89,6 +91,7 @@ def step_us(batch: int, mode: str, limits: dict[str, float]) -> tuple[float, flo
         request = SimpleNamespace(
             request_id=request_id,
             sampling_params=None,
+            cache_salt=None,
             arrival_time=0.0,
             num_prompt_tokens=100,
             num_computed_tokens=108,

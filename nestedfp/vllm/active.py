@@ -5,6 +5,7 @@ only between steps.
 """
 
 from collections import Counter
+from itertools import chain, count
 from weakref import ref
 
 import torch
@@ -78,17 +79,21 @@ class ActivePlan:
         self.layers[name] = state
         self.loads += 1
 
-    def note_nested(self, name: str, upper: Tensor, lower: Tensor, row_exponent: Tensor) -> None:
-        """Notes a nested layer, which the address of its row exponents identifies from here on.
+    def unique_name(self, name: str) -> str:
+        """A name for a layer that is not noted yet: `name`, numbered where another layer has it.
+
+        Some models give their layers no names.
+        """
+        numbered = (f"{name}#{number}" for number in count(2))
+        return next(free for free in chain([name], numbered) if free not in self.layers)
+
+    def note_nested(self, name: str, kind: str, upper: Tensor, lower: Tensor, row_exponent: Tensor) -> None:
+        """Notes a layer that is nested for the first time; the address of its row exponents identifies it.
 
         Layers are loaded in the order in which a decoder runs them. A reload copies into the storage of the
-        first load.
+        first load, and is noted by `note_layer`.
         """
-        known = name in self.layers
         self.note_layer(name, NESTED)
-        if known:
-            return
-        kind = layer_kind(name)
         if self._kinds:
             self._after[next(reversed(self._kinds))] = kind, ref(upper), ref(lower)
         self._kinds[row_exponent.data_ptr()] = kind

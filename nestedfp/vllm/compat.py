@@ -74,6 +74,14 @@ def gpu_worker() -> Any:
     return Worker
 
 
+def measures_all_memory(worker: Any) -> bool:
+    """Whether a GPU worker sized its KV cache by all that is gone from the device, as 0.32 does.
+
+    0.26 adds up the weights and what the profiled step took, and misses what was allocated in between.
+    """
+    return hasattr(worker, "total_consumed")
+
+
 def cpu_worker() -> Any:
     from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -118,6 +126,13 @@ def current_config() -> Any:
     from vllm.config import get_current_vllm_config
 
     return get_current_vllm_config()
+
+
+def batch_invariant() -> bool:
+    """Whether results are asked for that do not depend on the batch (`VLLM_BATCH_INVARIANT`)."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
 
 
 def graph_holders(runner: Any) -> list[tuple[Any, str]]:

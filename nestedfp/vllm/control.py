@@ -8,7 +8,8 @@ UTILITY = "nestedfp_control"
 """The method that `nestedfp.vllm.register` adds to vLLM's `EngineCore`."""
 
 STRICT_CACHE_SALT = "nestedfp-fp16"
-"""`cache_salt` of strict requests: keeps them from reusing KV blocks that were computed in FP8."""
+"""`cache_salt` of strict requests, alone or before `:` and a salt of the client's own: keeps them from
+reusing KV blocks that were computed in FP8. A request that has it is strict, whatever its arguments say."""
 
 PRECISION_ARGUMENT = "nestedfp_precision"
 """Key in `SamplingParams.extra_args` (`vllm_xargs` in the OpenAI API): `fp16` pins a request to 16 bits."""

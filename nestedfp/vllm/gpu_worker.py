@@ -46,6 +46,11 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
         self._capture_one = runner.capture_model
         runner.capture_model = self._capture_model
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        # vLLM measures before that memory is released, and 0.26 would keep it from the KV cache as weights.
+        self.model_runner.model_memory_usage -= self.staging_bytes
+
     def _scoped_allocator_max_split(self, max_split_size_mb: int) -> AbstractContextManager[None]:
         """Leaves torch's allocator as it is while weights load; vLLM keeps it from cutting large blocks.
 
@@ -57,7 +62,7 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
     @torch.inference_mode()
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache: vLLM's figure, measured in FP8, whose activations take more room, less what
-        the kernels keep and the graphs of the plans that vLLM knows nothing of."""
+        of the kernels' workspaces and the plans' graphs vLLM knows nothing of."""
         # First, so that nothing is compiled within what vLLM measures and captures, and so that no KV cache
         # stands idle meanwhile.
         kept_bytes = self._warm_up_products()
@@ -65,6 +70,8 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
             available: int = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available
+        if compat.measures_all_memory(self):
+            kept_bytes = 0
         return available - kept_bytes - self._unestimated_graph_bytes()
 
     def flip(self, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nestedfp.kernels import preferred_order
 from nestedfp.vllm import compat
-from nestedfp.vllm.active import ACTIVE, layer_kind
+from nestedfp.vllm.active import ACTIVE, NESTED, layer_kind
 from nestedfp.vllm.op import planned_linear
 from nestedfp.vllm.settings import Inexact
 from nestedfp.vllm.warm_up import begin_compiling
@@ -40,9 +40,11 @@ class Staging:
         upper, lower = self._bytes[:count], self._bytes[count : 2 * count]
         return upper.view(weight.shape), lower.view(weight.shape)
 
-    def release(self) -> None:
-        """After the last layer."""
+    def release(self) -> int:
+        """After the last layer; returns how many bytes were held."""
+        held = self._bytes.nbytes
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        return held
 
 
 STAGING = Staging()
@@ -70,6 +72,9 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         begin_compiling(layer.weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        first = self._is_plain is None
+        if first:
+            self._name = ACTIVE.unique_name(self._name)
         nested = None if self._is_plain else self._nest(layer.weight.data)
         self._is_plain = nested is None
         if nested is None:
@@ -80,7 +85,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         del layer.weight
         for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", nested.row_exponent)):
             layer.register_parameter(f"weight_{name}", nn.Parameter(tensor, requires_grad=False))
-        ACTIVE.note_nested(self._name, layer.weight_upper, layer.weight_lower, layer.weight_row_exponent)
+        if first:
+            planes = layer.weight_upper, layer.weight_lower
+            ACTIVE.note_nested(self._name, self._kind, *planes, layer.weight_row_exponent)
+        else:
+            ACTIVE.note_layer(self._name, NESTED)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._is_plain:
@@ -98,7 +107,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         return product
 
     def _nest(self, weight: Tensor) -> NestedWeight | None:
-        """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity."""
+        """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity.
+
+        On a reload a nested layer cannot become plain, as compiled code reads its bytes: there ValueError
+        is raised for rows that must be exact and are not, before anything of the layer is written.
+        """
         if weight.dtype not in DTYPES:
             ACTIVE.note_layer(self._name, f"dtype {weight.dtype}")
             return None
@@ -106,10 +119,17 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             nested = nest(
                 weight,
                 order=preferred_order(weight.device, *weight.shape),
-                require_exact=self._is_plain is None and self._must_be_exact(weight.dtype),
+                require_exact=self._must_be_exact(weight.dtype),
                 planes=STAGING.planes(weight),
             )
         except InexactRowsError as error:
+            if self._is_plain is not None:
+                report = error.report
+                raise ValueError(
+                    f"layer {self._name}: {report.inexact_rows} of {report.rows} rows of the new weights do "
+                    "not rebuild bit for bit, and a running engine keeps a nested layer nested; reload the "
+                    "old weights, or start an engine on the new ones, with inexact='nearest' to round them"
+                ) from error
             ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
             logger.warning("layer %s stays plain 16-bit: %s", self._name, error)
             return None
@@ -142,7 +162,7 @@ class PlainLinearMethod(_UnquantizedLinearMethod):  # type: ignore[misc]
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__()
-        ACTIVE.note_layer(name, reason)
+        ACTIVE.note_layer(ACTIVE.unique_name(name), reason)
 
 
 compat.register_stock_weight_loaders(NestedLinearMethod)

@@ -7,13 +7,14 @@ plan it was scheduled with, however many steps are in flight.
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nestedfp.vllm import compat
 from nestedfp.vllm.accounting import RequestTokens, StepCounts
 from nestedfp.vllm.choice import StepFacts
 from nestedfp.vllm.config import settings_of
-from nestedfp.vllm.control import PRECISION_ARGUMENT
+from nestedfp.vllm.control import PRECISION_ARGUMENT, STRICT_CACHE_SALT
 from nestedfp.vllm.progress import Progress
 from nestedfp.vllm.selection import BoundedStep, PlanSelection
 from nestedfp.vllm.status import EngineStatus
@@ -36,12 +37,14 @@ class PrecisionMixin:
     waiting: Any
     kv_cache_manager: Any
     running: list[Any]
+    scheduler_config: Any
+    need_mamba_block_aligned_split: bool
     max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = settings_of(self.vllm_config)  # type: ignore[attr-defined]
-        self.selection = PlanSelection(settings)
+        self.selection = PlanSelection(settings, prompts_split=self._prompts_split())
         self.progress = Progress()
         self.counts = StepCounts(settings.plans)
         self.request_tokens = RequestTokens()
@@ -50,8 +53,14 @@ class PrecisionMixin:
 
     def add_request(self, request: Any) -> None:
         self.request_tokens.open(request.request_id)
-        if is_strict(request.sampling_params):
+        if is_strict(request):
             self.selection.pin(request.request_id)
+            # The encoder cache goes by these and knows no salt: the output of an FP8 step would be reused.
+            # New ones, as the samples of a prompt share them.
+            request.mm_features = [
+                replace(feature, identifier=f"{STRICT_CACHE_SALT}:{feature.identifier}")
+                for feature in request.mm_features
+            ]
         super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,6 +137,15 @@ class PrecisionMixin:
             **worker_facts,
         )
 
+    def _prompts_split(self) -> bool:
+        """Whether any budget lets each prompt on. vLLM waits for one that holds an unsplit prompt or image
+        whole, or the block that a state-space layer aligns to."""
+        return (
+            self.scheduler_config.enable_chunked_prefill
+            and not self.scheduler_config.disable_chunked_mm_input
+            and not self.need_mamba_block_aligned_split
+        )
+
     def _facts(self, tokens: int) -> StepFacts:
         _, waiting = self.get_request_counts()  # type: ignore[attr-defined]
         return StepFacts(tokens, waiting, self.kv_cache_manager.usage)
@@ -157,13 +175,18 @@ class PrecisionMixin:
         return self.selection.bound(work, self._times.of, (request.request_id for request in self.running))
 
 
-def is_strict(sampling_params: Any) -> bool:
-    """Whether a request insists on 16 bits; an unknown value is logged and counts as no wish."""
-    arguments = getattr(sampling_params, "extra_args", None) or {}
+def is_strict(request: Any) -> bool:
+    """Whether a request insists on 16 bits; an unknown value is logged and counts as no wish.
+
+    The salt of strict requests insists, too, followed by `:` and a client's own or not. vLLM's beam search
+    keeps the salt and loses the argument, and what is computed under the salt strict requests reuse.
+    """
+    arguments = getattr(request.sampling_params, "extra_args", None) or {}
     value = arguments.get(PRECISION_ARGUMENT)
     if value not in (None, "any", "fp16"):
         logger.warning("%s is %r, expected 'fp16' or 'any'; ignored", PRECISION_ARGUMENT, value)
-    return bool(value == "fp16")
+    salt = (request.cache_salt or "").partition(":")[0]
+    return value == "fp16" or salt == STRICT_CACHE_SALT
 
 
 class PrecisionScheduler(PrecisionMixin, _Scheduler):  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """Which plan a step runs under: the target, strict requests, and the choice inside `auto`."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,8 +31,10 @@ class BoundedStep(NamedTuple):
 class PlanSelection:
     """The target and the requests that insist on 16 bits. Lives in the scheduler; not thread-safe."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, prompts_split: bool = True) -> None:
+        """`prompts_split`: steps may be cut. Else bounds choose the precision alone, of whole steps."""
         self._settings = settings
+        self._prompts_split = prompts_split
         self._limits = settings.limits
         self._choice = Choice()
         self._strict: set[str] = set()
@@ -82,6 +85,8 @@ class PlanSelection:
         if self._limits.steps is None:
             return None
         bounds = self._limits.steps.bounds
+        if not self._prompts_split:
+            bounds = bounds._replace(least_tokens=math.inf)
         slow, fast = terms(_FP16), terms(_FP8)
         if self._strict and not self._strict.isdisjoint(request_ids):
             return BoundedStep(cut(bounds, slow, work), _FP16, "strict request in the step")

@@ -14,12 +14,14 @@ LORA = "LoRA"
 SPECULATION = "speculative decoding"
 PIPELINE = "pipeline parallelism"
 DATA = "data parallelism"
+BATCH_INVARIANCE = "batch-invariant results"
 
 _REMEDIES = {
     LORA: "merge the adapter into the checkpoint",
     SPECULATION: "drop speculative_config",
     PIPELINE: "use tensor_parallel_size instead",
     DATA: "start one engine per rank",
+    BATCH_INVARIANCE: "unset VLLM_BATCH_INVARIANT, or serve the model without this quantization",
 }
 
 

@@ -12,7 +12,7 @@ from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import Plan
-from nestedfp.vllm.settings import DATA, LORA, PIPELINE, SPECULATION, refusal
+from nestedfp.vllm.settings import BATCH_INVARIANCE, DATA, LORA, PIPELINE, SPECULATION, refusal
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 
 # Under vLLM's own logger, which is the only one that its processes configure.
@@ -26,6 +26,8 @@ class PrecisionMixin:
 
     vllm_config: Any
     device: Any
+    staging_bytes = 0
+    """What nesting took beside the weights while they loaded."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.precision_settings = settings_of(vllm_config)
@@ -37,7 +39,7 @@ class PrecisionMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
-        STAGING.release()
+        self.staging_bytes = STAGING.release()
         # vLLM's compile cache knows the configuration, not which layers were nested: tell it, or code
         # compiled for another mix of nested and plain layers would be taken.
         states = sorted(ACTIVE.layers.items())
@@ -52,8 +54,17 @@ class PrecisionMixin:
             logger.info("nestedfp: %d layers nested to nearest", len(ACTIVE.inexact_rows))
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        super().reload_weights(*args, **kwargs)  # type: ignore[misc]
-        STAGING.release()
+        try:
+            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            STAGING.release()
+
+    def finish_weight_update(self, *args: Any, **kwargs: Any) -> None:
+        """Ends what `start_weight_update` began: weights that were sent, not read."""
+        try:
+            super().finish_weight_update(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            STAGING.release()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         tag: StepTag | None = getattr(scheduler_output, TAG, None)
@@ -138,7 +149,9 @@ def refuse_unsupported(vllm_config: Any) -> None:
         LORA: vllm_config.lora_config is not None,
         SPECULATION: vllm_config.speculative_config is not None,
         PIPELINE: parallel.pipeline_parallel_size > 1,
-        DATA: parallel.data_parallel_size > 1,
+        # Of a dense model vLLM makes each rank an engine of size 1; all but the first keep their index.
+        DATA: parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
+        BATCH_INVARIANCE: compat.batch_invariant(),
     }
     for feature, given in wanted.items():
         if given:

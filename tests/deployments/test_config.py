@@ -214,7 +214,8 @@ def test_a_size_written_as_a_float_is_the_same_for_ray_and_for_vllm() -> None:
 def test_what_the_plugin_refuses_at_start_is_refused_before_it(
     name: str, value: Any, at_start: dict[str, Any]
 ) -> None:
-    parallel = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **at_start}
+    sizes = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "data_parallel_index": 0}
+    parallel = {**sizes, **at_start}
     engine = {"lora_config": None, "speculative_config": None, **at_start}
     with pytest.raises(ValueError) as started:
         refuse_unsupported(SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **engine))

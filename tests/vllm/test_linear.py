@@ -11,7 +11,7 @@ from torch import nn
 from nestedfp.precision import Precision
 from nestedfp.vllm import op
 from nestedfp.vllm.active import ACTIVE, LayerRecord
-from nestedfp.vllm.linear import NestedLinearMethod, Staging
+from nestedfp.vllm.linear import NestedLinearMethod, PlainLinearMethod, Staging
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Inexact
 from nestedfp.weight import NonFiniteWeightError, nest
@@ -86,6 +86,19 @@ def test_each_layer_knows_what_the_one_loaded_after_it_reads() -> None:
     assert read_after(last) == ()
 
 
+def test_layers_without_a_name_are_told_apart() -> None:
+    (first, first_method), (second, second_method) = loaded(weights(), ""), loaded(weights(), "")
+    PlainLinearMethod("", "router gate")
+    ACTIVE.start_recording(torch.device("cpu"))
+    assert ACTIVE.record is not None
+    x = torch.randn(4, K).half()
+    assert torch.equal(first_method.apply(first, x), second_method.apply(second, x))
+    assert ACTIVE.record.mismatches(ACTIVE.record.take(), FP16) == 0
+    assert ACTIVE.layer_counts() == ({"nested": 2, "plain": 1}, {"router gate": 1})
+    reload(second, second_method, weights())
+    assert ACTIVE.layer_counts()[0] == {"nested": 2, "plain": 1}, "a reload is no other layer"
+
+
 def test_layers_that_are_gone_leave_their_memory() -> None:
     first, _ = loaded(weights(), "model.layers.0.mlp.down_proj")
     second, _ = loaded(weights(), "model.layers.1.mlp.down_proj")
@@ -96,15 +109,36 @@ def test_layers_that_are_gone_leave_their_memory() -> None:
     assert ACTIVE.read_after(first.weight_row_exponent) == ()
 
 
+def reload(layer: nn.Module, method: Any, weight: torch.Tensor) -> None:
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    method.process_weights_after_loading(layer)
+
+
 def test_reloading_keeps_the_layout_whatever_the_new_weights_are() -> None:
-    layer, method = loaded(weights())
+    layer, method = loaded(weights(), inexact=Inexact.NEAREST)
     upper = layer.weight_upper
     replaced = weights()
     replaced[0, 0], replaced[0, 1] = 1000.0, 6e-8
-    layer.weight = nn.Parameter(replaced, requires_grad=False)
-    method.process_weights_after_loading(layer)
+    reload(layer, method, replaced)
     assert layer.weight_upper.shape == upper.shape
     assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+    assert sum(ACTIVE.inexact_rows.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("inexact", "dtype"), [(Inexact.AUTO, torch.float16), (Inexact.PLAIN, torch.bfloat16)]
+)
+def test_reloading_rounds_nothing_that_must_be_exact(inexact: Inexact, dtype: torch.dtype) -> None:
+    layer, method = loaded(weights(dtype), inexact=inexact)
+    x = torch.randn(4, K).to(dtype)
+    before = method.apply(layer, x)
+    replaced = -weights(dtype)
+    replaced[0, 0], replaced[0, 1] = 1000.0, 6e-8
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.down_proj: 1 of 48 rows of the new"):
+        reload(layer, method, replaced)
+    assert torch.equal(method.apply(layer, x), before), "nothing was written"
+    reload(layer, method, -weights(dtype))
+    assert torch.equal(method.apply(layer, x), -before)
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -133,7 +167,7 @@ def test_a_layer_that_would_lose_bits_stays_plain_and_is_counted() -> None:
         {"rows that would not rebuild bit for bit": 1},
     )
     loaded(w, inexact=Inexact.NEAREST)
-    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 0}
+    assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 1}
 
 
 def test_bfloat16_rows_below_the_grid_are_rounded_and_counted() -> None:

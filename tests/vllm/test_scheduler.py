@@ -8,6 +8,7 @@ import pytest
 
 from nestedfp.policies.steps import LIMIT_NAMES
 from nestedfp.vllm.config import NestedFPConfig
+from nestedfp.vllm.control import STRICT_CACHE_SALT
 from nestedfp.vllm.scheduler import PrecisionMixin
 from nestedfp.vllm.settings import Settings
 from nestedfp.vllm.step import REPORT, TAG, StepReport
@@ -16,7 +17,10 @@ from nestedfp.vllm.step import REPORT, TAG, StepReport
 class BaseScheduler:
     """Schedules what it is told to; several steps may be in flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, aligned: bool = False, **scheduler_config: bool) -> None:
+        chosen = {"enable_chunked_prefill": True, "disable_chunked_mm_input": False, **scheduler_config}
+        self.scheduler_config = SimpleNamespace(**chosen)
+        self.need_mamba_block_aligned_split = aligned
         config = NestedFPConfig(Settings())
         self.vllm_config = SimpleNamespace(quant_config=config, model_config=None)
         self.kv_cache_manager = SimpleNamespace(usage=0.25)
@@ -71,11 +75,14 @@ def request(
     computed: int = 8,
     prompt: int = 40,
     age_s: float = 2.0,
+    salt: str | None = None,
     **extra_args: Any,
 ) -> SimpleNamespace:
     return SimpleNamespace(
         request_id=request_id,
         sampling_params=SimpleNamespace(extra_args=extra_args or None),
+        cache_salt=salt,
+        mm_features=[],
         arrival_time=time.time() - age_s,
         num_prompt_tokens=prompt,
         num_computed_tokens=computed,
@@ -125,6 +132,40 @@ def test_a_strict_request_pins_its_steps_until_it_is_finished(scheduler: Schedul
     scheduler.finished = {"s"}
     assert getattr(scheduler.step(a=1), TAG).plan == "fp8"
     assert scheduler.selection.strict_count == 0
+
+
+@pytest.mark.parametrize(
+    ("salt", "plan"),
+    [(STRICT_CACHE_SALT, "fp16"), (f"{STRICT_CACHE_SALT}:mine", "fp16"), ("mine", "fp8"), (None, "fp8")],
+)
+def test_nothing_is_computed_in_fp8_under_the_salt_of_strict_requests(
+    scheduler: Scheduler, salt: str | None, plan: str
+) -> None:
+    """Beam search sends its requests with the salt, and without the argument."""
+    scheduler.selection.set_target("fp8", 1)
+    scheduler.add_request(request("beam", salt=salt))
+    assert getattr(scheduler.step(beam=1), TAG).plan == plan
+
+
+def test_encoder_outputs_of_fp8_steps_are_not_reused_by_strict_requests(scheduler: Scheduler) -> None:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+    from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+
+    image = MultiModalFeatureSpec(None, "image", "hash of the image", PlaceholderRange(offset=0, length=4))
+    requests = {
+        "a": request("a"),
+        "s": request("s", salt=STRICT_CACHE_SALT),
+        "t": request("t", nestedfp_precision="fp16"),
+    }
+    for each in requests.values():
+        each.mm_features = [image]
+        each.get_num_encoder_embeds = lambda position: 4
+        scheduler.add_request(each)
+    cache = EncoderCacheManager(cache_size=64)
+    cache.allocate(requests["a"], 0)
+    assert not cache.check_and_update_cache(requests["s"], 0)
+    cache.allocate(requests["s"], 0)
+    assert cache.check_and_update_cache(requests["t"], 0), "strict ones share theirs"
 
 
 BOUNDS = {
@@ -179,6 +220,19 @@ def test_a_fixed_precision_is_held_to_what_the_slo_leaves(
     scheduler.waiting = [request("b", age_s=0.1, prompt=5000)]
     assert getattr(scheduler.step(a=1, b=200), TAG).plan == mode
     assert scheduler.allowed == [pytest.approx(tokens, abs=1)]
+
+
+@pytest.mark.parametrize(
+    "unsplit", [{"enable_chunked_prefill": False}, {"disable_chunked_mm_input": True}, {"aligned": True}]
+)
+@pytest.mark.parametrize(("mode", "plan"), [("fp16", "fp16"), ("fp8", "fp8"), ("auto", "fp8")])
+def test_a_prompt_that_cannot_be_split_is_not_starved(unsplit: dict[str, bool], mode: str, plan: str) -> None:
+    scheduler = Scheduler(**unsplit)
+    scheduler.selection.set_target(mode, 1, limits=BOUNDS)
+    scheduler.running = [request("a", made=1, computed=40, age_s=0.5)]
+    scheduler.waiting = [request("b", age_s=0.1, prompt=1500)]
+    assert getattr(scheduler.step(a=1, b=1500), TAG).plan == plan
+    assert scheduler.allowed == [2048]
 
 
 def test_a_step_with_a_strict_request_is_held_to_what_16_bits_compute(scheduler: Scheduler) -> None:

@@ -1,6 +1,7 @@
 """The worker mixin over a stand-in for vLLM's worker."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
@@ -9,14 +10,15 @@ import pytest
 import torch
 
 from nestedfp.vllm import worker as worker_module
-from nestedfp.vllm.active import ACTIVE, LayerRecord
+from nestedfp.vllm.active import ACTIVE, NESTED, LayerRecord
 from nestedfp.vllm.config import NestedFPConfig
+from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Settings
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 from nestedfp.vllm.worker import PrecisionMixin, refuse_unsupported
 
-PARALLEL = {"pipeline_parallel_size": 1, "data_parallel_size": 1}
+PARALLEL = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "data_parallel_index": 0}
 
 
 def vllm_config(**changes: Any) -> SimpleNamespace:
@@ -132,12 +134,13 @@ def test_a_layer_that_ran_something_else_is_reported(worker: Worker, monkeypatch
 def test_a_new_worker_knows_nothing_of_an_engine_before_it(worker: Worker) -> None:
     exponents = torch.zeros(4, dtype=torch.int8)
     planes = torch.zeros((2, 4, 8), dtype=torch.uint8)
-    ACTIVE.note_nested("model.layers.0.mlp.down_proj", *planes, exponents)
+    ACTIVE.note_nested("model.layers.0.mlp.down_proj", "down_proj", *planes, exponents)
     ACTIVE.plan = FP8
     Worker()
     assert ACTIVE.plan is FP16
     assert ACTIVE.layer_counts() == ({"nested": 0, "plain": 0}, {})
-    ACTIVE.note_nested("model.layers.0.mlp.down_proj", *planes, torch.ones(4, dtype=torch.int8))
+    ones = torch.ones(4, dtype=torch.int8)
+    ACTIVE.note_nested("model.layers.0.mlp.down_proj", "down_proj", *planes, ones)
     ACTIVE.start_recording(torch.device("cpu"))
     assert ACTIVE.record is not None
     assert len(ACTIVE.record.take()) == 1
@@ -147,15 +150,30 @@ def test_a_new_worker_knows_nothing_of_an_engine_before_it(worker: Worker) -> No
 def test_a_reload_of_a_layer_shows_in_the_reports_and_the_facts(worker: Worker) -> None:
     name = "model.layers.0.mlp.down_proj"
     planes, exponents = torch.zeros((2, 4, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int8)
-    ACTIVE.note_nested(name, *planes, exponents)
+    ACTIVE.note_nested(name, "down_proj", *planes, exponents)
     before = worker.precision_facts()
     assert getattr(worker.execute_model(step("fp16")), REPORT).loads == before["loads"]
     ACTIVE.inexact_rows[name] = 3
-    ACTIVE.note_nested(name, *planes, exponents)
+    ACTIVE.note_layer(name, NESTED)
     after = worker.precision_facts()
     assert getattr(worker.execute_model(step("fp16")), REPORT).loads == after["loads"] > before["loads"]
     assert (before["inexact_rows"], after["inexact_rows"]) == (0, 3)
     ACTIVE.clear()
+
+
+@pytest.mark.parametrize("method", ["reload_weights", "finish_weight_update"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_new_weights_leave_no_staging_memory(worker: Worker, method: str, failing: bool) -> None:
+    def nest_all(self: Any) -> None:
+        STAGING.planes(torch.zeros(4, 8))
+        if failing:
+            raise ValueError("the weights do not nest")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseWorker, method, nest_all, raising=False)
+        with pytest.raises(ValueError, match="do not nest") if failing else nullcontext():
+            getattr(worker, method)()
+    assert STAGING.release() == 0
 
 
 def test_ranks_that_ran_unlike_answer_unlike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +199,24 @@ def test_ranks_that_ran_unlike_answer_unlike(monkeypatch: pytest.MonkeyPatch) ->
         ({"speculative_config": object()}, "speculative decoding yet; drop"),
         ({"parallel_config": SimpleNamespace(**{**PARALLEL, "pipeline_parallel_size": 2})}, "pipeline"),
         ({"parallel_config": SimpleNamespace(**{**PARALLEL, "data_parallel_size": 2})}, "data parallelism"),
+        (
+            {"parallel_config": SimpleNamespace(**{**PARALLEL, "data_parallel_index": 1})},
+            "data parallelism yet; start one engine per rank",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_at_start(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         refuse_unsupported(vllm_config(**changes))
+
+
+def test_batch_invariance_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' tiles, and with them the order of sums, follow the number of tokens."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="batch-invariant results yet; unset VLLM_BATCH_INVARIANT"):
+        refuse_unsupported(vllm_config())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    refuse_unsupported(vllm_config())
 
 
 def test_a_worker_without_the_quantization_says_what_is_missing() -> None:
