@@ -10,14 +10,14 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine_tables import engine, engine_summary, engine_tests, live
 
-from nestedfp.kernels.shapes import TOKEN_GROUPS
+from nestedfp.kernels.shapes import SHAPES, TOKEN_GROUPS, TOKENS
 from nestedfp.loadtests.markdown import markdown
 from nestedfp.loadtests.table import rows as run_rows
 
@@ -83,6 +83,32 @@ def kernels(data: Mapping[str, Any]) -> str:
     )
 
 
+OTHER_TOKENS = {
+    "M up to 64": range(1, 65), "65 … 256": range(65, 257), "257 … 1023": range(257, 1024),
+    "1024 … 8192": range(1024, 8193),
+}  # fmt: skip
+
+
+def other_shapes(data: Mapping[str, Any]) -> str:
+    """Contests over products that the kernels' table has no row for, from `nestedfp bench kernels --out`."""
+    tabled = {(shape.N, shape.K) for shape in SHAPES}
+    rows = [row for row in data["rows"] if (row["N"], row["K"]) not in tabled or row["M"] not in TOKENS]
+    weights = sorted({(row["N"], row["K"]) for row in rows})
+    counts = sorted({row["M"] for row in rows})
+    shown = [
+        [contest.title, *cells]
+        for contest in CONTESTS
+        if any(cells := [_cell(contest, _ratios(rows, contest, group)) for group in OTHER_TOKENS.values()])
+    ]
+    header = data["header"]
+    return (
+        f"**Products outside the kernels' table** ({header['device']}, torch {header['torch']}, "
+        f"{header['date'][:10]}). Geometric mean (worst) over weights of N x K = "
+        f"{', '.join(f'{N} x {K}' for N, K in weights)} at M = {', '.join(map(str, counts))}; of the weights "
+        f"that the table holds, other M alone. {header['method']}\n\n" + markdown(["", *OTHER_TOKENS], shown)
+    )
+
+
 def _with_bar(cell: str, bar: str) -> str:
     return f"{cell}; bar {bar}" if bar else cell
 
@@ -94,7 +120,7 @@ def _cell(contest: Contest, ratios: Sequence[float]) -> str:
     return f"{1 / mean:.2f} ({1 / worst:.2f})" if contest.speed_up else f"{mean:.2f} ({worst:.2f})"
 
 
-def _ratios(rows: Sequence[Mapping[str, Any]], contest: Contest, group: Sequence[int]) -> list[float]:
+def _ratios(rows: Sequence[Mapping[str, Any]], contest: Contest, group: Container[int]) -> list[float]:
     """Time over the baseline's, one number a layer and M that both were timed at."""
     taken = [row for row in rows if row["M"] in group and row["mode"] == contest.mode]
     ours = {_place(row): row["us"] for row in taken if row["dtype"] == contest.dtype}
@@ -181,6 +207,7 @@ PAGES: dict[str, dict[str, Table]] = {
         "engine-*.json": engine,
         "tensor-parallel-*.json": engine,
         "vllm-tests-*.json": engine_tests,
+        "other-shapes-*.json": other_shapes,
         "kernel-tests-*.json": kernel_tests,
         "cpu-decode-*.json": cpu_decode,
         "demo-*.json": demo,

@@ -17,10 +17,9 @@ from typing import NamedTuple
 import torch
 
 from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_of
-from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_16bit_once, gemm_fp8
+from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
 from nestedfp.kernels.hopper.cuda.compile import cache_folder
 from nestedfp.kernels.hopper.fp8 import rules as rules_fp8
-from nestedfp.kernels.hopper.linear_16bit import config_of
 from nestedfp.kernels.hopper.linear_16bit import rules as rules_16bit
 from nestedfp.kernels.shapes import SHAPES, parse_shapes
 
@@ -30,7 +29,7 @@ HOPPER: Capability = (9, 0)
 _MOST_THREADS = 16
 # Of a step. Products of more find what they need among the same.
 _MOST_TOKENS = 8192
-AnyConfig = gemm_16bit.Config | gemm_16bit_once.Config | gemm_fp8.Config
+AnyConfig = gemm_16bit.Config | gemm_fp8.Config
 
 
 class Recipe(NamedTuple):
@@ -49,8 +48,6 @@ class Recipe(NamedTuple):
         """Leaves the machine code in the cache."""
         if isinstance(self.config, gemm_fp8.Config):
             gemm_fp8.code(self.config, self.dtype)
-        elif isinstance(self.config, gemm_16bit_once.Config):
-            gemm_16bit_once.code(self.config, self.dtype)
         else:
             gemm_16bit.code(self.config, self.dtype)
 
@@ -65,7 +62,7 @@ def recipes(N: int, K: int, dtype: torch.dtype) -> list[Recipe]:
         found.setdefault(recipe.macros, recipe)
 
     for mode, kind, rules in (
-        (Mode.BITS16, config_of, rules_16bit),
+        (Mode.BITS16, gemm_16bit.Config, rules_16bit),
         (Mode.FP8, gemm_fp8.Config, rules_fp8),
     ):
         for row in rows_of(Backend.HOPPER, HOPPER, mode, name, N, K):

@@ -26,7 +26,7 @@ _MANY_ROWS = (32, 48, 64, 80, 96, 128, 160, 192, 224, 256)
 _BLOCK_ROWS = (96, 128, 160, 176, 192)
 # Beyond it, a thread's sums leave no registers to exchange parts.
 _MOST_SPLIT_COLUMNS = 320
-# Fitted to 2,365 products on an H100 (docs/kernels.md): a cycle's products of a token, a row and 128 of K, and
+# Fitted to 2,365 products on an H100 (docs/kernels.md): products of a token, a row and 128 of K in a cycle,
 # its bytes from shared memory, into a multiprocessor, out of the L2 and out of memory; cycles of a launch,
 # with clusters, of a tile's end by weight rows, of the last end where outputs are stored later, of gathering
 # parts, and bytes of parts a cycle.

@@ -1,7 +1,4 @@
-"""The 16-bit product on Hopper, and the configurations worth trying for a shape.
-
-They are `cuda.gemm_16bit`'s, and for many tokens `cuda.gemm_16bit_once`'s.
-"""
+"""The 16-bit product on Hopper, and the configurations of `cuda.gemm_16bit` worth trying for a shape."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,8 +9,7 @@ from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
 from nestedfp.kernels.dispatch import parsed, token_grid
-from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_16bit_once
-from nestedfp.kernels.hopper.cuda.gemm_16bit import Config, ceil_div, cluster_tiles, plan
+from nestedfp.kernels.hopper.cuda.gemm_16bit import Config, ceil_div, cluster_tiles, plan, product
 from nestedfp.kernels.hopper.overlap import overlapped
 from nestedfp.kernels.layout import KOrder
 
@@ -27,8 +23,6 @@ _MOST_TOKENS = {1: 256, 2: 352, 3: 192, 4: 96}
 _MOST_TOKENS_CLUSTERED, _MOST_TOKENS_SHARED = 256, 288
 _CLUSTERS = ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
 _MOST_PARTS = 8
-# From so many tokens on weights may be rebuilt once for a wave; so many configurations of that.
-_LEAST_TOKENS_ONCE, _MOST_ONCE = 2048, 8
 # Clusters of four that are resident: a multiprocessor less in some part of the chip costs one of 33 there.
 _FOURS = 30
 # What the rule leaves out: clusters of four, whose number differs from chip to chip; of few tokens tall
@@ -65,20 +59,9 @@ def linear_16bit(
         raise ValueError(f"order is {order}, expected {KOrder.HOPPER}; the portable kernel reads any order")
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    chosen = rule(M, N, K) if config is None else parsed(config_of, *config.items())
-    if isinstance(chosen, gemm_16bit_once.Config):
-        if gemm_16bit_once.fits(chosen, M, N, K):
-            # What the next product reads first would be gone from the L2 cache by the end of so many tokens.
-            gemm_16bit_once.product(x, upper, lower, row_exponent, bias, y, chosen)
-            return y
-        chosen = chosen.tile
-    gemm_16bit.product(x, upper, lower, row_exponent, bias, y, chosen, ahead)
+    chosen = rule(M, N, K) if config is None else parsed(Config, *config.items())
+    product(x, upper, lower, row_exponent, bias, y, chosen, ahead)
     return y
-
-
-def config_of(**settings: int) -> Config | gemm_16bit_once.Config:
-    """A table's settings as the configuration of the kernel that they belong to."""
-    return gemm_16bit_once.Config(**settings) if "once" in settings else Config(**settings)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -114,22 +97,7 @@ def candidates(M: int, N: int, K: int, most: int = 48) -> list[Settings]:
     found = list(chosen.values())[:most]
     if M >= 1024:
         found += [replace(config, group=group) for config in found[:4] for group in (4, 16)]
-    once = sorted(_once(M, N, K), key=lambda entry: entry[0])[:_MOST_ONCE] if M >= _LEAST_TOKENS_ONCE else []
-    return [config.to_dict() for config in [*found, *(config for _, config in once)]]
-
-
-def _once(M: int, N: int, K: int) -> Iterator[tuple[int, gemm_16bit_once.Config]]:
-    """Tiles of weights rebuilt once, of clusters that share x, and the cycles that their products take: of
-    each size those that take the fewest waves, in the widest waves and in narrower ones."""
-    for tokens in range(192, gemm_16bit_once.MOST_TOKENS + 1, 16):
-        tile = gemm_16bit_once.Config(tokens, 1, cluster_rows=2)
-        if not gemm_16bit_once.fits(tile, M, N, K):
-            continue
-        workers = _resident(tile.tile)
-        widths = range(1, min(ceil_div(M, tokens), workers) + 1)
-        plans = {gemm_16bit_once.plan(replace(tile, once=width), M, N, workers) for width in widths}
-        for work in sorted(plans, key=lambda work: -work.width)[:3]:
-            yield work.waves * tokens * 4 * K // 64, replace(tile, once=work.width)
+    return [config.to_dict() for config in found]
 
 
 def _space(
@@ -210,4 +178,3 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
         cycles += rounds(work.cut * work.parts, steps / work.parts, _TILE + part_float * floats) + gather
     products = tiles * config.worker * multiply * row_groups * steps / _MULTIPROCESSORS
     return overlapped(cycles, products * (_POWER + _REBUILD_POWER / config.tokens))
-

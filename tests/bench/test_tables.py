@@ -219,3 +219,16 @@ def test_a_live_load_is_shown_beside_what_was_predicted(module: ModuleType) -> N
     }  # fmt: skip
     expected = "| auto | 95.0 % (99.1 %) | 0.50 (0.60) | 10, 31 | 10, 31 | 30 of 2,000 | 7 |"
     assert expected in module.live(data)
+
+
+def test_other_shapes_leave_out_what_the_kernels_table_holds(module: ModuleType) -> None:
+    tabled = {**ROW, "N": 4096, "K": 4096, "us": 30.0}
+    rows = [
+        {**tabled, "M": 64},
+        {**tabled, "M": 48, "us": 12.0},
+        {**tabled, "N": 3584, "layer": "3584x4096", "M": 64, "us": 8.0},
+        {**tabled, "M": 600, "us": 15.0},
+    ]
+    table = module.other_shapes({"header": HEADER, "rows": rows})
+    assert "| 16-bit mode, FP16: time over cuBLAS FP16 | 0.98 (1.20) |  | 1.50 (1.50) |  |" in table
+    assert "N x K = 3584 x 4096, 4096 x 4096 at M = 48, 64, 600;" in table

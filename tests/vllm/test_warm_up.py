@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from nestedfp.kernels.dispatch import Backend, Config, Mode, Problem, configuration, table
-from nestedfp.kernels.hopper.cuda import gemm_fp8
+from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
 from nestedfp.kernels.hopper.fp8 import rule as rule_fp8
-from nestedfp.kernels.hopper.linear_16bit import config_of
 from nestedfp.kernels.hopper.linear_16bit import rule as rule_16bit
 from nestedfp.kernels.layout import KOrder
 from nestedfp.kernels.precompile import Precompiler, Recipe, recipes
@@ -36,7 +35,7 @@ def taken(mode: Mode, M: int, N: int, K: int, dtype: str = "float16") -> Config:
 def test_every_kernel_is_met(mode: Mode, N: int, K: int, largest: int) -> None:
     counts = token_counts(largest, tabled_counts_of_h100())
     assert max(counts) == largest
-    kind = gemm_fp8.Config if mode is Mode.FP8 else config_of
+    kind = gemm_fp8.Config if mode is Mode.FP8 else gemm_16bit.Config
 
     def kernels(tokens: list[int]) -> set[str]:
         return {str(kind(**taken(mode, M, N, K)).defines(torch.float16)) for M in tokens}
@@ -58,7 +57,7 @@ def test_what_compiles_while_weights_load_is_all_that_their_products_need(
     macros = [recipe.macros for recipe in recipes(N, K, dtype)]
     assert len(set(macros)) == len(macros)
     name = str(dtype).removeprefix("torch.")
-    for mode, kind in ((Mode.BITS16, config_of), (Mode.FP8, gemm_fp8.Config)):
+    for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
         for M in [*token_counts(8192, tabled_counts_of_h100()), *range(1, 16384, 123)]:
             config = taken(mode, M, N, K, name)
             assert (mode, dtype, *sorted(kind(**config).defines(dtype).items())) in macros

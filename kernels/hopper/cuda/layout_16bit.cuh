@@ -1,4 +1,4 @@
-// What the parts of gemm_16bit.cu and gemm_16bit_once.cu share: sizes of a tile, and where things lie in shared memory.
+// What the parts of gemm_16bit.cu share: sizes of a tile, and where things lie in shared memory.
 #pragma once
 #include "ptx.cuh"
 

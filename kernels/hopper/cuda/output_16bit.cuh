@@ -1,4 +1,4 @@
-// The last step of gemm_16bit.cu and gemm_16bit_once.cu: sums of 64 weight rows, scaled, shifted and stored.
+// The last step of gemm_16bit.cu: sums of 64 weight rows, scaled, shifted and stored.
 #pragma once
 #include "elements.cuh"
 #include "layout_16bit.cuh"

@@ -95,9 +95,6 @@ __device__ __forceinline__ void store_remote(u32 to, const float* values, u32 ba
 // What this thread has read and written in shared memory comes before copies issued after it has signalled.
 __device__ __forceinline__ void copies_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same for global memory, before and after others are told.
-__device__ __forceinline__ void global_copies_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
 // --- bulk copies; a policy is an L2 eviction priority ---
 
 constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import Mode
-from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_16bit_once
+from nestedfp.kernels.hopper.cuda import gemm_16bit
 from nestedfp.kernels.hopper.cuda.gemm_16bit import Config
 from nestedfp.kernels.hopper.linear_16bit import linear_16bit
 from nestedfp.weight import NestedWeight
@@ -76,34 +76,18 @@ SENT = [
     Config(352, cluster_k=2),
 ]
 
-# Weights rebuilt once for a wave of such tiles, with as many rows as there are multiprocessors for, or few.
-ONCE = [
-    gemm_16bit_once.Config(96, 1),
-    gemm_16bit_once.Config(256, 8, cluster_rows=2),
-    gemm_16bit_once.Config(208, 3, cluster_tokens=2),
-    gemm_16bit_once.Config(320, 2, cluster_rows=2),
-    gemm_16bit_once.Config(304, 4),
-]
-Any16 = Config | gemm_16bit_once.Config
 
-
-def product(x: Tensor, w: NestedWeight, y: Tensor, config: Any16) -> None:
-    planes = (w.upper, w.lower, w.row_exponent)
-    if isinstance(config, Config):
-        gemm_16bit.product(x, *planes, None, y, config)
-    else:
-        gemm_16bit_once.product(x, *planes, None, y, config)
+def product(x: Tensor, w: NestedWeight, y: Tensor, config: Config) -> None:
+    gemm_16bit.product(x, w.upper, w.lower, w.row_exponent, None, y, config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16"])
 @pytest.mark.parametrize(("N", "K"), [(200, 256), (1001, 128), (8192, 384), (5120, 1280)])
-@pytest.mark.parametrize("config", [*SENT, *ONCE], ids=repr)
-def test_many_tokens(config: Any16, N: int, K: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("config", SENT, ids=repr)
+def test_many_tokens(config: Config, N: int, K: int, dtype: torch.dtype) -> None:
     """Right, the same twice, and nothing stored around y, whose rows begin on 16-byte boundaries or not."""
     w, nested = weight(N, K, dtype)
     for M in (300, 512, 700, 2100):
-        if isinstance(config, gemm_16bit_once.Config) and not gemm_16bit_once.fits(config, M, N, K):
-            continue
         x = torch.randn(M, K, device="cuda", dtype=dtype)
         exact = truth(Mode.BITS16, x, nested)
         bar = max(relative_error(torch.mm(x, w.T), exact), relative_error(exact.to(dtype), exact))
@@ -122,14 +106,17 @@ def test_many_tokens(config: Any16, N: int, K: int, dtype: torch.dtype) -> None:
 
 
 def test_products_that_share_scratch_run_on_each_others_heels() -> None:
-    """Weights rebuilt once, and parts of K, whose sums lie where those weights lay."""
-    configs: list[Any16] = [*ONCE, Config(256, split=3), Config(128, split=2, waves=1)]
+    """Parts of K, whose sums lie where those of the product before lay."""
+    configs = [
+        Config(256, split=3),
+        Config(128, split=2, waves=1),
+        Config(192, 3, split=4),
+        Config(256, cluster_rows=2, split=2, waves=1),
+        Config(64, 1, ctas=2, split=8),
+    ]
+    sizes = [(2048, 4096, 1024), (800, 5120, 640), (3000, 1000, 2048), (4096, 264, 512), (1100, 6144, 384)]
     runs = []
-    for (M, N, K), config in zip(
-        [(2048, 4096, 1024), (800, 5120, 640), (3000, 1000, 2048), (4096, 264, 512), (1100, 6144, 384)] * 2,
-        configs,
-        strict=False,
-    ):
+    for (M, N, K), config in zip(sizes, configs, strict=True):
         _, nested = weight(N, K, torch.float16)
         x = torch.randn(M, K, device="cuda", dtype=torch.float16)
         y = torch.empty(M, N, device="cuda", dtype=torch.float16)

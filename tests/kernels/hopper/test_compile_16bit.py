@@ -18,7 +18,7 @@ from nestedfp.kernels.hopper.cuda.gemm_16bit import (
     code,
     plan,
 )
-from nestedfp.kernels.hopper.linear_16bit import candidates, config_of, estimated_cycles, rule, rules
+from nestedfp.kernels.hopper.linear_16bit import candidates, estimated_cycles, rule, rules
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS
 
 from .machine_code import assert_registers_suffice, disassemble
@@ -50,8 +50,9 @@ TOKENS = [1, 2, 17, 64, 65, 128, 256, 300, 512, 1024, 4096, 16384]
 
 
 def tabled() -> list[Config]:
-    rows = (config_of(**row.config) for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.BITS16)
-    return distinct([config for config in rows if isinstance(config, Config)])
+    return distinct(
+        [Config(**row.config) for row in table(Backend.HOPPER, (9, 0)) if row.mode is Mode.BITS16]
+    )
 
 
 def ruled() -> list[Config]:
@@ -99,8 +100,7 @@ def test_what_the_producer_gives_up_is_what_consumers_take(config: Config) -> No
 @pytest.mark.parametrize("M", TOKENS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
-    found = [config_of(**settings) for settings in candidates(M, N, K)]
-    configs = [config for config in found if isinstance(config, Config)]
+    configs = [Config(**settings) for settings in candidates(M, N, K)]
     assert configs
     for config in configs:
         resident = 132 * config.ctas // config.cluster
@@ -123,8 +123,8 @@ def test_rules_are_few_and_among_them_one_is_best_for_what_it_was_found_for(N: i
     for M in (1, 16, 100, 224, 1000, 4096, 16384):
         assert rule(M, N, K) in few
     for M in (224, 4096):
-        space = [config_of(**settings) for settings in candidates(M, N, K)]
-        own = [c for c in space if isinstance(c, Config) and c.cluster <= 2 and c.split <= 4 and c.group == 8]
+        space = [Config(**settings) for settings in candidates(M, N, K)]
+        own = [c for c in space if c.cluster <= 2 and c.split <= 4 and c.group == 8]
         best = min(estimated_cycles(config, M, N, K) for config in own)
         assert estimated_cycles(rule(M, N, K), M, N, K) <= best
 
