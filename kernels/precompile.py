@@ -1,9 +1,8 @@
 """`nestedfp compile kernels`: machine code of the CUDA C++ kernels before it is needed, without a GPU.
 
-What a weight needs is every configuration that the tables hold for it, and that the kernels' rules choose for
-other numbers of tokens. Threads compile side by side, since
-NVRTC does not hold Python's lock, and leave their work in the cache that products look into; a product that
-meets one under way waits for it.
+What a weight needs is every configuration that the tables hold for it, and that the kernels' rules choose
+for other numbers of tokens. Threads compile side by side, since NVRTC does not hold Python's lock, and leave
+their work in the cache that products look into; a product that meets one under way waits for it.
 """
 
 import argparse
@@ -78,8 +77,12 @@ class Precompiler:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nestedfp-compile")
         self._known: dict[tuple[object, ...], Future[None]] = {}
+        self._weights: set[tuple[int, int, torch.dtype]] = set()
 
     def add(self, N: int, K: int, dtype: torch.dtype) -> None:
+        if (N, K, dtype) in self._weights:
+            return
+        self._weights.add((N, K, dtype))
         for recipe in recipes(N, K, dtype):
             if recipe.macros not in self._known:
                 self._known[recipe.macros] = self._pool.submit(recipe.compile)
