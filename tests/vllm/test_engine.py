@@ -17,7 +17,7 @@ from nestedfp.vllm.control import PRECISION_ARGUMENT, STRICT_CACHE_SALT, EngineC
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
@@ -43,7 +43,7 @@ def plain(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     )
 
     def results() -> list[Greedy]:
-        _, errors = process.communicate(timeout=500)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors.decode()[-2000:]
         return [Greedy(**entry) for entry in json.loads(out.read_text())]
 
