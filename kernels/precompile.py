@@ -18,8 +18,8 @@ import torch
 from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_of
 from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
 from nestedfp.kernels.hopper.cuda.compile import cache_folder
-from nestedfp.kernels.hopper.fp8 import rules as rules_fp8
-from nestedfp.kernels.hopper.linear_16bit import rules as rules_16bit
+from nestedfp.kernels.hopper.fp8 import RULE as RULE_FP8
+from nestedfp.kernels.hopper.linear_16bit import RULE as RULE_16BIT
 from nestedfp.kernels.shapes import SHAPES, parse_shapes
 
 log = logging.getLogger("vllm.nestedfp")
@@ -60,13 +60,13 @@ def recipes(N: int, K: int, dtype: torch.dtype) -> list[Recipe]:
         recipe = Recipe(mode, dtype, config)
         found.setdefault(recipe.macros, recipe)
 
-    for mode, kind, rules in (
-        (Mode.BITS16, gemm_16bit.Config, rules_16bit),
-        (Mode.FP8, gemm_fp8.Config, rules_fp8),
+    for mode, kind, configs in (
+        (Mode.BITS16, gemm_16bit.Config, RULE_16BIT.all(_MOST_TOKENS, N, K)),
+        (Mode.FP8, gemm_fp8.Config, RULE_FP8.all(_MOST_TOKENS, N, K)),
     ):
         for row in rows_of(Backend.HOPPER, HOPPER, mode, name, N, K):
             add(mode, kind(**row.config))
-        for config in rules(_MOST_TOKENS, N, K):
+        for config in configs:
             add(mode, config)
     return list(found.values())
 

@@ -3,20 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
-from nestedfp.kernels.dispatch import parsed, token_grid
+from nestedfp.kernels.dispatch import parsed
 from nestedfp.kernels.hopper.cuda.gemm_fp8 import Config, plan, product
 from nestedfp.kernels.hopper.overlap import overlapped
+from nestedfp.kernels.hopper.rule import Rule
 from nestedfp.kernels.layout import KOrder
 
 _MULTIPROCESSORS = 132
-# Of tokens, for which configurations are looked for; from there on tiles and waves are many, and all alike.
-_LARGEST = 8192
 # Side by side before the next weight rows; the first wave must quantise them all before it can start.
 _GROUP_TOKENS = 1024
 # Weight rows of a tile: what fills the last wave best. wgmma takes any multiple of 8, the epilogue of 16.
@@ -49,31 +47,14 @@ def linear_fp8(
 ) -> Tensor:
     """y [M, N] for x [M, K], as `nestedfp.kernels.linear_fp8`, which checks the operands.
 
-    K is a multiple of 16; x has unit stride in K and rows on 16-byte boundaries. `config` None takes `rule`.
+    K is a multiple of 16; x has unit stride in K and rows on 16-byte boundaries. `config` None takes that of
+    `RULE`.
     """
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    chosen = rule(M, N, K) if config is None else parsed(Config, *config.items())
+    chosen = RULE.best(M, N, K) if config is None else parsed(Config, *config.items())
     product(x, upper, row_exponent, bias, y, order, chosen, ahead)
     return y
-
-
-@lru_cache(maxsize=1 << 14)
-def rule(M: int, N: int, K: int) -> Config:
-    """A configuration for any product, without a table: of `rules` the one that is estimated to be fastest,
-    but of those for the next larger number of tokens at most."""
-    return min(rules(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
-
-
-def rules(largest: int, N: int, K: int) -> list[Config]:
-    """The configurations from which `rule` chooses for up to `largest` tokens of a weight: few enough to be
-    compiled before they are needed."""
-    return list(dict.fromkeys(_fastest(M, N, K) for M in token_grid(min(largest, _LARGEST))))
-
-
-@lru_cache(maxsize=4096)
-def _fastest(M: int, N: int, K: int) -> Config:
-    return min(_space(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
 
 
 def candidates(M: int, N: int, K: int, most: int = 20) -> list[Settings]:
@@ -163,3 +144,7 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
 
 def _resident(config: Config) -> int:
     return _MULTIPROCESSORS * config.ctas // config.cluster
+
+
+RULE = Rule(_space, estimated_cycles)
+"""For any product, without a table."""

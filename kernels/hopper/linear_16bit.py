@@ -2,20 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
-from nestedfp.kernels.dispatch import parsed, token_grid
+from nestedfp.kernels.dispatch import parsed
 from nestedfp.kernels.hopper.cuda.gemm_16bit import Config, ceil_div, cluster_tiles, plan, product
 from nestedfp.kernels.hopper.overlap import overlapped
+from nestedfp.kernels.hopper.rule import Rule
 from nestedfp.kernels.layout import KOrder
 
 _MULTIPROCESSORS = 132
-# Of tokens, for which configurations are looked for; from there on tiles and waves are many, and all alike.
-_LARGEST = 8192
 # The most tokens of a tile by warpgroups: what ptxas (CUDA 13.0) compiles without spilling, clustered or not.
 _MOST_TOKENS = {1: 256, 2: 352, 3: 192, 4: 96}
 # And in clusters along the tokens, or with K in turns; and in clusters that share K and panels, of which four
@@ -53,35 +51,21 @@ def linear_16bit(
     """y [M, N] for x [M, K], as `nestedfp.kernels.linear_16bit`, which checks the operands.
 
     The planes are in `KOrder.HOPPER`; x has unit stride in K and rows on 16-byte boundaries. `config` None
-    takes `rule`.
+    takes that of `RULE`.
     """
     if order is not KOrder.HOPPER:
         raise ValueError(f"order is {order}, expected {KOrder.HOPPER}; the portable kernel reads any order")
     (M, K), N = x.shape, upper.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    chosen = rule(M, N, K) if config is None else parsed(Config, *config.items())
+    chosen = RULE.best(M, N, K) if config is None else parsed(Config, *config.items())
     product(x, upper, lower, row_exponent, bias, y, chosen, ahead)
     return y
 
 
-@lru_cache(maxsize=1 << 14)
-def rule(M: int, N: int, K: int) -> Config:
-    """A configuration for any product, without a table: of `rules` the one that is estimated to be fastest,
-    but of those for the next larger number of tokens at most."""
-    return min(rules(M, N, K), key=lambda config: estimated_cycles(config, M, N, K))
-
-
-def rules(largest: int, N: int, K: int) -> list[Config]:
-    """The configurations from which `rule` chooses for up to `largest` tokens of a weight: few enough to be
-    compiled before they are needed."""
-    return list(dict.fromkeys(_fastest(M, N, K) for M in token_grid(min(largest, _LARGEST))))
-
-
-@lru_cache(maxsize=4096)
-def _fastest(M: int, N: int, K: int) -> Config:
-    configs = _space(M, N, K, _RULE_CLUSTERS, _RULE_PARTS)
-    found = (c for c in configs if c.cluster <= 2 and (M > _FEW_TOKENS or c.warpgroups <= _RULE_WARPGROUPS))
-    return min(found, key=lambda config: estimated_cycles(config, M, N, K))
+def _rule_space(M: int, N: int, K: int) -> Iterator[Config]:
+    for config in _space(M, N, K, _RULE_CLUSTERS, _RULE_PARTS):
+        if config.cluster <= 2 and (M > _FEW_TOKENS or config.warpgroups <= _RULE_WARPGROUPS):
+            yield config
 
 
 def candidates(M: int, N: int, K: int, most: int = 48) -> list[Settings]:
@@ -178,3 +162,7 @@ def estimated_cycles(config: Config, M: int, N: int, K: int) -> float:
         cycles += rounds(work.cut * work.parts, steps / work.parts, _TILE + part_float * floats) + gather
     products = tiles * config.worker * multiply * row_groups * steps / _MULTIPROCESSORS
     return overlapped(cycles, products * (_POWER + _REBUILD_POWER / config.tokens))
+
+
+RULE = Rule(_rule_space, estimated_cycles)
+"""For any product, without a table."""

@@ -6,8 +6,8 @@ from torch import nn
 
 from nestedfp.kernels.dispatch import Backend, Config, Mode, Problem, configuration, table
 from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
-from nestedfp.kernels.hopper.fp8 import rule as rule_fp8
-from nestedfp.kernels.hopper.linear_16bit import rule as rule_16bit
+from nestedfp.kernels.hopper.fp8 import RULE as RULE_FP8
+from nestedfp.kernels.hopper.linear_16bit import RULE as RULE_16BIT
 from nestedfp.kernels.layout import KOrder
 from nestedfp.kernels.precompile import Precompiler, Recipe, recipes
 from nestedfp.vllm.warm_up import (
@@ -25,8 +25,10 @@ H100 = (9, 0)
 def taken(mode: Mode, M: int, N: int, K: int, dtype: str = "float16") -> Config:
     """What a product takes on an H100, from the table or by the kernel's rule."""
     tabled = configuration(Backend.HOPPER, Problem(mode, M, N, K, dtype, KOrder.HOPPER), H100)
-    rule = rule_fp8 if mode is Mode.FP8 else rule_16bit
-    return rule(M, N, K).to_dict() if tabled is None else tabled
+    if tabled is not None:
+        return tabled
+    config = (RULE_FP8 if mode is Mode.FP8 else RULE_16BIT).best(M, N, K)
+    return config.to_dict()
 
 
 @pytest.mark.parametrize("largest", [512, 2048, 8192])

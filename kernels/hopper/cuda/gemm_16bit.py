@@ -6,7 +6,6 @@ an error: for trying out changes, since other work on the device may rightly mak
 
 import ctypes
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import cache, lru_cache
@@ -233,14 +232,9 @@ def cluster_tiles(config: Config, M: int, N: int) -> int:
 
 def code(config: Config, dtype: torch.dtype) -> bytes:
     """The cubin of `config` for activations of `dtype`."""
-    return compiled("gemm_16bit.cu", config, dtype, config.defines(dtype))
-
-
-def compiled(source: str, tile: Config, dtype: torch.dtype, defines: Mapping[str, int]) -> bytes:
-    """The cubin of a file that multiplies by the products of `tile`."""
     kind = "bf16" if dtype is torch.bfloat16 else "f16"
-    headers = {"wgmma.cuh": wgmma_header(tile.tokens // tile.products, kind, a_in_registers=True)}
-    return cubin(source, headers, defines)
+    headers = {"wgmma.cuh": wgmma_header(config.tokens // config.products, kind, a_in_registers=True)}
+    return cubin("gemm_16bit.cu", headers, config.defines(dtype))
 
 
 @cache

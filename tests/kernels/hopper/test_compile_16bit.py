@@ -18,7 +18,7 @@ from nestedfp.kernels.hopper.cuda.gemm_16bit import (
     code,
     plan,
 )
-from nestedfp.kernels.hopper.linear_16bit import candidates, estimated_cycles, rule, rules
+from nestedfp.kernels.hopper.linear_16bit import RULE, candidates, estimated_cycles
 from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS
 
 from .machine_code import assert_registers_suffice, disassemble
@@ -57,7 +57,7 @@ def tabled() -> list[Config]:
 
 def ruled() -> list[Config]:
     """Of a weight that the table does not hold."""
-    return distinct(rules(8192, 3584, 18944))
+    return distinct(RULE.all(8192, 3584, 18944))
 
 
 def distinct(configs: list[Config]) -> list[Config]:
@@ -118,15 +118,15 @@ def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
 
 @pytest.mark.parametrize(("N", "K"), [(3584, 18944), (37888, 3584), (1280, 8192), (77, 128)])
 def test_rules_are_few_and_among_them_one_is_best_for_what_it_was_found_for(N: int, K: int) -> None:
-    few = rules(8192, N, K)
+    few = RULE.all(8192, N, K)
     assert len(few) <= 32
     for M in (1, 16, 100, 224, 1000, 4096, 16384):
-        assert rule(M, N, K) in few
+        assert RULE.best(M, N, K) in few
     for M in (224, 4096):
         space = [Config(**settings) for settings in candidates(M, N, K)]
         own = [c for c in space if c.cluster <= 2 and c.split <= 4 and c.group == 8]
         best = min(estimated_cycles(config, M, N, K) for config in own)
-        assert estimated_cycles(rule(M, N, K), M, N, K) <= best
+        assert estimated_cycles(RULE.best(M, N, K), M, N, K) <= best
 
 
 def test_only_tiles_beyond_full_waves_are_cut() -> None:

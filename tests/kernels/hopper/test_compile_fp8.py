@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from nestedfp.kernels.dispatch import Backend, Mode, table
 from nestedfp.kernels.hopper.cuda.gemm_fp8 import SHARED_MEMORY, Config, code, plan
-from nestedfp.kernels.hopper.fp8 import candidates, rules
+from nestedfp.kernels.hopper.fp8 import RULE, candidates
 
 from .machine_code import assert_registers_suffice, disassemble
 
@@ -26,7 +26,7 @@ def tabled() -> list[Config]:
 
 def ruled() -> list[Config]:
     """Of a weight that the table does not hold."""
-    return distinct(rules(8192, 3584, 18944))
+    return distinct(RULE.all(8192, 3584, 18944))
 
 
 def distinct(configs: list[Config]) -> list[Config]:
