@@ -7,6 +7,9 @@ Accumulation is in float32. Nothing is synchronised with the host.
 A product may be told of the bytes that the next one reads, `ahead`: at most two planes, equally long. It then
 asks for their beginning as it ends, so that memory is not idle while small kernels run between the two. No
 result depends on it, and only Hopper's kernels do it.
+
+With `gated`, weight rows and bias are those of a gate and of its partner in turn (`nestedfp.kernels.gated`),
+and y [..., N / 2] = silu(gate) * partner of the products, which are rounded to x's dtype first.
 """
 
 import logging
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import TMA_ALIGNMENT, Backend, Capability, Mode, Problem, choose
+from nestedfp.kernels.gated import check_gated, silu_and_multiply
 from nestedfp.kernels.layout import KOrder, check_order
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,7 @@ def linear_16bit(
     *,
     order: KOrder = KOrder.NATURAL,
     ahead: tuple[Tensor, ...] = (),
+    gated: bool = False,
 ) -> Tensor:
     """y [..., N] in x's dtype, by the exact 16-bit weights.
 
@@ -42,10 +47,10 @@ def linear_16bit(
     the caller knows. upper, lower: contiguous uint8 [N, K], columns in `order`. row_exponent: int8 [N].
     bias: [N] in x's dtype. Raises TypeError or ValueError naming the operand that does not fit.
     """
-    _check("linear_16bit", x, upper, row_exponent, bias, order)
+    _check("linear_16bit", x, upper, row_exponent, bias, order, gated)
     _check_bytes("linear_16bit", "lower", lower, upper)
     _check_ahead("linear_16bit", ahead, upper)
-    return multiply(Mode.BITS16, x, (upper, lower), row_exponent, bias, order, ahead)
+    return multiply(Mode.BITS16, x, (upper, lower), row_exponent, bias, order, ahead, gated)
 
 
 def linear_fp8(
@@ -56,14 +61,15 @@ def linear_fp8(
     *,
     order: KOrder = KOrder.NATURAL,
     ahead: tuple[Tensor, ...] = (),
+    gated: bool = False,
 ) -> Tensor:
     """y [..., N] in x's dtype, by the upper bytes alone; operands and errors as for `linear_16bit`.
 
     Each token of x is quantised to E4M3 with scale amax / 448.
     """
-    _check("linear_fp8", x, upper, row_exponent, bias, order)
+    _check("linear_fp8", x, upper, row_exponent, bias, order, gated)
     _check_ahead("linear_fp8", ahead, upper)
-    return multiply(Mode.FP8, x, (upper,), row_exponent, bias, order, ahead)
+    return multiply(Mode.FP8, x, (upper,), row_exponent, bias, order, ahead, gated)
 
 
 def multiply(
@@ -74,18 +80,22 @@ def multiply(
     bias: Tensor | None,
     order: KOrder,
     ahead: tuple[Tensor, ...],
+    gated: bool = False,
 ) -> Tensor:
     """The product of `mode` of operands that are known to fit, as a layer's are, which meets them in every
     step. weight: the planes that the mode reads, (upper, lower) or (upper,)."""
     N, K = weight[0].shape
     if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], N))
+        return x.new_empty((*x.shape[:-1], N // 2 if gated else N))
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(tokens, weight))
     backend, product = _product(problem, _capability(x.device))
-    more = {"ahead": ahead} if ahead and backend is Backend.HOPPER else {}
-    y = product(tokens, *weight, row_exponent, bias, **more)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], N)
+    if backend is Backend.HOPPER:
+        y = product(tokens, *weight, row_exponent, bias, ahead=ahead, gated=gated)
+    else:
+        y = product(tokens, *weight, row_exponent, bias)
+        y = silu_and_multiply(y) if gated else y
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], -1)
 
 
 @lru_cache(maxsize=4096)
@@ -138,7 +148,7 @@ def _log_portable(mode: Mode, K: int, order: KOrder, tma: bool, capability: Capa
 
 
 def _check(
-    name: str, x: Tensor, upper: Tensor, row_exponent: Tensor, bias: Tensor | None, order: KOrder
+    name: str, x: Tensor, upper: Tensor, row_exponent: Tensor, bias: Tensor | None, order: KOrder, gated: bool
 ) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: x has dtype {x.dtype}, expected torch.float16 or torch.bfloat16")
@@ -152,6 +162,8 @@ def _check(
             f"{name}: x has shape {tuple(x.shape)}, the weight has K = {K}; x must be [..., {K}]"
         )
     check_order(order, K)
+    if gated:
+        check_gated(name, N)
     _check_vector(name, "row_exponent", row_exponent, torch.int8, N)
     if bias is not None:
         _check_vector(name, "bias", bias, x.dtype, N)
