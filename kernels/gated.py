@@ -18,17 +18,19 @@ TURN = 8
 def check_gated(name: str, N: int) -> None:
     """Raises ValueError where a weight of N rows cannot hold pairs of rows in turn."""
     if N % (2 * TURN):
-        raise ValueError(f"{name}: the weight has N = {N}, expected a multiple of {2 * TURN} for gated products")
+        raise ValueError(
+            f"{name}: the weight has N = {N}, expected a multiple of {2 * TURN} for gated products"
+        )
 
 
 def interleave(to: Tensor, stored: Tensor, order: KOrder) -> None:
     """Copies a weight stored in `order`, [N, K] or a vector [N], whose first half of rows is the gate, to
     `to`, of the same shape and order, with rows in turn."""
-    turns = rows_of(stored, order).unflatten(0, (2, -1, TURN)).transpose(0, 1)
-    rows_of(to, order).unflatten(0, (-1, 2, TURN)).copy_(turns)
+    turns = torch.unflatten(rows_of(stored, order), 0, (2, -1, TURN)).transpose(0, 1)
+    torch.unflatten(rows_of(to, order), 0, (-1, 2, TURN)).copy_(turns)
 
 
 def silu_and_multiply(products: Tensor) -> Tensor:
     """y [..., N / 2] in the dtype of `products` [..., N], which are rounded to it; computed in float32."""
-    gate, up = products.float().unflatten(-1, (-1, 2, TURN)).unbind(-2)
+    gate, up = torch.unflatten(products.float(), -1, (-1, 2, TURN)).unbind(-2)
     return (torch.nn.functional.silu(gate) * up).flatten(-2).to(products.dtype)

@@ -44,16 +44,18 @@ def linear_fp8(
     order: KOrder = KOrder.NATURAL,
     config: Settings | None = None,
     ahead: tuple[Tensor, ...] = (),
+    gated: bool = False,
 ) -> Tensor:
-    """y [M, N] for x [M, K], as `nestedfp.kernels.linear_fp8`, which checks the operands.
+    """y [M, N], or [M, N / 2] if `gated`, for x [M, K], as `nestedfp.kernels.linear_fp8`, which checks the
+    operands.
 
     K is a multiple of 16; x has unit stride in K and rows on 16-byte boundaries. `config` None takes that of
     `RULE`.
     """
     (M, K), N = x.shape, upper.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N // 2 if gated else N), dtype=x.dtype, device=x.device)
     chosen = RULE.best(M, N, K) if config is None else parsed(Config, *config.items())
-    product(x, upper, row_exponent, bias, y, order, chosen, ahead)
+    product(x, upper, row_exponent, bias, y, order, chosen, ahead, gated)
     return y
 
 

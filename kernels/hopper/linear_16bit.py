@@ -47,8 +47,10 @@ def linear_16bit(
     order: KOrder = KOrder.HOPPER,
     config: Settings | None = None,
     ahead: tuple[Tensor, ...] = (),
+    gated: bool = False,
 ) -> Tensor:
-    """y [M, N] for x [M, K], as `nestedfp.kernels.linear_16bit`, which checks the operands.
+    """y [M, N], or [M, N / 2] if `gated`, for x [M, K], as `nestedfp.kernels.linear_16bit`, which checks the
+    operands.
 
     The planes are in `KOrder.HOPPER`; x has unit stride in K and rows on 16-byte boundaries. `config` None
     takes that of `RULE`.
@@ -56,9 +58,9 @@ def linear_16bit(
     if order is not KOrder.HOPPER:
         raise ValueError(f"order is {order}, expected {KOrder.HOPPER}; the portable kernel reads any order")
     (M, K), N = x.shape, upper.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, N // 2 if gated else N), dtype=x.dtype, device=x.device)
     chosen = RULE.best(M, N, K) if config is None else parsed(Config, *config.items())
-    product(x, upper, lower, row_exponent, bias, y, chosen, ahead)
+    product(x, upper, lower, row_exponent, bias, y, chosen, ahead, gated)
     return y
 
 

@@ -1,5 +1,6 @@
 // What the parts of gemm_fp8.cu share: sizes of a tile, arguments, and how units of work are shared by clusters.
 #pragma once
+#include "gate.cuh"
 #include "ptx.cuh"
 #include "ring.cuh"
 
@@ -15,7 +16,6 @@ constexpr int STAGE_BYTES = (TOKEN_BYTES + WEIGHT_BYTES) * CHUNKS;
 constexpr int COLUMN_BYTES = BLOCK_N * 8;  // of a warpgroup: a factor and a bias for each column
 // The epilogue goes by slices of SLICE columns, which each warp stages by itself in SLICES places by turns.
 constexpr int SLICE_BYTES = 16 * SLICE * 2;
-constexpr int SWIZZLE = SLICE / 8 - 1;
 constexpr int OUTPUT_OFFSET = STAGES * STAGE_BYTES;
 constexpr int SCALE_OFFSET = OUTPUT_OFFSET + CONSUMERS * 4 * SLICES * SLICE_BYTES;
 constexpr int SCRATCH_OFFSET = SCALE_OFFSET + CONSUMERS * COLUMN_BYTES;  // a word a warp, twice
@@ -32,6 +32,8 @@ constexpr int ALL_CONSUMERS = 4;
 // Parts of a tile share it by pieces, a slice of 64 tokens each.
 constexpr int PIECE_SUMS = SLICE / 2, VECTORS = PIECE_SUMS / 4, PIECE_WORDS = PIECE_SUMS / 2;
 constexpr int PIECES = BLOCK_N / SLICE * BLOCKS;
+// A piece's outputs: of so many columns, and a thread's words.
+constexpr int OUT_COLUMNS = SLICE / HALVED, OUT_WORDS = PIECE_WORDS / HALVED;
 constexpr int SLOT = 128 * BLOCKS * SUMS / 4;  // of a warpgroup's sums, in float4
 // Vectors of another part asked for at once, as many as registers and pieces allow.
 constexpr int BATCH = PIECES * VECTORS % 8 == 0 && BLOCKS * BLOCK_N <= 320 ? 8 : PIECES * VECTORS % 4 == 0 ? 4 : 2;

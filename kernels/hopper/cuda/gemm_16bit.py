@@ -165,7 +165,7 @@ class Config:
         stages = x * (self._x_bytes + 16) + weights * (self._weight_bytes + 16)
         return stages + self.slices * self._slice_bytes + self._pair_bytes
 
-    def defines(self, dtype: torch.dtype) -> dict[str, int]:
+    def defines(self, dtype: torch.dtype, gated: bool = False) -> dict[str, int]:
         """The macros of gemm_16bit.cu."""
         x_stages, weight_stages = self.stages
         producer, consumer = _REGISTERS[self.warpgroups] if self.ctas == 1 else (0, 0)
@@ -187,6 +187,7 @@ class Config:
             "CLUSTER_K": self.cluster_k,
             "CTAS": self.ctas,
             "BFLOAT16": int(dtype is torch.bfloat16),
+            "GATED": int(gated),
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
             "AHEAD": int(self.warpgroups == 1 and self.ctas == 1 and self.tokens <= _MOST_TOKENS_AHEAD),
@@ -230,17 +231,17 @@ def cluster_tiles(config: Config, M: int, N: int) -> int:
     return along_tokens * ceil_div(N, config.rows * config.cluster_rows)
 
 
-def code(config: Config, dtype: torch.dtype) -> bytes:
-    """The cubin of `config` for activations of `dtype`."""
+def code(config: Config, dtype: torch.dtype, gated: bool = False) -> bytes:
+    """The cubin of `config` for activations of `dtype`; `gated` as `nestedfp.kernels.gated` has it."""
     kind = "bf16" if dtype is torch.bfloat16 else "f16"
     headers = {"wgmma.cuh": wgmma_header(config.tokens // config.products, kind, a_in_registers=True)}
-    return cubin("gemm_16bit.cu", headers, config.defines(dtype))
+    return cubin("gemm_16bit.cu", headers, config.defines(dtype, gated))
 
 
 @cache
-def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
+def _kernel(config: Config, dtype: torch.dtype, gated: bool, device: int) -> Kernel:
     return Kernel(
-        code(config, dtype),
+        code(config, dtype, gated),
         "gemm_16bit",
         threads=(config.warpgroups + 1) * 128,
         shared=config.shared_memory,
@@ -276,8 +277,10 @@ class _Shape(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _shape(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> _Shape:
-    kernel = _kernel(config, dtype, device.index)
+def _shape(
+    config: Config, M: int, N: int, K: int, dtype: torch.dtype, gated: bool, device: torch.device
+) -> _Shape:
+    kernel = _kernel(config, dtype, gated, device.index)
     cut = plan(config, M, N, K, kernel.resident_clusters)
     box, x_bytes = config.x_copies(M)
     who = stores(config, M, N)
@@ -289,18 +292,21 @@ def _shape(config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: t
 
 @lru_cache(maxsize=4096)
 def _launch(
-    config: Config, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device,
+    config: Config, M: int, N: int, K: int, dtype: torch.dtype, gated: bool, device: torch.device,
     x: int, x_pitch: int, upper: int, lower: int, row_exponent: int, bias: int | None, y: int, ahead: Planes,
 ) -> Launch:  # fmt: skip
     """Of operands at these addresses; x_pitch in elements."""
-    shape = _shape(config, M, N, K, dtype, device)
+    shape = _shape(config, M, N, K, dtype, gated, device)
+    halved = 2 if gated else 1
     panels = (N * K // _UNIT, _UNIT, _UNIT, shape.weight_box, _UNIT)
     partials, counters = map(address, workspace(device))
     arguments = (
         tensor_map(dtype, x, M, K, x_pitch, shape.x_box, _STEP),
         tensor_map(torch.uint8, upper, *panels),
         tensor_map(torch.uint8, lower, *panels),
-        tensor_map(dtype, y, M, N, N, shape.y_box, _ROWS) if shape.y_box else NO_MAP,
+        tensor_map(dtype, y, M, N // halved, N // halved, shape.y_box, _ROWS // halved)
+        if shape.y_box
+        else NO_MAP,
         *map(ctypes.c_void_p, (y, row_exponent, bias, partials, counters)),
         *shape.numbers,
         ahead_of(ahead),
@@ -317,15 +323,18 @@ def product(
     y: Tensor,
     config: Config,
     ahead: tuple[Tensor, ...] = (),
+    gated: bool = False,
 ) -> None:
-    """Writes y [M, N], contiguous, in x's dtype, on a 16-byte boundary if N is a multiple of 8.
+    """Writes y [M, N], or [M, N / 2] if `gated`, contiguous, in x's dtype, on a 16-byte boundary if its rows
+    are multiples of 16 bytes.
 
     x [M, K] has unit stride in K and rows on 16-byte boundaries; the planes are in `KOrder.HOPPER`. ahead:
     one plane or two that the next product reads.
     """
     (M, K), N = x.shape, upper.shape[0]
     where = (upper.data_ptr(), lower.data_ptr(), row_exponent.data_ptr(), address(bias), y.data_ptr())
-    launch = _launch(config, M, N, K, x.dtype, x.device, x.data_ptr(), x.stride(0), *where, planes_of(ahead))
+    how = (config, M, N, K, x.dtype, gated, x.device)
+    launch = _launch(*how, x.data_ptr(), x.stride(0), *where, planes_of(ahead))
     launch()
 
 

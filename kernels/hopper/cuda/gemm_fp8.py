@@ -127,7 +127,7 @@ class Config:
     def shared_memory(self) -> int:
         return self._fixed_bytes + self.stages * self._stage_bytes + self.slices * self._slice_bytes
 
-    def defines(self, dtype: torch.dtype) -> dict[str, int]:
+    def defines(self, dtype: torch.dtype, gated: bool = False) -> dict[str, int]:
         """The macros of gemm_fp8.cu."""
         producer, consumer = 0, 0
         # Of the 168 that each of 384 threads is launched with.
@@ -148,6 +148,7 @@ class Config:
             "DEFERRED": self.deferred,
             "SPLITS": int(self.split > 1),
             "BFLOAT16": int(dtype is torch.bfloat16),
+            "GATED": int(gated),
             "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
             "BOUNDED": int(os.environ.get("NESTEDFP_BOUNDED_WAITS") == "1"),
@@ -212,16 +213,16 @@ def _team_warps(config: Config, front: int, K: int, ctas: int) -> int:
     return 4 * config.warpgroups
 
 
-def code(config: Config, dtype: torch.dtype) -> bytes:
-    """The cubin of `config` for activations of `dtype`."""
+def code(config: Config, dtype: torch.dtype, gated: bool = False) -> bytes:
+    """The cubin of `config` for activations of `dtype`; `gated` as `nestedfp.kernels.gated` has it."""
     headers = {"wgmma.cuh": wgmma_header(config.rows, "e4m3", a_in_registers=False)}
-    return cubin("gemm_fp8.cu", headers, config.defines(dtype))
+    return cubin("gemm_fp8.cu", headers, config.defines(dtype, gated))
 
 
 @cache
-def _kernel(config: Config, dtype: torch.dtype, device: int) -> Kernel:
+def _kernel(config: Config, dtype: torch.dtype, gated: bool, device: int) -> Kernel:
     return Kernel(
-        code(config, dtype),
+        code(config, dtype, gated),
         "gemm_fp8",
         threads=(config.warpgroups + 1) * 128,
         shared=config.shared_memory,
@@ -275,21 +276,29 @@ class _Shape(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _shape(
-    config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.dtype, device: torch.device
+    config: Config,
+    M: int,
+    N: int,
+    K: int,
+    panels: bool,
+    dtype: torch.dtype,
+    gated: bool,
+    device: torch.device,
 ) -> _Shape:
-    kernel = _kernel(config, dtype, device.index)
+    kernel = _kernel(config, dtype, gated, device.index)
     cut = plan(config, M, N, K, kernel.resident_clusters)
     box = config.tokens // config.cluster_rows if config.cluster_rows > 1 else min(config.tokens, M)
     rest = (box * config.cluster_rows * _CHUNK, int(panels), cut.front, cut.team_warps)
     tiles = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
     sent = config.deferred and cut.units > cut.clusters and N % 8 == 0
+    columns = config.slice // 2 if gated else config.slice
     return _Shape(
         kernel,
         cut.clusters,
         cut.tiles_m * config.tokens * config.cluster_tokens,
         box,
         config.rows // config.cluster_tokens,
-        config.slice if sent else 0,
+        columns if sent else 0,
         tuple(map(ctypes.c_int, (M, N, K))),
         (*map(ctypes.c_int, rest), (ctypes.c_int * len(tiles))(*tiles)),
     )
@@ -297,11 +306,13 @@ def _shape(
 
 @lru_cache(maxsize=4096)
 def _launch(
-    config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.dtype, device: torch.device,
-    x: int, x_pitch: int, upper: int, row_exponent: int, bias: int | None, y: int, ahead: Planes,
+    config: Config, M: int, N: int, K: int, panels: bool, dtype: torch.dtype, gated: bool,
+    device: torch.device, x: int, x_pitch: int, upper: int, row_exponent: int, bias: int | None, y: int,
+    ahead: Planes,
 ) -> Launch:  # fmt: skip
     """Of operands at these addresses; x_pitch in elements."""
-    shape = _shape(config, M, N, K, panels, dtype, device)
+    shape = _shape(config, M, N, K, panels, dtype, gated, device)
+    width = N // 2 if gated else N
     stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
     scratch = _scratch(device)
     codes = scratch.codes(shape.height * K).data_ptr()
@@ -309,7 +320,7 @@ def _launch(
     arguments = (
         tensor_map(torch.uint8, codes, shape.height, K, K, shape.x_box, _CHUNK),
         tensor_map(torch.uint8, upper, *stored, shape.weight_box, _CHUNK),
-        tensor_map(dtype, y, M, N, N, _ROWS_A_WARP, shape.y_box) if shape.y_box else NO_MAP,
+        tensor_map(dtype, y, M, width, width, _ROWS_A_WARP, shape.y_box) if shape.y_box else NO_MAP,
         *map(ctypes.c_void_p, (y, x, codes, scale, row_exponent, bias, partials, flags)),
         *shape.size,
         ctypes.c_int((x_pitch if M > 1 else K) * dtype.itemsize),
@@ -328,18 +339,20 @@ def product(
     order: KOrder,
     config: Config,
     ahead: tuple[Tensor, ...] = (),
+    gated: bool = False,
 ) -> None:
-    """Writes y [M, N], contiguous, in x's dtype, on a 16-byte boundary if N is a multiple of 8.
+    """Writes y [M, N], or [M, N / 2] if `gated`, contiguous, in x's dtype, on a 16-byte boundary if its rows
+    are multiples of 16 bytes.
 
     x [M, K] has unit stride in K and rows on 16-byte boundaries; K is a multiple of 16. ahead: one plane or
     two that the next product reads.
     """
     if x.shape[0] <= MOST_TOKENS:
-        _product(x, upper, row_exponent, bias, y, order, config, ahead)
+        _product(x, upper, row_exponent, bias, y, order, config, ahead, gated)
         return
     for first in range(0, x.shape[0], MOST_TOKENS):
         piece = slice(first, first + MOST_TOKENS)
-        _product(x[piece], upper, row_exponent, bias, y[piece], order, config, ())
+        _product(x[piece], upper, row_exponent, bias, y[piece], order, config, (), gated)
 
 
 def _product(
@@ -351,11 +364,11 @@ def _product(
     order: KOrder,
     config: Config,
     ahead: tuple[Tensor, ...],
+    gated: bool,
 ) -> None:
     (M, K), N = x.shape, upper.shape[0]
     panels = order is KOrder.HOPPER
     where = (upper.data_ptr(), row_exponent.data_ptr(), address(bias), y.data_ptr())
-    launch = _launch(
-        config, M, N, K, panels, x.dtype, x.device, x.data_ptr(), x.stride(0), *where, planes_of(ahead)
-    )
+    how = (config, M, N, K, panels, x.dtype, gated, x.device)
+    launch = _launch(*how, x.data_ptr(), x.stride(0), *where, planes_of(ahead))
     launch()

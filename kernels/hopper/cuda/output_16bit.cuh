@@ -1,6 +1,7 @@
-// The last step of gemm_16bit.cu: sums of 64 weight rows, scaled, shifted and stored.
+// The last step of gemm_16bit.cu: sums of 64 weight rows, scaled, shifted, with GATED multiplied in pairs, and stored.
 #pragma once
 #include "elements.cuh"
+#include "gate.cuh"
 #include "layout_16bit.cuh"
 
 namespace {
@@ -51,9 +52,13 @@ class Output {
         for (int h = 0; h < 2; ++h)
           words[g * 2 + h] = pack(sum[h * 2] * scale[h] + shift[h], sum[h * 2 + 1] * scale[h] + shift[h]);
       }
-      ptx::store_matrices_transposed(
-          buffer() + staged(pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words[0], words[1], words[2],
-          words[3]);
+      if constexpr (GATED)
+        ptx::store_matrices_transposed(buffer() + staged(pair * 16 + lane % 16, warp), gate(words[0], words[1]),
+                                       gate(words[2], words[3]));
+      else
+        ptx::store_matrices_transposed(
+            buffer() + staged(pair * 16 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), words[0], words[1],
+            words[2], words[3]);
     }
     if (stores_ == SENT) {
       ptx::copies_fence();
@@ -61,7 +66,7 @@ class Output {
       if (thread_ == 0) ptx::stores_wait_read<BUFFERS - 2>();
       ptx::warpgroup_sync(warpgroup_ + 1);
       if (thread_ == 0) {
-        ptx::store_2d(y_map_, row_, token, buffer());
+        ptx::store_2d(y_map_, row_ / HALVED, token, buffer());
         ptx::stores_commit();
       }
     } else {
@@ -91,27 +96,32 @@ class Output {
 
   // The slice in the buffer, by all threads.
   __device__ __forceinline__ void copy(int token) const {
-    const int column = row_ + int(thread_ % 8) * 8;
+    constexpr int LINES = 128 / LINE_EIGHTS;  // at once
+    const int columns = N_ / HALVED, column = row_ / HALVED + int(thread_ % LINE_EIGHTS) * 8;
 #pragma unroll
-    for (int first = 0; first < SLICE; first += 16) {
-      const int line = first + int(thread_ / 8);
+    for (int first = 0; first < SLICE; first += LINES) {
+      const int line = first + int(thread_ / LINE_EIGHTS);
+      if (LINES > SLICE && line >= SLICE) continue;
       u32 words[4];
-      ptx::load_shared(words, buffer() + staged(line, thread_ % 8));
-      if (token + line >= M_ || column >= N_) continue;
-      u16* to = y_ + size_t(token + line) * N_ + column;
+      ptx::load_shared(words, buffer() + staged(line, thread_ % LINE_EIGHTS));
+      if (token + line >= M_ || column >= columns) continue;
+      u16* to = y_ + size_t(token + line) * columns + column;
       if (stores_ == WIDE) {
         ptx::store_global(to, words);
       } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-          if (column + i < N_) to[i] = u16(words[i / 2] >> i % 2 * 16);
+          if (column + i < columns) to[i] = u16(words[i / 2] >> i % 2 * 16);
       }
     }
   }
 
-  // Where eight (16 bytes) of the 64 rows of `token` lie: those of eight tokens in turn are in different banks.
+  static constexpr int LINE_EIGHTS = 8 / HALVED;
+
+  // Where eight (16 bytes) of a token's outputs lie, swizzled as the copy engine does it for lines of 128 or 64 bytes:
+  // those of eight tokens in turn are in different banks.
   __device__ __forceinline__ static u32 staged(u32 token, u32 eight) {
-    return token * 128 + ((eight ^ (token & 7)) << 4);
+    return token * (LINE_EIGHTS * 16) + ((eight ^ (token / HALVED & (LINE_EIGHTS - 1))) << 4);
   }
 
   const TensorMap* y_map_;
