@@ -109,6 +109,32 @@ def other_shapes(data: Mapping[str, Any]) -> str:
     )
 
 
+def gated(data: Mapping[str, Any]) -> str:
+    """Gated products over each baseline and group of M, from `bench/gated.py`."""
+    shown = []
+    for mode, dtype, baseline in dict.fromkeys(
+        (row["mode"], row["dtype"], row["baseline"]) for row in data["rows"]
+    ):
+        cells = []
+        for group in TOKEN_GROUPS.values():
+            ratios = [
+                row["ratio"]
+                for row in data["rows"]
+                if (row["mode"], row["dtype"], row["baseline"]) == (mode, dtype, baseline)
+                and row["M"] in group
+            ]
+            cells.append(f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f})" if ratios else "")
+        shown.append([f"{mode}, {dtype}: time over {baseline}", *cells])
+    header = data["header"]
+    machine = f"{header['device']}, torch {header['torch']}, {header['date'][:10]}"
+    counts = ", ".join(map(str, sorted({row["M"] for row in data["rows"]})))
+    return (
+        f"**Gated products** ({machine}). silu(gate) * up as part of the product, over the product and a "
+        "kernel for it. Geometric mean (worst) over the gate_up layers of four models at M = "
+        f"{counts}. {header['method']}\n\n" + markdown(["", *TOKEN_GROUPS], shown)
+    )
+
+
 def _with_bar(cell: str, bar: str) -> str:
     return f"{cell}; bar {bar}" if bar else cell
 
@@ -208,6 +234,7 @@ PAGES: dict[str, dict[str, Table]] = {
         "tensor-parallel-*.json": engine,
         "vllm-tests-*.json": engine_tests,
         "other-shapes-*.json": other_shapes,
+        "gated-*.json": gated,
         "kernel-tests-*.json": kernel_tests,
         "cpu-decode-*.json": cpu_decode,
         "demo-*.json": demo,

@@ -232,3 +232,17 @@ def test_other_shapes_leave_out_what_the_kernels_table_holds(module: ModuleType)
     table = module.other_shapes({"header": HEADER, "rows": rows})
     assert "| 16-bit mode, FP16: time over cuBLAS FP16 | 0.98 (1.20) |  | 1.50 (1.50) |  |" in table
     assert "N x K = 3584 x 4096, 4096 x 4096 at M = 48, 64, 600;" in table
+
+
+def test_gated_products_over_each_baseline(module: ModuleType) -> None:
+    row = {**ROW, "baseline": "own product + silu"}
+    rows = [
+        {**row, "M": 1, "ratio": 0.9},
+        {**row, "M": 16, "ratio": 0.4},
+        {**row, "M": 512, "ratio": 0.8},
+        {**row, "M": 512, "ratio": 0.5, "mode": "fp8"},
+    ]
+    table = module.gated({"header": HEADER, "rows": rows})
+    assert "| 16-bit, float16: time over own product + silu | 0.60 (0.90) | 0.80 (0.80) |  |" in table
+    assert "| fp8, float16: time over own product + silu |  | 0.50 (0.50) |  |" in table
+    assert "at M = 1, 16, 512." in table
