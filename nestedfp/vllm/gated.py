@@ -76,8 +76,8 @@ def activation_after(owner: nn.Module, linear: str) -> str:
     products = [node for node in called if node.target == linear]
     if len(products) != 1:
         raise NotFusableError(f"layer called {len(products)} times")
-    # vLLM's layers give a product and a bias, and most callers drop the bias.
-    taken = [user for user in products[0].users if user.users]
+    # vLLM's layers give a product and a bias, which most callers unpack and drop.
+    taken = [user for user in products[0].users if user.users or user.target is not operator.getitem]
     if len(taken) != 1 or taken[0].target is not operator.getitem or taken[0].args != (products[0], 0):
         raise NotFusableError("product not taken alone, and once")
     (user, *others) = taken[0].users

@@ -105,10 +105,8 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             return
         self._order = nested.order.value
         upper, lower = _in_place_of(layer.weight.data, nested, self.gated)
-        row_exponent = nested.row_exponent
-        if self.gated:
-            row_exponent = torch.empty_like(row_exponent)
-            _put(row_exponent, nested.row_exponent, KOrder.NATURAL, gated=True)
+        row_exponent = torch.empty_like(nested.row_exponent)
+        _put(row_exponent, nested.row_exponent, KOrder.NATURAL, self.gated)
         del layer.weight
         for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", row_exponent)):
             layer.register_parameter(f"weight_{name}", nn.Parameter(tensor, requires_grad=False))
