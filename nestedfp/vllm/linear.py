@@ -192,7 +192,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
 
 def has_equal_halves(layer: Any) -> bool:
     """Whether a layer of vLLM computes two products of one size, as a gate and its partner are."""
-    sizes = getattr(layer, "output_partition_sizes", ())
+    sizes: list[int] = getattr(layer, "output_partition_sizes", [])
     return len(sizes) == 2 and sizes[0] == sizes[1]
 
 
