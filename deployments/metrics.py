@@ -28,6 +28,7 @@ class ReplicaMetrics:
         self._tokens = Counter("nestedfp_tokens_total", tag_keys=("replica", "precision"))
         self._requests = Counter("nestedfp_requests_total", tag_keys=("replica", "class", "served"))
         self._layers = Gauge("nestedfp_layers", tag_keys=("replica", "state"))
+        self._fused = Gauge("nestedfp_fused_mlps", tag_keys=("replica",))
         self._headroom = Gauge("nestedfp_slo_headroom", tag_keys=("replica", "signal"))
         self._counted_tokens: dict[str, int] = {}
         self._mode = FP16
@@ -45,6 +46,7 @@ class ReplicaMetrics:
             self._flip_seconds.set(status.last_flip_seconds, self._replica)
         for state, layers in status.layers.items():
             self._layers.set(layers, self._tags(state=state))
+        self._fused.set(status.fused_mlps, self._replica)
 
     def order(self, order: Order, lag_s: float) -> None:
         """An order that the engine has taken, `lag_s` after it came."""

@@ -38,10 +38,11 @@ class Recipe(NamedTuple):
     mode: Mode
     dtype: torch.dtype
     config: AnyConfig
+    gated: bool = False
 
     @property
     def macros(self) -> tuple[object, ...]:
-        return self.mode, self.dtype, *sorted(self.config.defines(self.dtype).items())
+        return self.mode, self.dtype, self.gated, *sorted(self.config.defines(self.dtype).items())
 
     def compile(self) -> None:
         """Leaves the machine code in the cache."""
@@ -51,13 +52,13 @@ class Recipe(NamedTuple):
             gemm_16bit.code(self.config, self.dtype)
 
 
-def recipes(N: int, K: int, dtype: torch.dtype) -> list[Recipe]:
+def recipes(N: int, K: int, dtype: torch.dtype, gated: bool = False) -> list[Recipe]:
     """What products of a weight [N, K] can need on Hopper, each once."""
     found: dict[tuple[object, ...], Recipe] = {}
     name = str(dtype).removeprefix("torch.")
 
     def add(mode: Mode, config: AnyConfig) -> None:
-        recipe = Recipe(mode, dtype, config)
+        recipe = Recipe(mode, dtype, config, gated)
         found.setdefault(recipe.macros, recipe)
 
     for mode, kind, configs in (
@@ -77,13 +78,13 @@ class Precompiler:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nestedfp-compile")
         self._known: dict[tuple[object, ...], Future[None]] = {}
-        self._weights: set[tuple[int, int, torch.dtype]] = set()
+        self._weights: set[tuple[int, int, torch.dtype, bool]] = set()
 
-    def add(self, N: int, K: int, dtype: torch.dtype) -> None:
-        if (N, K, dtype) in self._weights:
+    def add(self, N: int, K: int, dtype: torch.dtype, gated: bool = False) -> None:
+        if (N, K, dtype, gated) in self._weights:
             return
-        self._weights.add((N, K, dtype))
-        for recipe in recipes(N, K, dtype):
+        self._weights.add((N, K, dtype, gated))
+        for recipe in recipes(N, K, dtype, gated):
             if recipe.macros not in self._known:
                 self._known[recipe.macros] = self._pool.submit(recipe.compile)
 

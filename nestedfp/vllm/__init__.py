@@ -43,7 +43,7 @@ def engine_arguments(device: str = "cuda", **settings: Any) -> dict[str, Any]:
     """Keyword arguments for vLLM's `EngineArgs`, `AsyncEngineArgs` or `LLM` that switch the plugin on.
 
     `settings` are the keys of `nestedfp.vllm.settings.Settings.from_dict`: inexact, plans, target, limits,
-    check_steps. Raises UnsupportedVLLMError for an unknown vLLM and ValueError for a bad setting.
+    check_steps, fuse_silu. Raises UnsupportedVLLMError for an unknown vLLM and ValueError for a bad setting.
     """
     compat.check_version(compat.installed_version())
     Settings.from_dict(settings)

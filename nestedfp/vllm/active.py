@@ -15,6 +15,7 @@ from nestedfp.precision import Precision
 from nestedfp.vllm.plan import FP16, Plan
 
 NESTED = "nested"
+FUSED = "fused"
 _CODES = {Precision.FP16: 1, Precision.FP8: 2}
 
 
@@ -60,6 +61,8 @@ class ActivePlan:
         self.record: LayerRecord | None = None
         self.layers: dict[str, str] = {}
         """By layer name: `nested`, or the reason it stayed plain."""
+        self.mlps: dict[str, str] = {}
+        """By the name of a layer that holds a gate and its partner: `fused`, or the reason it is not."""
         self.inexact_rows: dict[str, int] = {}
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self.loads = 0
@@ -71,7 +74,7 @@ class ActivePlan:
     def clear(self) -> None:
         """Forgets the layers of an engine that lived in this process before."""
         self.plan, self.record = FP16, None
-        for known in (self.layers, self.inexact_rows, self._kinds, self._after):
+        for known in (self.layers, self.mlps, self.inexact_rows, self._kinds, self._after):
             known.clear()
 
     def note_layer(self, name: str, state: str) -> None:
@@ -117,6 +120,11 @@ class ActivePlan:
         reasons = Counter(state for state in self.layers.values() if state != NESTED)
         plain = reasons.total()
         return {"nested": len(self.layers) - plain, "plain": plain}, dict(reasons)
+
+    def mlp_counts(self) -> tuple[int, dict[str, int]]:
+        """How many MLPs are fused, and the reasons of those that are not with their counts."""
+        reasons = Counter(state for state in self.mlps.values() if state != FUSED)
+        return len(self.mlps) - reasons.total(), dict(reasons)
 
 
 def layer_kind(name: str) -> str:

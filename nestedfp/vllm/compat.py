@@ -108,6 +108,15 @@ def linear_classes() -> tuple[Any, Any, Any]:
     return LinearBase, LinearMethodBase, UnquantizedLinearMethod
 
 
+def swiglu_classes() -> tuple[Any, Any]:
+    """`MergedColumnParallelLinear`, whose result in SwiGLU MLPs is the gate's before its partner's, and
+    `SiluAndMul`, which halves that: the SiLU of the one times the other."""
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    return MergedColumnParallelLinear, SiluAndMul
+
+
 def register_stock_weight_loaders(method: Any) -> None:
     """Lets layers of linear method `method` load ordinary checkpoints; vLLM matches by class name."""
     from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method

@@ -56,7 +56,7 @@ class NestedFPConfig(_QuantizationConfig):  # type: ignore[misc]
         reason = _PLAIN_KINDS.get(prefix.rpartition(".")[2])
         if reason is not None:
             return PlainLinearMethod(prefix, reason)
-        return NestedLinearMethod(prefix, self.settings.inexact)
+        return NestedLinearMethod(prefix, self.settings.inexact, self.settings.fuse_silu)
 
 
 def _require_plugin_classes(vllm_config: Any) -> None:

@@ -29,7 +29,6 @@ _Worker: Any = compat.gpu_worker()
 class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
     """vLLM's GPU worker with one captured graph family per plan."""
 
-    model_runner: Any
     model_config: Any
     cache_config: Any
     scheduler_config: Any

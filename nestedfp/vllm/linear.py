@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestedfp.kernels import preferred_order
+from nestedfp.kernels import KOrder, preferred_order
+from nestedfp.kernels.gated import interleave
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE, NESTED, layer_kind
 from nestedfp.vllm.op import planned_linear
@@ -57,19 +58,41 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
     After the load the layer has the parameters `weight_upper`, `weight_lower` (uint8 [N, K]) and
     `weight_row_exponent` (int8 [N]) in place of `weight`; whether it has them is settled by the first
     load, so that weights can be reloaded into the same storage and compiled code stays valid.
+
+    A layer that is `gated` after its load gives silu(gate) * partner, half as many columns, ever after.
     """
 
-    def __init__(self, name: str, inexact: Inexact) -> None:
+    gated = False
+    """Whether the layer's rows lie in turn, as `nestedfp.kernels.gated` has them."""
+
+    def __init__(self, name: str, inexact: Inexact, fuse_silu: bool = False) -> None:
+        """`fuse_silu` says that a layer of two equal parts is likely to become gated."""
         self._name = name
+        self._fuse_silu = fuse_silu
         self._kind = layer_kind(name)
         self._inexact = inexact
         self._plain = _UnquantizedLinearMethod()
         self._is_plain: bool | None = None
         self._order = ""
+        self._compiled: tuple[torch.device, int, int, torch.dtype, bool] | None = None
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def order(self) -> KOrder | None:
+        """How the layer's bytes lie; None where it is not nested."""
+        return KOrder(self._order) if self._is_plain is False else None
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         self._plain.create_weights(layer, *args, **kwargs)
-        begin_compiling(layer.weight)
+        # Whether the layer will be gated shows only when the whole model is there, long after compiling had
+        # better begin.
+        gated = self._fuse_silu and has_equal_halves(layer)
+        weight: Tensor = layer.weight
+        self._compiled = weight.device, *weight.shape, weight.dtype, gated
+        begin_compiling(*self._compiled)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         first = self._is_plain is None
@@ -81,9 +104,11 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             self._plain.process_weights_after_loading(layer)
             return
         self._order = nested.order.value
-        upper, lower = _in_place_of(layer.weight.data, nested)
+        upper, lower = _in_place_of(layer.weight.data, nested, self.gated)
+        row_exponent = torch.empty_like(nested.row_exponent)
+        _put(row_exponent, nested.row_exponent, KOrder.NATURAL, self.gated)
         del layer.weight
-        for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", nested.row_exponent)):
+        for name, tensor in (("upper", upper), ("lower", lower), ("row_exponent", row_exponent)):
             layer.register_parameter(f"weight_{name}", nn.Parameter(tensor, requires_grad=False))
         if first:
             planes = layer.weight_upper, layer.weight_lower
@@ -103,8 +128,29 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
             bias,
             self._kind,
             self._order,
+            self.gated,
         )
         return product
+
+    def gate(self, layer: Any) -> None:
+        """Makes a nested layer without bias, whose first half of rows is the gate, a gated one.
+
+        Its rows are put in turn where they lie, through the memory of `STAGING`: compiled code and the record
+        of steps know a layer by its addresses.
+        """
+        planes = layer.weight_upper.data, layer.weight_lower.data
+        for plane, copy in zip(planes, STAGING.planes(planes[0]), strict=True):
+            copy.copy_(plane)
+            _put(plane, copy, KOrder(self._order), gated=True)
+        row_exponent = layer.weight_row_exponent.data
+        _put(row_exponent, row_exponent.clone(), KOrder.NATURAL, gated=True)
+        self.gated = True
+
+    def compile_as_it_is(self) -> None:
+        """Begins to compile the kernels of a layer that was taken for one that would be gated."""
+        if self._compiled is not None and self._compiled[-1] != self.gated and not self._is_plain:
+            self._compiled = *self._compiled[:-1], self.gated
+            begin_compiling(*self._compiled)
 
     def _nest(self, weight: Tensor) -> NestedWeight | None:
         """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity.
@@ -144,17 +190,31 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         return self._inexact is Inexact.PLAIN or (self._inexact is Inexact.AUTO and dtype is torch.float16)
 
 
-def _in_place_of(weight: Tensor, nested: NestedWeight) -> tuple[Tensor, Tensor]:
+def has_equal_halves(layer: Any) -> bool:
+    """Whether a layer of vLLM computes two products of one size, as a gate and its partner are."""
+    sizes: list[int] = getattr(layer, "output_partition_sizes", [])
+    return len(sizes) == 2 and sizes[0] == sizes[1]
+
+
+def _in_place_of(weight: Tensor, nested: NestedWeight, gated: bool) -> tuple[Tensor, Tensor]:
     """The bytes of `nested` in the memory of the weight that they replace: exactly as many.
 
-    Memory of their own would leave a hole for each weight.
+    Memory of their own would leave a hole for each weight. Rows are put in turn if `gated`.
     """
-    if not weight.is_contiguous():
-        return nested.upper.clone(), nested.lower.clone()
-    planes = weight.view(torch.uint8).view(2, *nested.shape)
-    planes[0].copy_(nested.upper)
-    planes[1].copy_(nested.lower)
-    return planes[0], planes[1]
+    if weight.is_contiguous():
+        upper, lower = weight.view(torch.uint8).view(2, *nested.shape)
+    else:
+        upper, lower = torch.empty_like(nested.upper), torch.empty_like(nested.lower)
+    _put(upper, nested.upper, nested.order, gated)
+    _put(lower, nested.lower, nested.order, gated)
+    return upper, lower
+
+
+def _put(to: Tensor, stored: Tensor, order: KOrder, gated: bool) -> None:
+    if gated:
+        interleave(to, stored, order)
+    else:
+        to.copy_(stored)
 
 
 class PlainLinearMethod(_UnquantizedLinearMethod):  # type: ignore[misc]

@@ -19,13 +19,20 @@ from nestedfp.vllm.active import ACTIVE
 _ORDERS = {order.value: order for order in KOrder}
 _LIBRARY: Any = torch.library.Library("nestedfp", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "linear(Tensor x, Tensor upper, Tensor lower, Tensor row_exponent, Tensor? bias, str kind, str order)"
-    " -> Tensor"
+    "linear(Tensor x, Tensor upper, Tensor lower, Tensor row_exponent, Tensor? bias, str kind, str order,"
+    " bool gated) -> Tensor"
 )
 
 
 def _linear(
-    x: Tensor, upper: Tensor, lower: Tensor, row_exponent: Tensor, bias: Tensor | None, kind: str, order: str
+    x: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    order: str,
+    gated: bool,
 ) -> Tensor:
     precision = ACTIVE.plan.precision(kind)
     if ACTIVE.record is not None:
@@ -33,14 +40,22 @@ def _linear(
     # The layer's own were checked when it was nested, and x is what its model gives it.
     ahead = ACTIVE.read_after(row_exponent)
     if precision is Precision.FP8:
-        return multiply(Mode.FP8, x, (upper,), row_exponent, bias, _ORDERS[order], ahead)
-    return multiply(Mode.BITS16, x, (upper, lower), row_exponent, bias, _ORDERS[order], ahead)
+        return multiply(Mode.FP8, x, (upper,), row_exponent, bias, _ORDERS[order], ahead, gated)
+    return multiply(Mode.BITS16, x, (upper, lower), row_exponent, bias, _ORDERS[order], ahead, gated)
 
 
 def _linear_shape(
-    x: Tensor, upper: Tensor, lower: Tensor, row_exponent: Tensor, bias: Tensor | None, kind: str, order: str
+    x: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    row_exponent: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    order: str,
+    gated: bool,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], upper.shape[0]))
+    N = upper.shape[0]
+    return x.new_empty((*x.shape[:-1], N // 2 if gated else N))
 
 
 for _key in ("CPU", "CUDA"):
@@ -48,4 +63,5 @@ for _key in ("CPU", "CUDA"):
 _LIBRARY._register_fake("linear", _linear_shape)
 
 planned_linear = torch.ops.nestedfp.linear
-"""y [..., N] = x [..., K] times a nested weight, in the precision that the active plan gives its kind."""
+"""y [..., N] = x [..., K] times a nested weight, in the precision that the active plan gives its kind; gated,
+y [..., N / 2] = silu(gate) * partner of its products (`nestedfp.kernels.gated`)."""

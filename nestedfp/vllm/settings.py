@@ -1,7 +1,7 @@
 """The plugin's settings, as they ride in a model's `quantization_config`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
 
@@ -54,6 +54,8 @@ class Settings:
     """Thresholds of `auto`."""
     check_steps: bool = False
     """Record on the device what every layer ran and compare after each step (always on for a CPU)."""
+    fuse_silu: bool = True
+    """Compute SiLU and the product after it within the product before, where kernels for that serve it."""
     graph_reserve_gib: float | None = None
     """GPU memory kept out of the KV cache for each plan's CUDA graphs where vLLM estimates none; None: by
     their number (`graphs.estimated_bytes`)."""
@@ -61,7 +63,7 @@ class Settings:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Settings from the keys of `quantization_config`; raises ValueError naming a bad key or value."""
-        known = {"quant_method", "inexact", "plans", "target", "limits", "check_steps", "graph_reserve_gib"}
+        known = {"quant_method", *(field.name for field in fields(cls))}
         if unknown := data.keys() - known:
             raise ValueError(f"quantization_config: unknown keys {sorted(unknown)}, expected {sorted(known)}")
         if data.get("quant_method", METHOD) != METHOD:
@@ -74,6 +76,7 @@ class Settings:
             target=data.get("target", "fp16"),
             limits=_limits(data.get("limits", {})),
             check_steps=_flag("check_steps", data.get("check_steps", False)),
+            fuse_silu=_flag("fuse_silu", data.get("fuse_silu", True)),
             graph_reserve_gib=_gib(data.get("graph_reserve_gib")),
         )
         settings.check_mode(settings.target)

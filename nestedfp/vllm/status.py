@@ -53,6 +53,11 @@ class EngineStatus:
     """Tokens in the KV cache of the running requests together."""
     inexact_rows: int = 0
     """Rows of nested layers that are rounded, by less than 2^-24 of the row's largest weight."""
+    fused_mlps: int = 0
+    """MLPs whose activation is computed within a product."""
+    unfused_reasons: dict[str, int] = field(default_factory=dict)
+    """Why other layers with a gate and its partner are not such: reason -> count. Empty where `fuse_silu` is
+    off."""
     graphs: dict[str, dict[str, float]] = field(default_factory=dict)
     """CUDA-graph families by plan: `graphs` captured, `bytes` taken, `seconds` to capture. Empty on a CPU."""
 

@@ -14,12 +14,11 @@ from nestedfp.kernels.dispatch import Backend, table, token_grid
 from nestedfp.weight import DTYPES
 
 
-def begin_compiling(weight: Tensor) -> None:
-    """Compiles in the background what products of a weight like this need, if its device has such kernels."""
-    if weight.device.type == "cuda" and weight.dtype in DTYPES:
-        N, K = weight.shape
-        if preferred_order(weight.device, N, K) is KOrder.HOPPER:
-            _precompiler().add(N, K, weight.dtype)
+def begin_compiling(device: torch.device, N: int, K: int, dtype: torch.dtype, gated: bool) -> None:
+    """Compiles in the background what products of a weight [N, K] of `dtype` need, gated or plain ones, if
+    `device` has such kernels."""
+    if device.type == "cuda" and dtype in DTYPES and preferred_order(device, N, K) is KOrder.HOPPER:
+        _precompiler().add(N, K, dtype, gated)
 
 
 def finish_compiling() -> None:
@@ -56,12 +55,13 @@ def tabled_counts(device: torch.device) -> set[int]:
 
 
 def distinct_layers(model: torch.nn.Module) -> list[Any]:
-    """One nested layer of `model` for each shape, bias or not, and plan kind."""
+    """One nested layer of `model` for each shape, bias or not, gated or not, and plan kind."""
     found: dict[tuple[Any, ...], Any] = {}
     for name, layer in model.named_modules():
         upper: Tensor | None = getattr(layer, "weight_upper", None)
         if upper is not None:
-            key = (*upper.shape, getattr(layer, "bias", None) is None, name.rpartition(".")[2])
+            without_bias = getattr(layer, "bias", None) is None
+            key = (*upper.shape, without_bias, layer.quant_method.gated, name.rpartition(".")[2])
             found.setdefault(key, layer)
     return list(found.values())
 

@@ -10,6 +10,7 @@ from zlib import crc32
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.config import settings_of
+from nestedfp.vllm.gated import fuse_silu
 from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import Plan
 from nestedfp.vllm.settings import BATCH_INVARIANCE, DATA, LORA, PIPELINE, SPECULATION, refusal
@@ -25,6 +26,7 @@ class PrecisionMixin:
     """Flips before a step whose tag asks for another plan; the only writer of `ACTIVE.plan`."""
 
     vllm_config: Any
+    model_runner: Any
     device: Any
     staging_bytes = 0
     """What nesting took beside the weights while they loaded."""
@@ -39,10 +41,12 @@ class PrecisionMixin:
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if self.precision_settings.fuse_silu:
+            fuse_silu(self.model_runner.get_model())
         self.staging_bytes = STAGING.release()
-        # vLLM's compile cache knows the configuration, not which layers were nested: tell it, or code
-        # compiled for another mix of nested and plain layers would be taken.
-        states = sorted(ACTIVE.layers.items())
+        # vLLM's compile cache knows the configuration, not which layers were nested and gated: tell it, or
+        # code compiled for another mix of layers would be taken.
+        states = {"layers": sorted(ACTIVE.layers.items()), "mlps": sorted(ACTIVE.mlps.items())}
         self.vllm_config.additional_config = {**self.vllm_config.additional_config, "nestedfp": states}
         if self.precision_settings.check_steps or self.device.type == "cpu":
             ACTIVE.start_recording(self.device)
@@ -50,6 +54,10 @@ class PrecisionMixin:
         logger.info("nestedfp: %(nested)d linear layers nested, %(plain)d plain", counts)
         for reason, count in reasons.items():
             logger.info("nestedfp: %d layers plain: %s", count, reason)
+        fused, reasons = ACTIVE.mlp_counts()
+        logger.info("nestedfp: %d MLPs fused, %d not", fused, sum(reasons.values()))
+        for reason, count in reasons.items():
+            logger.info("nestedfp: %d MLPs not fused: %s", count, reason)
         if ACTIVE.inexact_rows:
             logger.info("nestedfp: %d layers nested to nearest", len(ACTIVE.inexact_rows))
 
@@ -88,10 +96,13 @@ class PrecisionMixin:
 
     def precision_facts(self) -> dict[str, Any]:
         """What only the worker knows, for the engine's status, and as of how many `loads`."""
-        layers, reasons = ACTIVE.layer_counts()
+        layers, plain_reasons = ACTIVE.layer_counts()
+        fused, unfused_reasons = ACTIVE.mlp_counts()
         return {
             "layers": layers,
-            "plain_reasons": reasons,
+            "plain_reasons": plain_reasons,
+            "fused_mlps": fused,
+            "unfused_reasons": unfused_reasons,
             "inexact_rows": sum(ACTIVE.inexact_rows.values()),
             "loads": ACTIVE.loads,
         }

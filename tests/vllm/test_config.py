@@ -10,6 +10,7 @@ from nestedfp.vllm import compat, engine_arguments
 from nestedfp.vllm.active import ACTIVE
 from nestedfp.vllm.config import NestedFPConfig
 from nestedfp.vllm.linear import NestedLinearMethod
+from nestedfp.vllm.settings import Settings
 
 PLUGIN = engine_arguments("cuda")
 
@@ -35,6 +36,13 @@ def linear() -> nn.Module:
 def test_a_linear_layer_is_nested() -> None:
     method = NestedFPConfig().get_quant_method(linear(), "model.layers.0.mlp.down_proj")
     assert isinstance(method, NestedLinearMethod)
+
+
+@pytest.mark.parametrize("fuse_silu", [True, False])
+def test_a_layer_expects_to_be_gated_where_that_is_wanted(fuse_silu: bool) -> None:
+    """It compiles the kernels for it while weights load."""
+    config = NestedFPConfig(Settings(fuse_silu=fuse_silu))
+    assert config.get_quant_method(linear(), "model.layers.0.mlp.gate_up_proj")._fuse_silu is fuse_silu
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,8 @@ def test_the_operator_stays_one_call_in_a_compiled_graph() -> None:
     assert torch.equal(compiled(x), exact)
 
 
-def test_the_shape_rule_matches_the_operator() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_shape_rule_matches_the_operator(gated: bool) -> None:
     layer, _ = loaded(weights())
     arguments = (
         layer.weight_upper,
@@ -241,8 +242,9 @@ def test_the_shape_rule_matches_the_operator() -> None:
         None,
         "down_proj",
         "natural",
+        gated,
     )
-    for shape in [(1, K), (2, 5, K)]:
+    for shape in [(1, K), (2, 5, K), (0, K)]:
         x = torch.randn(shape).half()
         y, fake = op.planned_linear(x, *arguments), op._linear_shape(x, *arguments)
         assert (y.shape, y.dtype) == (fake.shape, fake.dtype)

@@ -9,6 +9,8 @@ def test_defaults_serve_fp16_and_fp8() -> None:
     assert settings == Settings()
     assert list(settings.plans) == ["fp16", "fp8"]
     assert settings.inexact is Inexact.AUTO
+    assert settings.fuse_silu
+    assert not Settings.from_dict({"fuse_silu": False}).fuse_silu
 
 
 def test_a_named_plan_gives_its_kinds_fp8_and_all_others_fp16() -> None:
@@ -34,6 +36,7 @@ def test_the_example_of_a_plan_is_asked_for_by_name() -> None:
         ({"target": "mlp"}, "mode is 'mlp', expected one of"),
         ({"target": ["fp8"]}, "mode is .*, expected one of"),
         ({"check_steps": "no"}, "check_steps is 'no', expected true or false"),
+        ({"fuse_silu": 1}, "fuse_silu is 1, expected true or false"),
         ({"limits": 5}, "limits is 5, expected a mapping"),
         ({"plans": 5}, "plans is 5, expected names of plans"),
         ({"plans": {"fp8": ["down_proj"]}}, "'fp8' is already a mode"),

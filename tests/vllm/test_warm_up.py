@@ -62,7 +62,20 @@ def test_what_compiles_while_weights_load_is_all_that_their_products_need(
     for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
         for M in [*token_counts(8192, tabled_counts_of_h100()), *range(1, 16384, 123)]:
             config = taken(mode, M, N, K, name)
-            assert (mode, dtype, *sorted(kind(**config).defines(dtype).items())) in macros
+            assert Recipe(mode, dtype, kind(**config)).macros in macros
+
+
+def test_gated_products_need_pieces_of_their_own() -> None:
+    plain, gated = (recipes(28672, 4096, torch.float16, gated) for gated in (False, True))
+    assert {recipe.gated for recipe in gated} == {True}
+    assert not {recipe.macros for recipe in plain} & {recipe.macros for recipe in gated}
+    precompiler = Precompiler(threads=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "compile", lambda recipe: None)
+        for variant in (True, True, False):
+            precompiler.add(28672, 4096, torch.float16, variant)
+        precompiler.wait()
+    assert len(precompiler) == len(plain) + len(gated)
 
 
 def tabled_counts_of_h100() -> set[int]:
@@ -87,13 +100,14 @@ def test_each_piece_is_compiled_once_and_complaints_are_kept(monkeypatch: pytest
 
 
 def test_a_weight_on_a_cpu_compiles_nothing() -> None:
-    begin_compiling(torch.zeros(64, 64, dtype=torch.float16))
+    begin_compiling(torch.device("cpu"), 64, 64, torch.float16, gated=False)
     finish_compiling()
     assert _precompiler.cache_info().currsize == 0
 
 
 class Method:
-    def __init__(self) -> None:
+    def __init__(self, gated: bool) -> None:
+        self.gated = gated
         self.seen: list[tuple[int, bool]] = []
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,11 +115,11 @@ class Method:
         return x
 
 
-def layer(N: int, K: int, bias: bool = False) -> nn.Module:
+def layer(N: int, K: int, bias: bool = False, gated: bool = False) -> nn.Module:
     module = nn.Module()
     module.weight_upper = nn.Parameter(torch.zeros(N, K, dtype=torch.uint8), requires_grad=False)
     module.bias = nn.Parameter(torch.zeros(N)) if bias else None
-    module.quant_method = Method()
+    module.quant_method = Method(gated)
     return module
 
 
@@ -114,8 +128,10 @@ def test_one_layer_of_each_shape_runs_at_every_count() -> None:
         {str(i): nn.ModuleDict({"qkv": layer(6, 4, bias=True), "o": layer(4, 4)}) for i in range(3)}
     )
     model["head"] = nn.Linear(4, 8)
+    model["gated"] = nn.ModuleDict({"o": layer(4, 4, gated=True)})
     layers = distinct_layers(model)
-    assert [tuple(found.weight_upper.shape) for found in layers] == [(6, 4), (4, 4)]
+    assert [tuple(found.weight_upper.shape) for found in layers] == [(6, 4), (4, 4), (4, 4)]
+    assert [found.quant_method.gated for found in layers] == [False, False, True]
     run_products(layers, [1, 5], torch.float16)
     assert layers[0].quant_method.seen == [(1, True), (5, True)]
-    assert layers[1].quant_method.seen == [(1, False), (5, False)]
+    assert layers[1].quant_method.seen == layers[2].quant_method.seen == [(1, False), (5, False)]

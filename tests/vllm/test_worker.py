@@ -1,6 +1,7 @@
 """The worker mixin over a stand-in for vLLM's worker."""
 
 import copy
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from zlib import crc32
 import pytest
 import torch
 
+from nestedfp.vllm import gated
 from nestedfp.vllm import worker as worker_module
 from nestedfp.vllm.active import ACTIVE, NESTED, LayerRecord
 from nestedfp.vllm.config import NestedFPConfig
@@ -33,6 +35,9 @@ def vllm_config(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**config, **changes})
 
 
+MODEL = object()
+
+
 class BaseWorker:
     """Runs nothing; notes the plan that was in force, and answers as vLLM's two kinds of runner do."""
 
@@ -43,6 +48,9 @@ class BaseWorker:
         self.answer: Any = SimpleNamespace(tokens=[1])
         self.sampled: Any = None
 
+    def load_model(self) -> None:
+        self.model_runner = SimpleNamespace(get_model=lambda: MODEL)
+
     def execute_model(self, scheduler_output: Any) -> Any:
         self.ran.append(ACTIVE.plan.name)
         return self.answer
@@ -52,8 +60,8 @@ class BaseWorker:
 
 
 class Worker(PrecisionMixin, BaseWorker):
-    def __init__(self) -> None:
-        super().__init__(vllm_config())
+    def __init__(self, settings: Settings | None = None) -> None:
+        super().__init__(vllm_config(quant_config=NestedFPConfig(settings or Settings())))
         self.flips: list[str] = []
 
     def flip(self, plan: Plan) -> None:
@@ -158,6 +166,36 @@ def test_a_reload_of_a_layer_shows_in_the_reports_and_the_facts(worker: Worker) 
     after = worker.precision_facts()
     assert getattr(worker.execute_model(step("fp16")), REPORT).loads == after["loads"] > before["loads"]
     assert (before["inexact_rows"], after["inexact_rows"]) == (0, 3)
+    ACTIVE.clear()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_mlps_are_fused_after_the_load_and_before_staging_goes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: bool
+) -> None:
+    states: list[Any] = []
+    for fails in (False, True):
+        worker = Worker(Settings(fuse_silu=wanted))
+
+        def fuse(model: Any, fails: bool = fails) -> None:
+            assert model is MODEL
+            STAGING.planes(torch.zeros(4, 8))
+            ACTIVE.mlps["mlp.0"] = gated.FUSED
+            ACTIVE.mlps["mlp.1"] = "layer with a bias" if fails else gated.FUSED
+
+        monkeypatch.setattr(worker_module, "fuse_silu", fuse)
+        monkeypatch.setattr(worker_module.logger, "propagate", True)
+        with caplog.at_level("INFO", logger="vllm.nestedfp"):
+            worker.load_model()
+        assert worker.staging_bytes == 64 * wanted
+        facts = worker.precision_facts()
+        fused = (2 - fails) * wanted
+        unfused = {"layer with a bias": 1} if fails and wanted else {}
+        assert (facts["fused_mlps"], facts["unfused_reasons"]) == (fused, unfused)
+        assert f"{fused} MLPs fused, {len(unfused)} not" in caplog.text
+        states.append(json.dumps(worker.vllm_config.additional_config))
+    assert ("1 MLPs not fused: layer with a bias" in caplog.text) == wanted
+    assert (states[0] != states[1]) == wanted, "vLLM's compile cache goes by it"
     ACTIVE.clear()
 
 

@@ -45,13 +45,13 @@ on QKV; vLLM refuses Gemma 2 in float16."""
 PROMPTS = [[(7 * prompt + 13 * position) % 500 + 3 for position in range(24)] for prompt in range(4)]
 
 
-def checkpoint(name: str, folder: Path) -> Path:
+def checkpoint(name: str, folder: Path, seed: int = 0, **more_changes: Any) -> Path:
     """A random checkpoint as transformers saves it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, dtype, changes = MODELS[name]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**_SHARED, **changes, "initializer_range": 0.1})
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**_SHARED, **changes, **more_changes, "initializer_range": 0.1})
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     for parameter in model.parameters():
         if parameter.dim() == 1:
