@@ -33,7 +33,7 @@ AnyConfig = gemm_16bit.Config | gemm_fp8.Config
 
 class Recipe(NamedTuple):
     """One piece of machine code. `macros` tells pieces apart: configurations that differ in how a launch is
-    cut share one."""
+    cut share one. gated: as `nestedfp.kernels.gated` has it."""
 
     mode: Mode
     dtype: torch.dtype
@@ -42,18 +42,18 @@ class Recipe(NamedTuple):
 
     @property
     def macros(self) -> tuple[object, ...]:
-        return self.mode, self.dtype, self.gated, *sorted(self.config.defines(self.dtype).items())
+        return self.mode, self.dtype, *sorted(self.config.defines(self.dtype, self.gated).items())
 
     def compile(self) -> None:
         """Leaves the machine code in the cache."""
         if isinstance(self.config, gemm_fp8.Config):
-            gemm_fp8.code(self.config, self.dtype)
+            gemm_fp8.code(self.config, self.dtype, self.gated)
         else:
-            gemm_16bit.code(self.config, self.dtype)
+            gemm_16bit.code(self.config, self.dtype, self.gated)
 
 
 def recipes(N: int, K: int, dtype: torch.dtype, gated: bool = False) -> list[Recipe]:
-    """What products of a weight [N, K] can need on Hopper, each once."""
+    """What products of a weight [N, K] can need on Hopper, gated ones or others, each once."""
     found: dict[tuple[object, ...], Recipe] = {}
     name = str(dtype).removeprefix("torch.")
 

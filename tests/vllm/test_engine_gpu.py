@@ -6,11 +6,13 @@ VLLM_USE_V2_MODEL_RUNNER the runner: `bench/engine_tests.py` runs it for all and
 
 import os
 import time
+from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from nestedfp.vllm.bench.models import CONFIGURATIONS, model_folder, random_checkpoint
 
@@ -216,6 +218,31 @@ def test_memory_is_two_bytes_a_weight(engine: Any) -> None:
         weights = layer.weight_upper.numel()
         stored = sum(parameter.nbytes for parameter in layer.parameters())
         assert stored <= 1.005 * 2 * weights
+
+
+@only_small
+def test_mlps_are_fused_and_give_what_the_checkpoint_says(engine: Any) -> None:
+    """Against float64 and the tensors in the file, as loaded and as loaded again."""
+    engine.set_mode("fp16")
+    greedy_logits(engine, engine.prompts(16, 1))
+    assert engine.control("status")["fused_mlps"] == CONFIGURATIONS[MODEL]["num_hidden_layers"]
+    dtype = getattr(torch, DTYPE)
+    blocks = engine.worker.model_runner.get_model().model.layers
+    x = torch.randn(70, CONFIGURATIONS[MODEL]["hidden_size"], device="cuda").to(dtype)
+    file = Path(engine.worker.vllm_config.model_config.model) / "model.safetensors"
+    for _ in range(2):
+        with safe_open(file, "pt", device="cuda") as tensors, torch.inference_mode():
+            for i, block in enumerate(blocks):
+                gate, up = (
+                    x.double() @ tensors.get_tensor(f"model.layers.{i}.mlp.{part}_proj.weight").double().T
+                    for part in ("gate", "up")
+                )
+                exact = torch.nn.functional.silu(gate) * up
+                y = block.mlp.act_fn(block.mlp.gate_up_proj(x)[0])
+                assert y.shape == exact.shape
+                # The output and both products are rounded.
+                assert (y.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+        engine.llm.collective_rpc("reload_weights")
 
 
 def test_a_wrong_graph_is_found_by_what_the_layers_record(engine: Any) -> None:

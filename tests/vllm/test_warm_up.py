@@ -53,16 +53,17 @@ def test_counts_for_devices_without_a_table_are_close_together_and_none_is_too_l
 
 @pytest.mark.parametrize(("N", "K"), [(28672, 4096), (3072, 4096), (4096, 7168)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
 def test_what_compiles_while_weights_load_is_all_that_their_products_need(
-    N: int, K: int, dtype: torch.dtype
+    N: int, K: int, gated: bool, dtype: torch.dtype
 ) -> None:
-    macros = [recipe.macros for recipe in recipes(N, K, dtype)]
+    macros = [recipe.macros for recipe in recipes(N, K, dtype, gated)]
     assert len(set(macros)) == len(macros)
     name = str(dtype).removeprefix("torch.")
     for mode, kind in ((Mode.BITS16, gemm_16bit.Config), (Mode.FP8, gemm_fp8.Config)):
         for M in [*token_counts(8192, tabled_counts_of_h100()), *range(1, 16384, 123)]:
             config = taken(mode, M, N, K, name)
-            assert Recipe(mode, dtype, kind(**config)).macros in macros
+            assert Recipe(mode, dtype, kind(**config), gated).macros in macros
 
 
 def test_gated_products_need_pieces_of_their_own() -> None:
