@@ -13,7 +13,7 @@ from nestedfp.kernels import KOrder
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE, FUSED
 from nestedfp.vllm.gated import NotFusableError, activation_after, fuse_silu
-from nestedfp.vllm.linear import STAGING
+from nestedfp.vllm.linear import STAGING, NestedLinearMethod
 from nestedfp.vllm.plan import FP8, FP16, Plan
 
 ANY = tuple(KOrder)
@@ -89,6 +89,13 @@ def test_only_an_order_with_gated_kernels_is_fused() -> None:
     assert ACTIVE.mlp_counts() == (0, {"no gated kernels for order natural": 1})
     fuse_silu(model, [KOrder.NATURAL])
     assert ACTIVE.mlp_counts() == (1, {})
+
+
+def test_a_layer_that_is_left_alone_has_plain_kernels_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(NestedLinearMethod, "compile_as_it_is", lambda method: asked.append(method.gated))
+    fuse_silu(nn.ModuleList([MLP(), mlp(never_called), MLP(merged(parts=(8, 88)))]), ANY)
+    assert asked == [False, False]
 
 
 # What a `forward` does otherwise, and why its MLP is then left as it is.

@@ -107,6 +107,16 @@ def test_gating_takes_no_memory_but_that_of_staging() -> None:
     assert max(storages.seen.values()) <= N, "row exponents"
 
 
+def test_compiled_code_knows_what_a_gated_layer_gives() -> None:
+    layer = merged()
+    method, x = layer.quant_method, torch.randn(4, K).half()
+    method.gate(layer)
+    compiled = torch.compile(lambda x: method.apply(layer, x) * 2, backend="aot_eager", fullgraph=True)
+    for plan in (FP16, FP8, FP16):
+        ACTIVE.plan = plan
+        assert torch.equal(compiled(x), method.apply(layer, x) * 2)
+
+
 def test_a_refused_reload_leaves_a_gated_layer_as_it_was() -> None:
     layer = merged(weights())
     layer.quant_method._inexact = Inexact.PLAIN

@@ -173,6 +173,7 @@ def test_a_reload_of_a_layer_shows_in_the_reports_and_the_facts(worker: Worker) 
 def test_mlps_are_fused_after_the_load_and_before_staging_goes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wanted: bool
 ) -> None:
+    STAGING.release()
     states: list[Any] = []
     for fails in (False, True):
         worker = Worker(Settings(fuse_silu=wanted))
