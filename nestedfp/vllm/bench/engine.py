@@ -222,6 +222,7 @@ class Engine:
             "step_batch": FLIPPED_BATCH,
             "graphs": end["graphs"],
             "layers": end["layers"],
+            "fused_mlps": end["fused_mlps"],
         }
 
     def profile(self) -> dict[str, Any]:
