@@ -37,7 +37,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> PrecisionGPUWorker:
     worker.vllm_config = SimpleNamespace(additional_config={})
     worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=None)
     worker.device = torch.device("meta")
-    worker.model_runner = SimpleNamespace()
+    worker.model_runner = SimpleNamespace(get_model=torch.nn.Module)
     ACTIVE.clear()
     return worker
 
