@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 
 from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_of
+from nestedfp.kernels.gated import TURN
 from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
 from nestedfp.kernels.hopper.cuda.compile import cache_folder
 from nestedfp.kernels.hopper.fp8 import RULE as RULE_FP8
 from nestedfp.kernels.hopper.linear_16bit import RULE as RULE_16BIT
-from nestedfp.kernels.shapes import SHAPES, parse_shapes
+from nestedfp.kernels.shapes import GATE_UP, SHAPES, Shape, parse_shapes
 
 log = logging.getLogger("vllm.nestedfp")
 
@@ -122,15 +123,31 @@ def run(args: argparse.Namespace) -> int:
     for dtype in args.dtype.split(","):
         if dtype not in ("float16", "bfloat16"):
             raise SystemExit(f"--dtype: {dtype!r}, expected some of float16,bfloat16")
-        sizes = {(shape.N, shape.K) for shape in args.shapes}
-        for N, K in sizes | set(_parts(sizes, args.tensor_parallel)):
-            precompiler.add(N, K, getattr(torch, dtype))
+        for N, K, gated in needed(args.shapes, args.tensor_parallel):
+            precompiler.add(N, K, getattr(torch, dtype), gated)
     complaints = precompiler.wait()
     for complaint in complaints:
         print(complaint)
     made = len(precompiler) - len(complaints)
     print(f"{made} kernels in {cache_folder()}, {time.monotonic() - start:.0f} s")
     return 1 if complaints else 0
+
+
+def needed(shapes: Iterable[Shape], ways: int) -> set[tuple[int, int, bool]]:
+    """(N, K, gated) of the products that engines run of `shapes`, whole and in `ways` parts.
+
+    Engines gate the layers named gate_up. Of a weight that is named by its size either may be wanted.
+    """
+    found: set[tuple[int, int, bool]] = set()
+    for shape in shapes:
+        size = (shape.N, shape.K)
+        by_size = shape.layer == f"{shape.N}x{shape.K}"
+        for N, K in {size, *_parts([size], ways)}:
+            if shape.layer != GATE_UP:
+                found.add((N, K, False))
+            if (shape.layer == GATE_UP or by_size) and N % (2 * TURN) == 0:
+                found.add((N, K, True))
+    return found
 
 
 def _parts(sizes: Iterable[tuple[int, int]], ways: int) -> Iterable[tuple[int, int]]:

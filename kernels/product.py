@@ -41,7 +41,7 @@ def linear_16bit(
     ahead: tuple[Tensor, ...] = (),
     gated: bool = False,
 ) -> Tensor:
-    """y [..., N] in x's dtype, by the exact 16-bit weights.
+    """y [..., N], or [..., N / 2] if `gated`, in x's dtype, by the exact 16-bit weights.
 
     x [..., K] float16 or bfloat16, any strides; it must have the dtype the weight was nested from, which
     the caller knows. upper, lower: contiguous uint8 [N, K], columns in `order`. row_exponent: int8 [N].
@@ -63,7 +63,7 @@ def linear_fp8(
     ahead: tuple[Tensor, ...] = (),
     gated: bool = False,
 ) -> Tensor:
-    """y [..., N] in x's dtype, by the upper bytes alone; operands and errors as for `linear_16bit`.
+    """As `linear_16bit`, by the upper bytes alone.
 
     Each token of x is quantised to E4M3 with scale amax / 448.
     """

@@ -15,7 +15,8 @@ class Shape(NamedTuple):
     K: int
 
 
-_LAYERS = ("gate_up", "o", "qkv", "down")
+GATE_UP = "gate_up"
+_LAYERS = (GATE_UP, "o", "qkv", "down")
 _SIZES = {
     "Llama-3.1-8B": ((28672, 4096), (4096, 4096), (6144, 4096), (4096, 14336)),
     "Mistral-Small-24B": ((65536, 5120), (5120, 4096), (6144, 5120), (5120, 32768)),

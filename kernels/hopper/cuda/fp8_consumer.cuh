@@ -133,7 +133,7 @@ class Consumer {
     ptx::wgmma_commit();
   }
 
-  // All steps of a unit, the last of them perhaps still under way. A piece a step of the tile that waits is stored
+  // All steps of a unit, the last of them perhaps still under way. A share a step of the tile that waits is stored
   // meanwhile. Returns the scale of this lane's row.
   __device__ __forceinline__ float multiply(float (&sums)[BLOCKS][SUMS], const Unit& unit, const Columns& columns,
                                             Waiting& waiting) {

@@ -1,4 +1,5 @@
-// y [M, N] = x [M, K] w^T * 2^row_exponent (+ bias), w [N, K] rebuilt exactly in registers, on Hopper.
+// y [M, N] = x [M, K] w^T * 2^row_exponent (+ bias), w [N, K] rebuilt exactly in registers, on Hopper. With GATED y is
+// [M, N / 2]: gate.cuh.
 //
 // Operands. x: 16-bit floats, rows on 16-byte boundaries; upper, lower: bytes in the stored order of `KOrder.HOPPER`,
 // panels of N rows by 128 of K one after another, so K is a multiple of 128. M and N are free. Fewer tokens than a

@@ -35,7 +35,7 @@ _SYSTEM_SHARE = 1024
 _STEP = 64
 _UNIT = 128
 _MOST_STAGES = 16
-# Of y that a warpgroup stores: a line of 128 bytes.
+# Of y that a warpgroup stores: a line of 128 bytes, of gated products half of one.
 _ROWS = 64
 # Measured: from here on the copy engine stores y as fast as threads or faster.
 _LEAST_TOKENS_SENT = 512

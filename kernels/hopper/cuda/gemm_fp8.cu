@@ -1,4 +1,5 @@
 // y [M, N] = (q(x) * x_scale) (e4m3(upper) * 2^(row_exponent - 8))^T + bias on Hopper: the FP8 mode, one launch.
+// With GATED y is [M, N / 2]: gate.cuh.
 //
 // Operands. x: [M, K] 16-bit floats, rows `x_pitch` bytes apart; upper: E4M3 [N, K], row-major, or with `panels` in the
 // stored order of `KOrder.HOPPER`, panels of N rows by 128 of K, K a multiple of 128. Rows of both begin on 16-byte
@@ -21,9 +22,9 @@
 //   first, when scales of rows are asked for: no step waits for them;
 // * sums leave in pieces of SLICE columns, which a warp stages in shared memory. With DEFERRED those of a tile that
 //   another follows are scaled and packed as soon as they are there, and wait in registers, half as many as the sums,
-//   while its products begin: beside each step the copy engine takes a piece. All others are stored at once, 16 bytes
-//   a thread: those of the last tile, which has no products behind it, and rows of y off 16-byte boundaries, which are
-//   not for that engine.
+//   while its products begin: beside each step a share of them is staged, and the copy engine takes whole pieces. All
+//   others are stored at once, 16 bytes a thread: those of the last tile, which has no products behind it, and rows of
+//   y off 16-byte boundaries, which are not for that engine.
 //
 // Whole waves. The first `whole` tiles, full waves of all workers, are multiplied whole. The K of each tile left is
 // cut into `split` equal parts, one a worker. A part writes its sums to `partials`, except for its own share of the

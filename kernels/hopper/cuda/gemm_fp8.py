@@ -87,8 +87,8 @@ class Config:
 
     @property
     def slice(self) -> int:
-        """Columns of the output that a warp stages at once: a line of 128 bytes where it can, half a line
-        where its sums leave no registers for more."""
+        """Columns of the products whose outputs a warp stages at once: a line of 128 bytes where it can, half
+        a line where its sums leave no registers for more; of gated products half of that."""
         most = 64 if self.blocks * self.rows <= _MOST_COLUMNS_WHOLE_LINES else 32
         return max(gcd(self.rows, most), 16) if self.rows > 64 else 16
 

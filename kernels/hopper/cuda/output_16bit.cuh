@@ -9,8 +9,8 @@ namespace {
 // A thread's part in what its warpgroup stores.
 //
 // The 64 rows of a slice of tokens are transposed through shared memory, so that y is written in whole lines of 128
-// bytes: a warp's own 16 rows are 32 bytes of each token, and a store of so many short pieces takes as many cycles as
-// it touches lines. Buffers by turns need one barrier a slice.
+// bytes, or with GATED halves of them: a warp's own 16 rows are 32 bytes of each token, and a store of so many short
+// pieces takes as many cycles as it touches lines. Buffers by turns need one barrier a slice.
 //
 // The copy engine stores what is SENT, while the next tile is multiplied; of few tokens, whose end it would delay, and
 // of rows of y that do not begin on 16-byte boundaries, nothing is.

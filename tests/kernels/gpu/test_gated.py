@@ -91,9 +91,11 @@ def test_16bit(config: gemm_16bit.Config, N: int, K: int, dtype: torch.dtype) ->
 
 @hopper
 @dtypes
-@pytest.mark.parametrize(("N", "K"), [(208, 256), (5120, 1280)])
+@pytest.mark.parametrize(("N", "K"), [(208, 256), (5120, 1280), (5120, 256), (2560, 1280)])
 @pytest.mark.parametrize("config", CONFIGS_FP8, ids=repr)
 def test_fp8(config: gemm_fp8.Config, N: int, K: int, dtype: torch.dtype) -> None:
+    """Among the tiles of 2,100 tokens are some whose outputs wait for fewer steps than they have shares (K =
+    256), and some with parts of a tile behind them (N = 2560)."""
     _, nested = weight(N, K, dtype)
     codes = (nested.upper, nested.row_exponent)
     bias = torch.randn(N, device="cuda", dtype=dtype)
@@ -129,9 +131,27 @@ def test_public_products(
 
 @hopper
 @pytest.mark.parametrize("mode", list(Mode), ids=str)
+def test_crooked_tokens_many_tokens_and_what_is_asked_ahead(mode: Mode) -> None:
+    """Tokens off 16-byte boundaries take other kernels; more than 16,384 go through FP8 in pieces."""
+    _, nested = weight(208, 256, torch.float16)
+    linear = products("public", mode)
+    wide = tokens(70, 520, torch.float16)
+    crooked = wide[:, 1:257]
+    assert_gated(linear(crooked, nested, gated=True), linear(crooked, nested))
+    many = tokens(gemm_fp8.MOST_TOKENS + 300, 256, torch.float16)
+    y = linear(many, nested, gated=True)
+    assert_gated(y, linear(many, nested))
+    ahead = (nested.upper,)
+    assert torch.equal(
+        linear(many[:70], nested, gated=True, ahead=ahead), linear(many[:70], nested, gated=True)
+    )
+
+
+@hopper
+@pytest.mark.parametrize("mode", list(Mode), ids=str)
 def test_gates_that_saturate(mode: Mode) -> None:
-    """Gates of +-1e4 and +-0 give what float64 gives, and a gate of NaN or infinity what torch gives."""
-    gates = torch.tensor([1e4, -1e4, 0.0, -0.0, float("inf"), float("-inf"), float("nan"), 88.0])
+    """Gates of +-1e4 and 0 give what float64 gives, and a gate of NaN or infinity what torch gives."""
+    gates = torch.tensor([1e4, -1e4, 0.0, -88.0, float("inf"), float("-inf"), float("nan"), 88.0])
     for dtype in DTYPES:
         nested = identity_pair(dtype)
         x = torch.zeros(8, 128, device="cuda", dtype=dtype)
