@@ -8,7 +8,6 @@ do; fused, before and after it reloads other weights; fused, with those weights 
 """
 
 import json
-import os
 import sys
 import tempfile
 from functools import partial
@@ -84,16 +83,12 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
 
 def main(names: list[str]) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
-    from greedy_reference import ENVIRONMENT
+    import tiny_models
 
-    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-    # Else some of vLLM's helpers are compiled, with a C++ compiler.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import nestedfp.vllm
+    tiny_models.set_up()
     from nestedfp.kernels import KOrder
     from nestedfp.vllm import gated, worker
 
-    nestedfp.vllm.register()
     worker.fuse_silu = partial(gated.fuse_silu, orders=tuple(KOrder))
     with tempfile.TemporaryDirectory() as scratch:
         for name in names or MODELS:

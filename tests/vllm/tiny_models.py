@@ -121,7 +121,8 @@ def compare(name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def main(names: list[str]) -> None:
+def set_up() -> None:
+    """Before vLLM is imported: engines in this process, on the CPU, quiet, the plugin registered."""
     sys.path.insert(0, str(Path(__file__).parent))
     from greedy_reference import ENVIRONMENT
 
@@ -131,6 +132,10 @@ def main(names: list[str]) -> None:
     import nestedfp.vllm
 
     nestedfp.vllm.register()
+
+
+def main(names: list[str]) -> None:
+    set_up()
     with tempfile.TemporaryDirectory() as scratch:
         for name in names or MODELS:
             print(json.dumps(compare(name, Path(scratch))), flush=True)
