@@ -148,7 +148,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         self.gated = True
 
     def compile_as_it_is(self) -> None:
-        """Begins to compile the kernels of a layer that was taken for a gated one and is not, or the reverse."""
+        """Begins to compile the kernels of a layer that has become another than it was taken for."""
         if self._compiled is not None and self._compiled[-1] != self.gated and not self._is_plain:
             self._compiled = *self._compiled[:-1], self.gated
             begin_compiling(*self._compiled)
