@@ -62,7 +62,8 @@ class ActivePlan:
         self.layers: dict[str, str] = {}
         """By layer name: `nested`, or the reason it stayed plain."""
         self.mlps: dict[str, str] = {}
-        """By the name of a layer that holds a gate and its partner: `fused`, or the reason it is not."""
+        """By the name of a layer beside a SiluAndMul, of a gate and its partner: `fused`, or the reason why
+        not."""
         self.inexact_rows: dict[str, int] = {}
         """By layer name: rows of a nested layer that do not rebuild bit for bit, where there are any."""
         self.loads = 0

@@ -137,6 +137,17 @@ def current_config() -> Any:
     return get_current_vllm_config()
 
 
+def says_silu(vllm_config: Any) -> bool:
+    """Whether the configuration of a model's decoder names SiLU as the activation of its MLPs.
+
+    Models name it in one of two keys; some have neither, or another one, whatever their MLPs compute.
+    """
+    model_config = getattr(vllm_config, "model_config", None)
+    text_config = getattr(model_config, "hf_text_config", None)
+    named = [getattr(text_config, key, None) for key in ("hidden_act", "hidden_activation")]
+    return any(str(name).lower() in ("silu", "swish") for name in named)
+
+
 def batch_invariant() -> bool:
     """Whether results are asked for that do not depend on the batch (`VLLM_BATCH_INVARIANT`)."""
     from vllm import envs

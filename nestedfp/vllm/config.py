@@ -52,11 +52,13 @@ class NestedFPConfig(_QuantizationConfig):  # type: ignore[misc]
             if "experts" in type(layer).__name__.lower() or "moe" in type(layer).__name__.lower():
                 ACTIVE.note_layer(prefix, "mixture-of-experts weights")
             return None
-        _require_plugin_classes(compat.current_config())
+        vllm_config = compat.current_config()
+        _require_plugin_classes(vllm_config)
         reason = _PLAIN_KINDS.get(prefix.rpartition(".")[2])
         if reason is not None:
             return PlainLinearMethod(prefix, reason)
-        return NestedLinearMethod(prefix, self.settings.inexact, self.settings.fuse_silu)
+        gated = self.settings.fuse_silu and compat.says_silu(vllm_config)
+        return NestedLinearMethod(prefix, self.settings.inexact, gated)
 
 
 def _require_plugin_classes(vllm_config: Any) -> None:

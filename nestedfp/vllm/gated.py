@@ -8,7 +8,7 @@ equal parts, whose result goes to vLLM's SiluAndMul and nowhere else. The layer'
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 from torch import fx, nn
@@ -23,10 +23,6 @@ _MergedLinear: Any
 _SiluAndMul: Any
 _MergedLinear, _SiluAndMul = compat.swiglu_classes()
 
-# What tracing raises for a forward that is not a fixed graph, and what one raises that meets a stand-in for a
-# tensor, or runs outside a step. TraceError is a ValueError, NotImplementedError a RuntimeError.
-_UNTRACEABLE = (AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
-
 
 class NotFusableError(ValueError):
     """A layer with a gate and its partner cannot give a gated product; the message is the reason."""
@@ -39,39 +35,40 @@ class _Tracer(fx.Tracer):
 
 def fuse_silu(model: nn.Module, orders: Container[KOrder] = (KOrder.HOPPER,)) -> None:
     """Makes gated products of the MLPs of `model` that can be, and notes in `ACTIVE` which are and why others
-    are not.
+    are not. Layers with no SiluAndMul beside them belong to no such MLP and are not noted.
 
     To be called once, after the load and before anything of the model is compiled. `orders` are those of
     weights that have kernels for gated products. What is wrong with an MLP never raises.
     """
-    owners = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for owner in list(model.modules()):
+        in_mlp = bool(_activations(owner))
         for name, layer in list(owner.named_children()):
             method = getattr(layer, "quant_method", None)
             if not isinstance(method, NestedLinearMethod) or len(_parts(layer)) != 2:
                 continue
-            try:
-                _check_layer(layer, method, orders)
-                activation = activation_after(owner, name)
-                if owners[id(layer)] > 1 or owners[id(getattr(owner, activation))] > 1:
-                    raise NotFusableError("layer or activation in several places of the model")
-            except NotFusableError as reason:
-                ACTIVE.mlps[method.name] = str(reason)
-                method.compile_as_it_is()
-                continue
-            method.gate(layer)
-            setattr(owner, activation, nn.Identity())
-            ACTIVE.mlps[method.name] = FUSED
+            if in_mlp:
+                try:
+                    _check_layer(layer, method, orders)
+                    if places[id(layer)] > 1:
+                        raise NotFusableError("layer in several places of the model")
+                    activation = activation_after(owner, name)
+                except NotFusableError as reason:
+                    ACTIVE.mlps[method.name] = str(reason)
+                else:
+                    method.gate(layer)
+                    # Of this owner alone: vLLM may give one activation to all MLPs.
+                    setattr(owner, activation, nn.Identity())
+                    ACTIVE.mlps[method.name] = FUSED
+            method.compile_as_it_is()
 
 
 def activation_after(owner: nn.Module, linear: str) -> str:
     """The name of the SiluAndMul child of `owner` that alone takes what its child `linear` gives.
 
-    Raises NotFusableError where `owner.forward` is not seen to be so, for every input that it may get.
+    Raises NotFusableError where `owner.forward` is not seen to be so for every tensor that it may get. A
+    branch on the type of its argument is not seen: only the side that a stand-in for a tensor takes is.
     """
-    activations = {name for name, child in owner.named_children() if type(child) is _SiluAndMul}
-    if not activations:
-        raise NotFusableError("no SiluAndMul beside the layer")
     called = [node for node in _trace(owner).nodes if node.op == "call_module"]
     products = [node for node in called if node.target == linear]
     if len(products) != 1:
@@ -81,11 +78,20 @@ def activation_after(owner: nn.Module, linear: str) -> str:
     if len(taken) != 1 or taken[0].target is not operator.getitem or taken[0].args != (products[0], 0):
         raise NotFusableError("product not taken alone, and once")
     (user, *others) = taken[0].users
-    if others or user.op != "call_module" or user.target not in activations:
+    if others or user.op != "call_module" or user.target not in _activations(owner):
         raise NotFusableError("product used by something else than one SiluAndMul")
     if sum(node.target == user.target for node in called) != 1:
         raise NotFusableError("activation called more than once")
-    return str(user.target)
+    activation = str(user.target)
+    # The trace gives the first of several names, whichever `forward` uses.
+    replaced = owner.get_submodule(activation)
+    if sum(module is replaced for _, module in owner.named_modules(remove_duplicate=False)) != 1:
+        raise NotFusableError("activation under two names")
+    return activation
+
+
+def _activations(owner: nn.Module) -> set[str]:
+    return {name for name, child in owner._modules.items() if type(child) is _SiluAndMul}
 
 
 def _check_layer(layer: Any, method: NestedLinearMethod, orders: Container[KOrder]) -> None:
@@ -109,15 +115,23 @@ def _trace(owner: nn.Module) -> fx.Graph:
     """The graph of `owner.forward`, with calls of its submodules as nodes."""
     if "forward" in vars(owner):
         raise NotFusableError("forward replaced on the module")
-    # A default is traced as if it were always given, and a branch on None lost.
-    fixed = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    for parameter in inspect.signature(owner.forward).parameters.values():
-        if parameter.kind not in fixed or parameter.default is not inspect.Parameter.empty:
-            raise NotFusableError("forward with optional arguments")
     try:
-        return _Tracer().trace(owner)
-    except _UNTRACEABLE as error:
+        graph = _Tracer().trace(owner) if _takes_one_argument(owner.forward) else None
+    except Exception as error:
+        # A model's own code ran, on a stand-in for a tensor and outside a step: it may raise anything.
         raise NotFusableError(f"forward cannot be traced ({type(error).__name__})") from error
+    if graph is None:
+        raise NotFusableError("forward of other than one argument")
+    return graph
+
+
+def _takes_one_argument(forward: Callable[..., Any]) -> bool:
+    """Whether it takes one and always does. Any other is traced as if it were given, and a branch on None
+    would be lost."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    fixed = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    always_given = [one for one in parameters if one.kind in fixed and one.default is one.empty]
+    return len(parameters) == len(always_given) == 1
 
 
 def _parts(layer: Any) -> list[int]:

@@ -21,6 +21,7 @@ logger = logging.getLogger("vllm.nestedfp")
 _LinearMethodBase: Any
 _UnquantizedLinearMethod: Any
 _, _LinearMethodBase, _UnquantizedLinearMethod = compat.linear_classes()
+_MergedLinear: Any = compat.swiglu_classes()[0]
 
 
 class Staging:
@@ -66,7 +67,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
     """Whether the layer's rows lie in turn, as `nestedfp.kernels.gated` has them."""
 
     def __init__(self, name: str, inexact: Inexact, fuse_silu: bool = False) -> None:
-        """`fuse_silu` says that a layer of two equal parts is likely to become gated."""
+        """`fuse_silu` says that a merged layer of two equal parts is likely to become gated."""
         self._name = name
         self._fuse_silu = fuse_silu
         self._kind = layer_kind(name)
@@ -89,7 +90,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         self._plain.create_weights(layer, *args, **kwargs)
         # Whether the layer will be gated shows only when the whole model is there, long after compiling had
         # better begin.
-        gated = self._fuse_silu and has_equal_halves(layer)
+        gated = self._fuse_silu and type(layer) is _MergedLinear and has_equal_halves(layer)
         weight: Tensor = layer.weight
         self._compiled = weight.device, *weight.shape, weight.dtype, gated
         begin_compiling(*self._compiled)
@@ -147,7 +148,7 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
         self.gated = True
 
     def compile_as_it_is(self) -> None:
-        """Begins to compile the kernels of a layer that was taken for one that would be gated."""
+        """Begins to compile the kernels of a layer that has become another than it was taken for."""
         if self._compiled is not None and self._compiled[-1] != self.gated and not self._is_plain:
             self._compiled = *self._compiled[:-1], self.gated
             begin_compiling(*self._compiled)

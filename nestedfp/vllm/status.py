@@ -56,8 +56,7 @@ class EngineStatus:
     fused_mlps: int = 0
     """MLPs whose activation is computed within a product."""
     unfused_reasons: dict[str, int] = field(default_factory=dict)
-    """Why other layers with a gate and its partner are not such: reason -> count. Empty where `fuse_silu` is
-    off."""
+    """Why other MLPs with vLLM's SiluAndMul are not such: reason -> count. Empty where `fuse_silu` is off."""
     graphs: dict[str, dict[str, float]] = field(default_factory=dict)
     """CUDA-graph families by plan: `graphs` captured, `bytes` taken, `seconds` to capture. Empty on a CPU."""
 

@@ -45,6 +45,8 @@ class FakeRemote:
             "start_s": 60.0,
             "memory": {"weights_bytes": 16, "kv_blocks": self.task["blocks"] or 27000},
         }
+        if self.name == "nestedfp":
+            self.facts["fused_mlps"] = 32
 
     def call(self, *command: Any, seconds: float = 0.0) -> dict[str, Any]:
         self.log.append((self.name, *command))
@@ -88,6 +90,8 @@ def test_the_file_holds_medians_and_spread_of_all_passes(
     assert rows["nestedfp-fp8"]["passes"] == 3
     assert rows["nestedfp-fp8"]["memory_bytes"] == 16
     assert rows["nestedfp-fp8"]["kv_blocks"] == 4096
+    fused = {name: row["fused_mlps"] for name, row in rows.items() if "fused_mlps" in row}
+    assert fused == {"nestedfp-16bit": 32, "nestedfp-fp8": 32}
 
 
 def test_contenders_take_turns_there_and_back(parser: argparse.ArgumentParser, tmp_path: Path) -> None:

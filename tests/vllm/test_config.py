@@ -15,9 +15,13 @@ from nestedfp.vllm.settings import Settings
 PLUGIN = engine_arguments("cuda")
 
 
-def vllm_config(**changes: Any) -> SimpleNamespace:
+def vllm_config(text_config: dict[str, Any] | None = None, **changes: Any) -> SimpleNamespace:
     chosen = {**PLUGIN, **changes}
+    of_model = {}
+    if text_config is not None:
+        of_model["model_config"] = SimpleNamespace(hf_text_config=SimpleNamespace(**text_config))
     return SimpleNamespace(
+        **of_model,
         scheduler_config=SimpleNamespace(scheduler_cls=chosen["scheduler_cls"]),
         parallel_config=SimpleNamespace(worker_cls=chosen["worker_cls"]),
     )
@@ -38,11 +42,26 @@ def test_a_linear_layer_is_nested() -> None:
     assert isinstance(method, NestedLinearMethod)
 
 
-@pytest.mark.parametrize("fuse_silu", [True, False])
-def test_a_layer_expects_to_be_gated_where_that_is_wanted(fuse_silu: bool) -> None:
+@pytest.mark.parametrize(
+    ("fuse_silu", "text_config", "expected"),
+    [
+        (True, {"hidden_act": "silu"}, True),
+        (True, {"hidden_act": "Swish"}, True),
+        (True, {"hidden_activation": "silu"}, True),
+        (False, {"hidden_act": "silu"}, False),
+        (True, {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, False),
+        (True, {"hidden_act": "relu2", "hidden_activation": None}, False),
+        (True, {}, False),
+        (True, None, False),
+    ],
+)
+def test_a_layer_expects_to_be_gated_where_that_is_wanted_and_likely(
+    monkeypatch: pytest.MonkeyPatch, fuse_silu: bool, text_config: dict[str, Any] | None, expected: bool
+) -> None:
     """It compiles the kernels for it while weights load."""
+    monkeypatch.setattr(compat, "current_config", lambda: vllm_config(text_config))
     config = NestedFPConfig(Settings(fuse_silu=fuse_silu))
-    assert config.get_quant_method(linear(), "model.layers.0.mlp.gate_up_proj")._fuse_silu is fuse_silu
+    assert config.get_quant_method(linear(), "model.layers.0.mlp.gate_up_proj")._fuse_silu is expected
 
 
 @pytest.mark.parametrize(

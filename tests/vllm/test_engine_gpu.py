@@ -223,26 +223,42 @@ def test_memory_is_two_bytes_a_weight(engine: Any) -> None:
 @only_small
 def test_mlps_are_fused_and_give_what_the_checkpoint_says(engine: Any) -> None:
     """Against float64 and the tensors in the file, as loaded and as loaded again."""
-    engine.set_mode("fp16")
-    greedy_logits(engine, engine.prompts(16, 1))
-    assert engine.control("status")["fused_mlps"] == CONFIGURATIONS[MODEL]["num_hidden_layers"]
-    dtype = getattr(torch, DTYPE)
+    config, dtype = CONFIGURATIONS[MODEL], getattr(torch, DTYPE)
     blocks = engine.worker.model_runner.get_model().model.layers
-    x = torch.randn(70, CONFIGURATIONS[MODEL]["hidden_size"], device="cuda").to(dtype)
+    x = torch.randn(70, config["hidden_size"], device="cuda").to(dtype)
+    exact = []
     file = Path(engine.worker.vllm_config.model_config.model) / "model.safetensors"
-    for _ in range(2):
-        with safe_open(file, "pt", device="cuda") as tensors, torch.inference_mode():
-            for i, block in enumerate(blocks):
-                gate, up = (
-                    x.double() @ tensors.get_tensor(f"model.layers.{i}.mlp.{part}_proj.weight").double().T
-                    for part in ("gate", "up")
-                )
-                exact = torch.nn.functional.silu(gate) * up
+    with safe_open(file, "pt", device="cuda") as tensors:
+        for i in range(len(blocks)):
+            gate, up = (
+                x.double() @ tensors.get_tensor(f"model.layers.{i}.mlp.{part}_proj.weight").double().T
+                for part in ("gate", "up")
+            )
+            exact.append(torch.nn.functional.silu(gate) * up)
+
+    def check(mode: str, least: float, most: float) -> None:
+        """Bounds are of the error, relative in norm. The mode stays."""
+        engine.set_mode(mode)
+        # A mode is in force from the next step on.
+        greedy_logits(engine, engine.prompts(16, 1))
+        for block, expected in zip(blocks, exact, strict=True):
+            with torch.inference_mode():
                 y = block.mlp.act_fn(block.mlp.gate_up_proj(x)[0])
-                assert y.shape == exact.shape
-                # The output and both products are rounded.
-                assert (y.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
-        engine.llm.collective_rpc("reload_weights")
+            assert y.shape == expected.shape
+            assert least <= (y.double() - expected).norm() / expected.norm() <= most
+
+    # In 16 bits the output and both products are rounded.
+    bounds = {"fp8": (5e-3, 0.15), "fp16": (0.0, 2 * torch.finfo(dtype).eps)}
+    for mode, (least, most) in bounds.items():
+        check(mode, least, most)
+    assert engine.control("status")["fused_mlps"] == len(blocks) == config["num_hidden_layers"]
+    layer = blocks[1].mlp.gate_up_proj
+    with torch.no_grad():
+        for part in ("upper", "lower", "row_exponent"):
+            getattr(layer, f"weight_{part}").zero_()
+    engine.llm.collective_rpc("reload_weights")
+    for mode, (least, most) in bounds.items():
+        check(mode, least, most)
 
 
 def test_a_wrong_graph_is_found_by_what_the_layers_record(engine: Any) -> None:

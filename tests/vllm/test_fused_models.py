@@ -40,8 +40,8 @@ def test_all_mlps_are_fused_where_that_is_wanted(found: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_only_the_rounding_of_the_activation_differs(found: Any, name: str) -> None:
-    """vLLM rounds a SiLU to 16 bits before it is multiplied. Where it does not, logits are the same, bit for
-    bit."""
+    """vLLM's activation on a CPU, as any eager one, rounds a SiLU to 16 bits before it is multiplied. Where
+    it does not, logits are the same, bit for bit."""
     line = found[name]
     fused, unfused = line["fused"]["scores"], line["unfused"]["scores"]
     assert fused == line["rounded_once"]["scores"]
@@ -59,6 +59,5 @@ def test_weights_that_are_reloaded_are_those_of_a_fresh_load(found: Any, name: s
 
 def test_a_model_with_another_activation_is_as_it_was(found: Any) -> None:
     line = found["gemma2"]
-    assert line["fused"]["fused_mlps"] == 0
-    assert line["fused"]["unfused_reasons"] == {"no SiluAndMul beside the layer": 2}
+    assert (line["fused"]["fused_mlps"], line["fused"]["unfused_reasons"]) == (0, {}), "no SwiGLU MLP"
     assert line["fused"]["scores"] == line["unfused"]["scores"]

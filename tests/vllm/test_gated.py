@@ -1,6 +1,7 @@
 """Which MLPs of a model are fused."""
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from types import MethodType
 from typing import Any
 
@@ -94,8 +95,9 @@ def test_only_an_order_with_gated_kernels_is_fused() -> None:
 def test_a_layer_that_is_left_alone_has_plain_kernels_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(NestedLinearMethod, "compile_as_it_is", lambda method: asked.append(method.gated))
-    fuse_silu(nn.ModuleList([MLP(), mlp(never_called), MLP(merged(parts=(8, 88)))]), ANY)
-    assert asked == [False, False]
+    left = [mlp(never_called), MLP(merged(parts=(8, 88))), MLP(act=nn.SiLU())]
+    fuse_silu(nn.ModuleList([*left, MLP()]), ANY)
+    assert asked == [False, False, False, True], "a layer that was not taken for a gated one needs it, too"
 
 
 # What a `forward` does otherwise, and why its MLP is then left as it is.
@@ -219,6 +221,53 @@ def any_input(self: Any, *x: torch.Tensor) -> Any:
     return self.act(self.gate_up(x[0])[0])
 
 
+def defaulted_input(self: Any, x: torch.Tensor | None = None) -> Any:
+    return self.act(self.gate_up(x)[0])
+
+
+def second_input(self: Any, x: torch.Tensor, scale: torch.Tensor | None) -> Any:
+    y, _ = self.gate_up(x)
+    # Traced, `scale` is never None.
+    return self.act(y * 2 if scale is None else y)
+
+
+def named_input(self: Any, *, x: torch.Tensor) -> Any:
+    return self.act(self.gate_up(x)[0])
+
+
+def no_input(self: Any) -> Any:
+    return self.act(self.gate_up(self.x)[0])
+
+
+def divides_by_zero(self: Any, x: torch.Tensor) -> Any:
+    return self.act(self.gate_up(x)[0]) * (1 // 0)
+
+
+def imports_what_is_not_there(self: Any, x: torch.Tensor) -> Any:
+    import_module("no.such_module")
+    return self.act(self.gate_up(x)[0])
+
+
+class OwnError(Exception):
+    pass
+
+
+def raises_its_own(self: Any, x: torch.Tensor) -> Any:
+    raise OwnError
+
+
+class WithoutSignature:
+    """Of which `inspect.signature` raises TypeError."""
+
+    __signature__ = "none"
+
+    def __get__(self, *_: Any) -> Any:
+        return self
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        return x
+
+
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
@@ -244,22 +293,29 @@ def any_input(self: Any, *x: torch.Tensor) -> Any:
         (counts_tokens, "forward cannot be traced (RuntimeError)"),
         (asks_for_what_is_not_there, "forward cannot be traced (AttributeError)"),
         (needs_a_step, "forward cannot be traced (AssertionError)"),
-        (optional_input, "forward with optional arguments"),
-        (any_input, "forward with optional arguments"),
+        (divides_by_zero, "forward cannot be traced (ZeroDivisionError)"),
+        (imports_what_is_not_there, "forward cannot be traced (ModuleNotFoundError)"),
+        (raises_its_own, "forward cannot be traced (OwnError)"),
+        (WithoutSignature(), "forward cannot be traced (TypeError)"),
+        (optional_input, "forward of other than one argument"),
+        (defaulted_input, "forward of other than one argument"),
+        (second_input, "forward of other than one argument"),
+        (named_input, "forward of other than one argument"),
+        (any_input, "forward of other than one argument"),
+        (no_input, "forward of other than one argument"),
     ],
 )
 def test_another_flow_is_left_alone(forward: Any, reason: str) -> None:
     assert reasons(mlp(forward)) == {reason: 1}
 
 
-def test_another_activation_is_left_alone() -> None:
+def test_another_activation_is_left_alone_and_no_mlp_to_count() -> None:
     from vllm.model_executor.layers.activation import GeluAndMul
 
     class Louder(SiluAndMul):  # type: ignore[misc]
         pass
 
-    model = nn.ModuleList([MLP(act=act) for act in (GeluAndMul(), Louder(), nn.SiLU())])
-    assert reasons(model) == {"no SiluAndMul beside the layer": 3}
+    assert reasons(nn.ModuleList([MLP(act=act) for act in (GeluAndMul(), Louder(), nn.SiLU())])) == {}
 
 
 class MergedKind(MergedLinear):  # type: ignore[misc]
@@ -296,18 +352,30 @@ def test_a_forward_put_on_the_module_is_left_alone() -> None:
     assert reasons(model) == {"forward replaced on the module": 1}
 
 
-def test_a_shared_activation_or_layer_is_left_alone() -> None:
-    reason = "layer or activation in several places of the model"
-    act, layer = SiluAndMul(), merged()
-    assert reasons(nn.ModuleList([MLP(act=act), MLP(act=act)])) == {reason: 2}
-    ACTIVE.clear()
-    assert reasons(nn.ModuleList([MLP(layer), MLP(layer)])) == {reason: 1}
-    ACTIVE.clear()
-    twice = MLP()
-    twice.again = twice.act
-    assert reasons(twice) == {reason: 1}
-    ACTIVE.clear()
-    assert reasons(nn.ModuleDict({"mlp": MLP(act=act), "act": act})) == {reason: 1}
+def test_a_layer_in_several_places_is_left_alone() -> None:
+    layer = merged()
+    assert reasons(nn.ModuleList([MLP(layer), MLP(layer)])) == {"layer in several places of the model": 1}
+
+
+@pytest.mark.parametrize("place", ["again", "deeper"])
+def test_an_activation_under_two_names_is_left_alone(place: str) -> None:
+    twice: Any = MLP()
+    setattr(twice, place, twice.act if place == "again" else nn.ModuleList([twice.act]))
+    assert reasons(twice) == {"activation under two names": 1}
+
+
+def test_mlps_that_share_an_activation_are_fused_and_others_keep_it() -> None:
+    """vLLM's `get_act_and_mul_fn` gives one to a whole process."""
+    act = SiluAndMul()
+    made = [MLP(act=act), MLP(act=act), mlp(product_between, act=act)]
+    x = torch.randn(3, K).half()
+    before = [one(x) for one in made]
+    fuse_silu(nn.ModuleDict({"mlps": nn.ModuleList(made), "act": act}), ANY)
+    reason = "product used by something else than one SiluAndMul"
+    assert ACTIVE.mlp_counts() == (2, {reason: 1})
+    for one, y in zip(made, before, strict=True):
+        torch.testing.assert_close(one(x), y, rtol=2**-9, atol=2**-20)
+    assert made[2].act is act
 
 
 def test_a_module_in_two_places_is_fused_once() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from swiglu import K, N, load, merged, weights
+from swiglu import K, MergedLinear, N, load, merged, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,12 +131,13 @@ def test_a_refused_reload_leaves_a_gated_layer_as_it_was() -> None:
 
 
 def test_kernels_are_compiled_for_what_a_layer_is_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gated ones while weights load, of any layer that may become gated, and plain ones where it does not."""
+    """Those that are likely while weights load, and the others where it came otherwise."""
     begun: list[tuple[int, int, torch.dtype, bool]] = []
     monkeypatch.setattr(linear, "begin_compiling", lambda device, *weight: begun.append(weight))
 
-    def created(parts: list[int], fuse: bool) -> Any:
-        layer: Any = nn.Module()
+    def created(parts: list[int], fuse: bool, kind: type[nn.Module] = MergedLinear) -> Any:
+        layer: Any = kind.__new__(kind)
+        nn.Module.__init__(layer)
         layer.output_partition_sizes = parts
         layer.quant_method = method = NestedLinearMethod("gate_up_proj", Inexact.NEAREST, fuse)
         weight = nn.Parameter(weights(sum(parts)), requires_grad=False)
@@ -145,12 +146,17 @@ def test_kernels_are_compiled_for_what_a_layer_is_in_the_end(monkeypatch: pytest
         method.process_weights_after_loading(layer)
         return layer
 
-    parts = [([48, 48], True), ([32, 32], True), ([32, 64], True), ([24, 24], False)]
-    gated, refused, unequal, off = (created(*args) for args in parts)
+    class Other(MergedLinear):  # type: ignore[misc]
+        pass
+
+    gated, refused = created([48, 48], True), created([32, 32], True)
+    unequal, off, other = created([32, 64], True), created([24, 24], False), created([16, 16], True, Other)
     half = torch.float16
-    assert begun == [(96, K, half, True), (64, K, half, True), (96, K, half, False), (48, K, half, False)]
+    likely = [(96, True), (64, True), (96, False), (48, False), (32, False)]
+    assert begun == [(rows, K, half, gated) for rows, gated in likely]
     begun.clear()
-    gated.quant_method.gate(gated)
-    for layer in (gated, refused, refused, unequal, off):
+    for layer in (gated, off):
+        layer.quant_method.gate(layer)
+    for layer in (gated, refused, refused, unequal, off, other):
         layer.quant_method.compile_as_it_is()
-    assert begun == [(64, K, half, False)]
+    assert begun == [(64, K, half, False), (48, K, half, True)]

@@ -155,7 +155,8 @@ def test_logits_in_16_bits_keep_their_bits_over_the_flips(
     assert after != before["fp8"]
 
 
-def test_every_layer_is_nested_and_both_families_are_captured(engine: Any) -> None:
+def test_every_layer_is_nested_and_every_mlp_fused_and_both_families_are_captured(engine: Any) -> None:
     status = engine.control("status")
     assert status["layers"] == {"nested": 16, "plain": 0}
+    assert (status["fused_mlps"], status["unfused_reasons"]) == (4, {})
     assert set(status["graphs"]) == {"fp16", "fp8"}

@@ -67,6 +67,7 @@ class Engine:
         self._turn = start_one_by_one or nullcontext()
         self._held = ExitStack()
         self._parallel = task.get("tensor_parallel", 1)
+        self._is_nested = task["engine"] == "nestedfp"
         compat.fill_dummy_weights(_fill)
         if self._cuda and self._parallel == 1:
             compat.watch_worker(PHASES, self._entered, self._left)
@@ -113,10 +114,13 @@ class Engine:
             self.peak_load_bytes = torch.cuda.max_memory_allocated()
 
     def facts(self) -> dict[str, Any]:
-        """The start, in all and, where the worker lives in this process, by phase; and memory."""
+        """The start, in all and, where the worker lives in this process, by phase; memory; and how many MLPs
+        NestedFP has fused."""
         found = {"start_s": self.start_s, "phases_s": self.phases_s, "memory": self.memory()}
         if self._parallel == 1 and hasattr(self.worker, "kernels_s"):
             found["kernels_s"] = self.worker.kernels_s
+        if self._is_nested:
+            found["fused_mlps"] = self.control("status")["fused_mlps"]
         return found
 
     def park(self) -> None:

@@ -13,13 +13,17 @@ Row = dict[str, Any]
 def rows_of(
     model: str, dtype: str, passes: Iterable[Row], facts: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
-    """Medians over the passes of each contender and cell; `facts` are those of the engines by name."""
+    """Medians over the passes of each contender and cell; `facts` are those of the engines by name.
+
+    Rows of NestedFP say how many MLPs are fused: figures with and without are not alike.
+    """
     cells: dict[tuple[int, int, int, str], list[Row]] = defaultdict(list)
     for entry in passes:
         cells[entry["input_len"], entry["output_len"], entry["batch"], entry["contender"]].append(entry)
     rows = []
     for (input_len, output_len, batch, contender), entries in cells.items():
-        memory = facts[CONTENDERS[contender][0]]["memory"]
+        engine = facts[CONTENDERS[contender][0]]
+        memory = engine["memory"]
         speeds = [entry["tokens_per_s"] for entry in entries]
         rows.append(
             {
@@ -38,6 +42,7 @@ def rows_of(
                 "tpot_ms": median(entry["tpot_ms"] for entry in entries),
                 "memory_bytes": memory["weights_bytes"],
                 "kv_blocks": memory["kv_blocks"],
+                **({"fused_mlps": engine["fused_mlps"]} if "fused_mlps" in engine else {}),
             }
         )
     return rows
