@@ -24,8 +24,8 @@ def check_gated(name: str, N: int) -> None:
 
 
 def interleave(to: Tensor, stored: Tensor, order: KOrder) -> None:
-    """Copies a weight stored in `order`, [N, K] or a vector [N], whose first half of rows is the gate, to
-    `to`, of the same shape and order, with rows in turn."""
+    """Copies a weight [N, K] stored in `order`, or a vector [N] in natural order, whose first half of rows is
+    the gate, to `to`, of the same shape and order, with rows in turn."""
     turns = torch.unflatten(rows_of(stored, order), 0, (2, -1, TURN)).transpose(0, 1)
     torch.unflatten(rows_of(to, order), 0, (-1, 2, TURN)).copy_(turns)
 
