@@ -46,7 +46,7 @@ class FakeRemote:
             "memory": {"weights_bytes": 16, "kv_blocks": self.task["blocks"] or 27000},
         }
         if self.name == "nestedfp":
-            self.facts["fused_mlps"] = 32
+            self.facts["fused_mlps"] = 32 if self.task["fuse_silu"] else 0
 
     def call(self, *command: Any, seconds: float = 0.0) -> dict[str, Any]:
         self.log.append((self.name, *command))
@@ -90,8 +90,15 @@ def test_the_file_holds_medians_and_spread_of_all_passes(
     assert rows["nestedfp-fp8"]["passes"] == 3
     assert rows["nestedfp-fp8"]["memory_bytes"] == 16
     assert rows["nestedfp-fp8"]["kv_blocks"] == 4096
-    fused = {name: row["fused_mlps"] for name, row in rows.items() if "fused_mlps" in row}
-    assert fused == {"nestedfp-16bit": 32, "nestedfp-fp8": 32}
+
+
+@pytest.mark.parametrize(("arguments", "count"), [([], 32), (["--no-fuse-silu"], 0)])
+def test_rows_of_nestedfp_say_how_many_mlps_are_fused(
+    parser: argparse.ArgumentParser, tmp_path: Path, arguments: list[str], count: int
+) -> None:
+    _, data = run(parser, tmp_path / "engine.json", *arguments)
+    fused = {row["contender"]: row["fused_mlps"] for row in data["rows"] if "fused_mlps" in row}
+    assert fused == {"nestedfp-16bit": count, "nestedfp-fp8": count}
 
 
 def test_contenders_take_turns_there_and_back(parser: argparse.ArgumentParser, tmp_path: Path) -> None:

@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--solo", default="", help="engines to start again alone at the end, on the whole card"
     )
     parser.add_argument(
+        "--fuse-silu",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether NestedFP's MLPs compute their activation in the product before it",
+    )
+    parser.add_argument(
         "--profile", action="store_true", help="time decode and prefill steps by kernel, before the grid"
     )
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which to stop")

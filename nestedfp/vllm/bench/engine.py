@@ -53,7 +53,8 @@ class Engine:
         start_one_by_one: AbstractContextManager[Any] | None = None,
         **settings: Any,
     ) -> None:
-        """`task` as `session.Session` writes it; `settings` as `engine_arguments` takes them.
+        """`task` as `session.Session` writes it; `settings` as `engine_arguments` takes them, for NestedFP
+        alone.
 
         Where the task says `share_kv`, the memory of the KV cache is taken from `start_one_by_one` on, which
         is entered before, and is given back by `park`.

@@ -22,7 +22,7 @@ def serve(task: dict[str, Any], pipe: Connection, turn: AbstractContextManager[A
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from nestedfp.vllm.bench.engine import Engine
 
-    engine = Engine(task, turn)
+    engine = Engine(task, turn, fuse_silu=task.get("fuse_silu", True))
     pipe.send(
         {
             "engine": task["engine"],

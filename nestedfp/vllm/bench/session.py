@@ -177,6 +177,7 @@ class Session:
             "share_kv": self._args.share_kv and blocks is not None,
             "capture_sizes": self._args.capture_sizes,
             "tensor_parallel": self._args.tensor_parallel,
+            "fuse_silu": self._args.fuse_silu,
             "spawned_at": time.time(),
         }
 
