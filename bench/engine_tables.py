@@ -33,9 +33,13 @@ class Measured:
         self.data = data
         self.runs: dict[tuple[str, str], Cells] = {}
         self.spreads: dict[tuple[str, str], Cells] = {}
+        self.fused: set[tuple[tuple[str, str], tuple[int, int, int]]] = set()
+        """Runs and cells whose rows say that MLPs were fused."""
         for row in data["rows"]:
             run, cell = (row["model"], row["dtype"]), (row["input_len"], row["output_len"], row["batch"])
             self.runs.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = row["tokens_per_s"]
+            if row.get("fused_mlps"):
+                self.fused.add((run, cell))
             if (spread := _spread(row)) is not None:
                 self.spreads.setdefault(run, {}).setdefault(cell, {})[row["contender"]] = spread
         seen = {name for cells in self.runs.values() for found in cells.values() for name in found}
@@ -70,7 +74,7 @@ def engine(data: Mapping[str, Any]) -> str:
         within = measured.spreads.get(run, {})
         rows += [
             [
-                f"{label}, {into}/{out}, batch {batch}",
+                f"{label}, {into}/{out}, batch {batch}{'*' * ((run, (into, out, batch)) in measured.fused)}",
                 *(_rate(found.get(name), within.get((into, out, batch), {}).get(name)) for name in names),
                 *(_ratio(found, *pair) for pair in pairs),
             ]
@@ -80,6 +84,7 @@ def engine(data: Mapping[str, Any]) -> str:
         f"**Engine, every cell** ({measured.machine}). Output tokens/s, input/output length"
         + ("; medians, ± half the range of the passes over the median" if measured.spreads else "")
         + (f"; not measured in this run: {', '.join(measured.missing)}" if measured.missing else "")
+        + ("; * with fused MLPs" if measured.fused else "")
         + ".\n\n"
         + markdown(["", *names, *measured.ratio_names], rows)
     )

@@ -116,6 +116,18 @@ def test_a_throughput_shows_the_spread_of_its_passes_where_there_were_several(mo
     assert "| float16, 128/64, batch 8 | 800 | 784 | 0.98 |" in table
 
 
+def test_cells_with_fused_mlps_have_a_star(module: ModuleType) -> None:
+    data = engine_data("vllm-16bit", "nestedfp-16bit")
+    assert "fused" not in module.engine(data)
+    for row in data["rows"]:
+        if row["contender"] == "nestedfp-16bit":
+            row["fused_mlps"] = 32 if row["batch"] == 8 else 0
+    table = module.engine(data)
+    assert "; * with fused MLPs." in table
+    assert "| float16, 128/64, batch 8* |" in table
+    assert "| float16, 128/64, batch 1 |" in table
+
+
 def test_an_engine_that_was_not_there_is_named_instead_of_a_column(module: ModuleType) -> None:
     data = engine_data("nestedfp-16bit", "nestedfp-fp8")
     checks = {
