@@ -253,7 +253,7 @@ def test_mlps_are_fused_and_give_what_the_checkpoint_says(engine: Any) -> None:
         check(mode, least, most)
     assert engine.control("status")["fused_mlps"] == len(blocks) == config["num_hidden_layers"]
     layer = blocks[1].mlp.gate_up_proj
-    with torch.no_grad():
+    with torch.inference_mode():
         for part in ("upper", "lower", "row_exponent"):
             getattr(layer, f"weight_{part}").zero_()
     engine.llm.collective_rpc("reload_weights")
