@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nestedfp.kernels import contest, gpu, linear_16bit, linear_fp8, rowfile
+from nestedfp.kernels import contest, gpu, rowfile
 from nestedfp.kernels.bench import entry, line
 from nestedfp.kernels.compile_ahead import chosen
 from nestedfp.kernels.contest import CUBLAS, Operands
@@ -41,20 +41,6 @@ def silu_and_mul(products: Tensor) -> Tensor:
     """silu of the first half of the columns times the second, as models write it."""
     gate, up = products.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
-
-
-def gated(mode: Mode, operands: Operands, M: int) -> Contender:
-    """The gated product; which rows are whose does not change its time."""
-
-    def bits16(i: int) -> Tensor:
-        w = operands.nested(i)
-        return linear_16bit(operands.x(i, M), w.upper, w.lower, w.row_exponent, order=w.order, gated=True)
-
-    def fp8(i: int) -> Tensor:
-        w = operands.nested(i)
-        return linear_fp8(operands.x(i, M), w.upper, w.row_exponent, order=w.order, gated=True)
-
-    return fp8 if mode is Mode.FP8 else bits16
 
 
 def followed(work: Contender, compiled: Callable[[object], object]) -> Contender:
@@ -114,7 +100,7 @@ def cell(
     contenders = {CUBLAS + SILU: with_silu(contest.cublas(operands, M))}
     against: dict[Mode, dict[str, str]] = {}
     for mode in Mode:
-        plain, ours = contest.product(mode, operands, M), gated(mode, operands, M)
+        plain, ours = (contest.product(mode, operands, M, gated) for gated in (False, True))
         # Written so that NaN does not pass.
         if not (found := error(ours, plain)) < _TOLERANCE:
             print(f"WRONG: {mode} {operands.dtype}, {M}x{operands.N}x{operands.K}: {found:.2g}; not timed")

@@ -123,7 +123,7 @@ def gated(data: Mapping[str, Any]) -> str:
                 if (row["mode"], row["dtype"], row["baseline"]) == (mode, dtype, baseline)
                 and row["M"] in group
             ]
-            cells.append(f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f})" if ratios else "")
+            cells.append(_mean_and_worst(ratios))
         shown.append([f"{mode}, {dtype}: time over {baseline}", *cells])
     header = data["header"]
     machine = f"{header['device']}, torch {header['torch']}, {header['date'][:10]}"
@@ -140,10 +140,13 @@ def _with_bar(cell: str, bar: str) -> str:
 
 
 def _cell(contest: Contest, ratios: Sequence[float]) -> str:
-    if not ratios:
-        return ""
-    mean, worst = statistics.geometric_mean(ratios), max(ratios)
-    return f"{1 / mean:.2f} ({1 / worst:.2f})" if contest.speed_up else f"{mean:.2f} ({worst:.2f})"
+    if contest.speed_up and ratios:
+        return f"{1 / statistics.geometric_mean(ratios):.2f} ({1 / max(ratios):.2f})"
+    return _mean_and_worst(ratios)
+
+
+def _mean_and_worst(ratios: Sequence[float]) -> str:
+    return f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f})" if ratios else ""
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]], contest: Contest, group: Container[int]) -> list[float]:

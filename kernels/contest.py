@@ -79,16 +79,16 @@ def _nested_copies(nested: NestedWeight, count: int) -> list[NestedWeight]:
     ]
 
 
-def product(mode: Mode, operands: Operands, M: int) -> Contender:
-    """The public product of `mode`."""
+def product(mode: Mode, operands: Operands, M: int, gated: bool = False) -> Contender:
+    """The public product of `mode`; `gated` takes its rows for those of pairs, whatever they hold."""
 
     def bits16(i: int) -> Tensor:
         w = operands.nested(i)
-        return linear_16bit(operands.x(i, M), w.upper, w.lower, w.row_exponent, order=w.order)
+        return linear_16bit(operands.x(i, M), w.upper, w.lower, w.row_exponent, order=w.order, gated=gated)
 
     def fp8(i: int) -> Tensor:
         w = operands.nested(i)
-        return linear_fp8(operands.x(i, M), w.upper, w.row_exponent, order=w.order)
+        return linear_fp8(operands.x(i, M), w.upper, w.row_exponent, order=w.order, gated=gated)
 
     return fp8 if mode is Mode.FP8 else bits16
 

@@ -23,6 +23,11 @@ def check_gated(name: str, N: int) -> None:
         )
 
 
+def output_columns(N: int, gated: bool) -> int:
+    """Columns of y for a weight of N rows."""
+    return N // 2 if gated else N
+
+
 def interleave(to: Tensor, stored: Tensor, order: KOrder) -> None:
     """Copies a weight [N, K] stored in `order`, or a vector [N] in natural order, whose first half of rows is
     the gate, to `to`, of the same shape and order, with rows in turn."""

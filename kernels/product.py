@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import TMA_ALIGNMENT, Backend, Capability, Mode, Problem, choose
-from nestedfp.kernels.gated import check_gated, silu_and_multiply
+from nestedfp.kernels.gated import check_gated, output_columns, silu_and_multiply
 from nestedfp.kernels.layout import KOrder, check_order
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def multiply(
     step. weight: the planes that the mode reads, (upper, lower) or (upper,)."""
     N, K = weight[0].shape
     if x.numel() == 0:
-        return x.new_empty((*x.shape[:-1], N // 2 if gated else N))
+        return x.new_empty((*x.shape[:-1], output_columns(N, gated)))
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(tokens, weight))
     backend, product = _product(problem, _capability(x.device))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
 from nestedfp.kernels.dispatch import parsed
+from nestedfp.kernels.gated import output_columns
 from nestedfp.kernels.hopper.cuda.gemm_fp8 import Config, plan, product
 from nestedfp.kernels.hopper.overlap import overlapped
 from nestedfp.kernels.hopper.rule import Rule
@@ -53,7 +54,7 @@ def linear_fp8(
     `RULE`.
     """
     (M, K), N = x.shape, upper.shape[0]
-    y = torch.empty((M, N // 2 if gated else N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, output_columns(N, gated)), dtype=x.dtype, device=x.device)
     chosen = RULE.best(M, N, K) if config is None else parsed(Config, *config.items())
     product(x, upper, row_exponent, bias, y, order, chosen, ahead, gated)
     return y

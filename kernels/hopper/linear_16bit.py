@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nestedfp.kernels.dispatch import Config as Settings
 from nestedfp.kernels.dispatch import parsed
+from nestedfp.kernels.gated import output_columns
 from nestedfp.kernels.hopper.cuda.gemm_16bit import Config, ceil_div, cluster_tiles, plan, product
 from nestedfp.kernels.hopper.overlap import overlapped
 from nestedfp.kernels.hopper.rule import Rule
@@ -58,7 +59,7 @@ def linear_16bit(
     if order is not KOrder.HOPPER:
         raise ValueError(f"order is {order}, expected {KOrder.HOPPER}; the portable kernel reads any order")
     (M, K), N = x.shape, upper.shape[0]
-    y = torch.empty((M, N // 2 if gated else N), dtype=x.dtype, device=x.device)
+    y = torch.empty((M, output_columns(N, gated)), dtype=x.dtype, device=x.device)
     chosen = RULE.best(M, N, K) if config is None else parsed(Config, *config.items())
     product(x, upper, lower, row_exponent, bias, y, chosen, ahead, gated)
     return y

@@ -48,19 +48,24 @@ def fuse_silu(model: nn.Module, orders: Container[KOrder] = (KOrder.HOPPER,)) ->
             if not isinstance(method, NestedLinearMethod) or len(_parts(layer)) != 2:
                 continue
             if in_mlp:
-                try:
-                    _check_layer(layer, method, orders)
-                    if places[id(layer)] > 1:
-                        raise NotFusableError("layer in several places of the model")
-                    activation = activation_after(owner, name)
-                except NotFusableError as reason:
-                    ACTIVE.mlps[method.name] = str(reason)
-                else:
-                    method.gate(layer)
-                    # Of this owner alone: vLLM may give one activation to all MLPs.
-                    setattr(owner, activation, nn.Identity())
-                    ACTIVE.mlps[method.name] = FUSED
+                ACTIVE.mlps[method.name] = _fused(owner, name, orders, places[id(layer)])
             method.compile_as_it_is()
+
+
+def _fused(owner: nn.Module, name: str, orders: Container[KOrder], places: int) -> str:
+    """Fuses what follows the child `name` of `owner`, which stands in so many places; `FUSED`, or why not."""
+    layer: Any = getattr(owner, name)
+    try:
+        _check_layer(layer, orders)
+        if places > 1:
+            raise NotFusableError("layer in several places of the model")
+        activation = activation_after(owner, name)
+    except NotFusableError as reason:
+        return str(reason)
+    layer.quant_method.gate(layer)
+    # Of this owner alone: vLLM may give one activation to all MLPs.
+    setattr(owner, activation, nn.Identity())
+    return FUSED
 
 
 def activation_after(owner: nn.Module, linear: str) -> str:
@@ -94,11 +99,11 @@ def _activations(owner: nn.Module) -> set[str]:
     return {name for name, child in owner._modules.items() if type(child) is _SiluAndMul}
 
 
-def _check_layer(layer: Any, method: NestedLinearMethod, orders: Container[KOrder]) -> None:
+def _check_layer(layer: Any, orders: Container[KOrder]) -> None:
     """Raises NotFusableError for what can be told without the rest of the model."""
     if type(layer) is not _MergedLinear:
         raise NotFusableError(f"layer of class {type(layer).__name__}")
-    order = method.order
+    order = layer.quant_method.order
     if order is None:
         raise NotFusableError("layer stays plain")
     if order not in orders:

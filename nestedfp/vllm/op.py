@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nestedfp.kernels.dispatch import Mode
+from nestedfp.kernels.gated import output_columns
 from nestedfp.kernels.layout import KOrder
 from nestedfp.kernels.product import multiply
 from nestedfp.precision import Precision
@@ -54,8 +55,7 @@ def _linear_shape(
     order: str,
     gated: bool,
 ) -> Tensor:
-    N = upper.shape[0]
-    return x.new_empty((*x.shape[:-1], N // 2 if gated else N))
+    return x.new_empty((*x.shape[:-1], output_columns(upper.shape[0], gated)))
 
 
 for _key in ("CPU", "CUDA"):

@@ -19,6 +19,7 @@ from nestedfp.policies.roofline import NAME
 from nestedfp.vllm.status import EngineStatus
 
 from .asgi_client import ask
+from .engine_status import engine_status
 
 CHAT = "/v1/chat/completions"
 SETTINGS = DeploymentSettings.from_dict({"engine": {"model": "m"}, "policy": {"slo": {"ttft_s": 2.0}}})
@@ -44,26 +45,15 @@ class Engine:
 
 def status(queued: int) -> EngineStatus:
     counts: dict[str, Any] = {"fp16": 0, "fp8": 0}
-    return EngineStatus(
+    return engine_status(
         mode="fp8",
         epoch=1,
         current="fp8",
         steps=counts,
         tokens=counts,
-        flips=0,
-        last_flip_seconds=None,
-        last_flip_reason=None,
-        mixed_steps=None,
-        running=0,
         waiting=1,
         waiting_prompt_tokens=queued,
-        oldest_waiting_s=0.0,
-        kv_usage=0.0,
         step_time_s={"fp16": None, "fp8": None},
-        layers={},
-        plain_reasons={},
-        strict_running=0,
-        at=0.0,
         step_corrections={"fp16": 1.5},
     )
 

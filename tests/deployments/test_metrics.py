@@ -12,7 +12,8 @@ from nestedfp.deployments import metrics
 from nestedfp.deployments.metrics import ReplicaMetrics, served_by
 from nestedfp.policies.config import Slo
 from nestedfp.policies.replica import Order
-from nestedfp.vllm.status import EngineStatus
+
+from .engine_status import engine_status
 
 README = Path(__file__).parents[2] / "deployments" / "README.md"
 Values = dict[tuple[str, str], float]
@@ -64,30 +65,7 @@ def test_the_readme_lists_every_metric_with_its_kind_and_labels(monkeypatch: pyt
 
 
 def test_an_engine_tells_of_its_layers(exported: Values) -> None:
-    ReplicaMetrics("r1").engine(
-        EngineStatus(
-            mode="fp16",
-            epoch=0,
-            current="fp16",
-            steps={},
-            tokens={},
-            flips=0,
-            last_flip_seconds=None,
-            last_flip_reason=None,
-            mixed_steps=None,
-            running=0,
-            waiting=0,
-            waiting_prompt_tokens=0,
-            oldest_waiting_s=0.0,
-            kv_usage=0.0,
-            step_time_s={},
-            layers={"nested": 8, "plain": 1},
-            plain_reasons={},
-            strict_running=0,
-            at=0.0,
-            fused_mlps=2,
-        )
-    )
+    ReplicaMetrics("r1").engine(engine_status(layers={"nested": 8, "plain": 1}, fused_mlps=2))
     assert exported["nestedfp_layers", "plain"] == 1
     assert exported["nestedfp_fused_mlps", ""] == 2
 

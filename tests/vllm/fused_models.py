@@ -21,10 +21,11 @@ MODELS = ["llama", "qwen2", "phi3", "gemma2"]
 
 def rounds_once(self: Any, x: torch.Tensor) -> torch.Tensor:
     """In place of SiluAndMul's, with the sums of a gated product: float32 until the result."""
-    from nestedfp.kernels.gated import TURN, silu_and_multiply
+    from swiglu import in_turn
 
-    in_turn = x.unflatten(-1, (2, -1, TURN)).transpose(-3, -2).flatten(-3)
-    return silu_and_multiply(in_turn)
+    from nestedfp.kernels.gated import silu_and_multiply
+
+    return silu_and_multiply(in_turn(x))
 
 
 def scored(core: Any, llm: Any) -> dict[str, list[float]]:

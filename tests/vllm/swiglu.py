@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nestedfp.kernels.gated import TURN
 from nestedfp.vllm import compat
 from nestedfp.vllm.linear import NestedLinearMethod
 from nestedfp.vllm.settings import Inexact
@@ -20,6 +21,11 @@ def weights(
     # Rows of unlike magnitude, so that their exponents are unlike, too.
     scale = torch.logspace(-2, 1, rows, 2)[torch.randperm(rows, generator=generator), None]
     return (torch.randn(rows, columns, generator=generator) * scale).to(dtype)
+
+
+def in_turn(products: torch.Tensor) -> torch.Tensor:
+    """Columns of the gate and its partner in turn."""
+    return products.unflatten(-1, (2, -1, TURN)).transpose(-3, -2).flatten(-3)
 
 
 def merged(

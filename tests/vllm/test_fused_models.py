@@ -1,13 +1,10 @@
 """Fused MLPs in a real engine on the CPU, beside an engine that fuses nothing."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fused_models import MODELS
+from programs import findings
 from test_tiny_models import CLOSE
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -18,12 +15,7 @@ LAYERS = {"nested": 8, "plain": 0}
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    program = Path(__file__).with_name("fused_models.py")
-    command = [sys.executable, str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    return {line["name"]: line for line in lines}
+    return findings("fused_models.py")
 
 
 def distance(some: list[float], others: list[float]) -> float:

@@ -14,18 +14,12 @@ from nestedfp.kernels import KOrder
 from nestedfp.vllm import compat
 from nestedfp.vllm.active import ACTIVE, FUSED
 from nestedfp.vllm.gated import NotFusableError, activation_after, fuse_silu
-from nestedfp.vllm.linear import STAGING, NestedLinearMethod
+from nestedfp.vllm.linear import NestedLinearMethod
 from nestedfp.vllm.plan import FP8, FP16, Plan
 
+pytestmark = pytest.mark.usefixtures("fresh_layers")
+
 ANY = tuple(KOrder)
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    ACTIVE.clear()
-    yield
-    ACTIVE.clear()
-    STAGING.release()
 
 
 @pytest.fixture(autouse=True, scope="module")

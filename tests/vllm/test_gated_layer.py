@@ -1,6 +1,5 @@
 """What gated layers compute, how they come to it, and what reloading does to them."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from swiglu import K, MergedLinear, N, load, merged, weights
+from swiglu import K, MergedLinear, N, in_turn, load, merged, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,18 +19,7 @@ from nestedfp.vllm.linear import STAGING, NestedLinearMethod
 from nestedfp.vllm.plan import FP8, FP16, Plan
 from nestedfp.vllm.settings import Inexact
 
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    ACTIVE.clear()
-    yield
-    ACTIVE.clear()
-    STAGING.release()
-
-
-def in_turn(products: torch.Tensor) -> torch.Tensor:
-    """Columns of the gate and its partner in turn."""
-    return products.unflatten(-1, (2, -1, TURN)).transpose(-3, -2).flatten(-3)
+pytestmark = pytest.mark.usefixtures("fresh_layers")
 
 
 @settings(deadline=None)

@@ -1,12 +1,9 @@
 """Supported classes of models in a real engine on the CPU: what is nested, and logits beside plain vLLM's."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import findings
 from tiny_models import MODELS, PROMPTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -22,12 +19,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    program = Path(__file__).with_name("tiny_models.py")
-    command = [sys.executable, str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=850, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    return {line["name"]: line for line in lines}
+    return findings("tiny_models.py")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nestedfp.kernels.gated import output_columns
 from nestedfp.kernels.hopper.cuda.compile import cubin
 from nestedfp.kernels.hopper.cuda.launch import (
     NO_MAP,
@@ -297,16 +298,14 @@ def _launch(
 ) -> Launch:  # fmt: skip
     """Of operands at these addresses; x_pitch in elements."""
     shape = _shape(config, M, N, K, dtype, gated, device)
-    halved = 2 if gated else 1
+    width, line = output_columns(N, gated), output_columns(_ROWS, gated)
     panels = (N * K // _UNIT, _UNIT, _UNIT, shape.weight_box, _UNIT)
     partials, counters = map(address, workspace(device))
     arguments = (
         tensor_map(dtype, x, M, K, x_pitch, shape.x_box, _STEP),
         tensor_map(torch.uint8, upper, *panels),
         tensor_map(torch.uint8, lower, *panels),
-        tensor_map(dtype, y, M, N // halved, N // halved, shape.y_box, _ROWS // halved)
-        if shape.y_box
-        else NO_MAP,
+        tensor_map(dtype, y, M, width, width, shape.y_box, line) if shape.y_box else NO_MAP,
         *map(ctypes.c_void_p, (y, row_exponent, bias, partials, counters)),
         *shape.numbers,
         ahead_of(ahead),

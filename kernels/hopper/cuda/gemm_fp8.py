@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nestedfp.kernels.gated import output_columns
 from nestedfp.kernels.hopper.cuda.compile import cubin
 from nestedfp.kernels.hopper.cuda.launch import (
     NO_MAP,
@@ -291,14 +292,13 @@ def _shape(
     rest = (box * config.cluster_rows * _CHUNK, int(panels), cut.front, cut.team_warps)
     tiles = (cut.tiles_m, cut.tiles_n, cut.steps, config.group, cut.whole, cut.split, cut.units)
     sent = config.deferred and cut.units > cut.clusters and N % 8 == 0
-    columns = config.slice // 2 if gated else config.slice
     return _Shape(
         kernel,
         cut.clusters,
         cut.tiles_m * config.tokens * config.cluster_tokens,
         box,
         config.rows // config.cluster_tokens,
-        columns if sent else 0,
+        output_columns(config.slice, gated) if sent else 0,
         tuple(map(ctypes.c_int, (M, N, K))),
         (*map(ctypes.c_int, rest), (ctypes.c_int * len(tiles))(*tiles)),
     )
@@ -312,7 +312,7 @@ def _launch(
 ) -> Launch:  # fmt: skip
     """Of operands at these addresses; x_pitch in elements."""
     shape = _shape(config, M, N, K, panels, dtype, gated, device)
-    width = N // 2 if gated else N
+    width = output_columns(N, gated)
     stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
     scratch = _scratch(device)
     codes = scratch.codes(shape.height * K).data_ptr()
