@@ -3,13 +3,17 @@
 Serve's controller calls :class:`JointScaling` several times a second with what replicas have published; the
 rule itself is `nestedfp.policies.autoscaling`. Serve would delay a change until it has been asked for without
 a break; the rule has delays of its own and asks once, so Serve's are zero.
+
+Points are dated by their replica's clock, which may be far from the controller's: a replica is fresh while it
+keeps publishing new ones, whatever their dates say.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
@@ -23,6 +27,18 @@ _STALE_INTERVALS: Final = 5.0
 """A replica that has published nothing for so many intervals is not counted on."""
 _WINDOW_INTERVALS: Final = 10.0
 """How many intervals of facts Serve keeps."""
+
+Metrics = Mapping[str, Mapping[Any, Sequence[Any]]]
+"""Serve's: name -> replica -> points with `timestamp` (Unix seconds of the replica) and `value`."""
+
+logger = logging.getLogger("ray.serve")
+
+
+class Heard(NamedTuple):
+    """The newest point of a replica: its date, and when it was first seen by the controller's clock."""
+
+    point_s: float
+    seen_s: float
 
 
 class JointScaling:
@@ -41,11 +57,12 @@ class JointScaling:
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         now = time.time() if context.current_time is None else context.current_time
-        rows = latest_rows(context.raw_metrics or {}, now, self._stale_s)
-        remembered = context.policy_state.get("scaling", {})
+        metrics, before = context.raw_metrics or {}, context.policy_state
+        heard = heard_of(metrics, before.get("heard", {}), now)
+        rows = latest_rows(metrics, heard, now, self._stale_s)
         scaling, state = desired_replicas(
             rows,
-            ScalingState(**remembered),
+            ScalingState(**before.get("scaling", {})),
             current=context.target_num_replicas,
             # One that says nothing does not serve as far as is known.
             starting=max(0, context.target_num_replicas - len(rows)),
@@ -54,23 +71,55 @@ class JointScaling:
             model=self._model,
             now=now,
         )
-        remember = {name: getattr(state, name) for name in ScalingState.__dataclass_fields__}
-        return scaling.replicas, {"scaling": remember, "reason": scaling.reason}
+        name = f"{context.app_name}/{context.deployment_name}"
+        if scaling.replicas != context.target_num_replicas:
+            change = f"{context.target_num_replicas} -> {scaling.replicas}"
+            logger.info("%s: replicas wanted: %s, %s", name, change, scaling.reason)
+        return scaling.replicas, {
+            "scaling": {field: getattr(state, field) for field in ScalingState.__dataclass_fields__},
+            "reason": scaling.reason,
+            "heard": heard,
+            "silence": None if rows else self._silence(name, context, now),
+        }
+
+    def _silence(self, name: str, context: AutoscalingContext, now: float) -> dict[str, Any] | None:
+        """Since when the replicas that run have published nothing usable, and whether that was told."""
+        running = context.current_num_replicas
+        if not running:
+            return None
+        before = context.policy_state.get("silence") or {"since_s": now, "told": False}
+        since_s, told = min(before["since_s"], now), before["told"]
+        # Those that have just started may not have published yet.
+        if told or now - since_s <= self._stale_s:
+            return {"since_s": since_s, "told": told}
+        message = "%s: no usable reports from %d running replicas for %g s: their number stays as it is"
+        logger.warning(message, name, running, self._stale_s)
+        return {"since_s": since_s, "told": True}
+
+
+def heard_of(metrics: Metrics, before: Mapping[Any, Heard], now: float) -> dict[Any, Heard]:
+    """The newest point of each replica; one known from `before` was first seen then."""
+    heard: dict[Any, Heard] = {}
+    for replica, points in metrics.get(STATS[0], {}).items():
+        if not points:
+            continue
+        known, newest_s = before.get(replica), points[-1].timestamp
+        seen_s = known.seen_s if known is not None and known.point_s == newest_s else now
+        # The controller's own clock may be set back: that must not keep a silent replica fresh for as long.
+        heard[replica] = Heard(newest_s, min(seen_s, now))
+    return heard
 
 
 def latest_rows(
-    metrics: Mapping[str, Mapping[Any, Sequence[Any]]], now: float, stale_s: float
+    metrics: Metrics, heard: Mapping[Any, Heard], now: float, stale_s: float
 ) -> list[dict[str, float]]:
-    """The newest published facts of each replica; replicas with none, or with stale ones, are left out.
-
-    `metrics` is Serve's: name -> replica -> points with `timestamp` (Unix seconds) and `value`.
+    """The newest published facts of each replica; replicas with none, or without a new point for more than
+    `stale_s`, are left out.
     """
     rows: list[dict[str, float]] = []
-    for replica, points in metrics.get(STATS[0], {}).items():
-        if not points or abs(now - points[-1].timestamp) > stale_s:
-            continue
+    for replica, newest in heard.items():
         series = {name: metrics.get(name, {}).get(replica) for name in STATS}
-        if all(series.values()):
+        if now - newest.seen_s <= stale_s and all(series.values()):
             rows.append({name: found[-1].value for name, found in series.items() if found})
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -111,11 +112,57 @@ def test_a_replica_that_is_never_scheduled_is_waited_for_no_longer_than_the_pati
     assert serve.tick(100.0 + patience_s, [OVER]) > 2
 
 
-@pytest.mark.parametrize("age_s", [6.0, -6.0, math.inf])
-def test_stale_facts_change_nothing(age_s: float) -> None:
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+def test_replicas_whose_clock_is_off_are_counted_all_the_same(ahead_s: float) -> None:
+    serve = Serve(target=1)
+    for now in (100.0, 101.0):
+        assert serve.tick(now, [OVER], published_at=now + ahead_s) == 1
+    assert serve.tick(102.0, [OVER], published_at=102.0 + ahead_s) > 1
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 3600.0, -3600.0])
+def test_facts_that_come_no_more_change_nothing(ahead_s: float) -> None:
     serve = Serve(target=2)
     for now in range(100, 130):
-        assert serve.tick(float(now), [IDLE, IDLE], published_at=now - age_s) == 2
+        assert serve.tick(float(now), [IDLE, IDLE], published_at=100.0 + ahead_s) == 2
+        assert (serve.state["reason"] == "no usable reports") == (now > 105)
+
+
+def test_a_clock_set_back_keeps_no_silent_replica_fresh() -> None:
+    serve = Serve(target=2)
+    serve.tick(1000.0, [IDLE, IDLE], published_at=1000.0)
+    for now in range(500, 506):
+        serve.tick(float(now), [IDLE, IDLE], published_at=1000.0)
+        assert serve.state["reason"] != "no usable reports"
+    serve.tick(506.0, [IDLE, IDLE], published_at=1000.0)
+    assert serve.state["reason"] == "no usable reports"
+
+
+def test_each_change_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    serve = Serve(target=1)
+    for now in range(100, 104):
+        serve.tick(float(now), [OVER])
+    assert [record.message for record in caplog.records if record.name == "ray.serve"] == [
+        f"a/d: replicas wanted: 1 -> {serve.target}, FP8 too slow on 1 replicas"
+    ]
+
+
+def test_silence_is_told_once_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:
+    def told() -> int:
+        return sum("no usable reports" in record.message for record in caplog.records)
+
+    serve = Serve(target=2)
+    for now in range(100, 120):
+        serve.tick(float(now), [])
+    assert told() == 0, "replicas that start have nothing to say"
+    for now in range(120, 140):
+        serve.tick(float(now), [{}, {}])
+        assert told() == (now > 125)
+    serve.tick(140.0, [IDLE, IDLE])
+    for now in range(141, 160):
+        serve.tick(float(now), [IDLE, IDLE], published_at=140.0)
+    assert told() == 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
