@@ -146,7 +146,7 @@ class SimulatedArguments:
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    """Where `policy.latency` is given, its `chunk_tokens` counts instead."""
+    """Left out, it is the `chunk_tokens` of `policy.latency`, where that is given."""
     max_model_len: int = 32768
     kv_tokens: int = roofline.KV_CAPACITY_TOKENS
     stream_interval: int = 1
@@ -313,6 +313,14 @@ class DeploymentSettings:
         return 1 if self.replicas.count is None else self.replicas.count
 
     @property
+    def assumes_step_costs(self) -> bool:
+        """Whether step times of a GPU are predicted with costs that nobody gave for it."""
+        unknown = roofline.described(self.policy.latency) == roofline.NAME
+        return (
+            self.engine.device == "cuda" and unknown and _predicts(self.policy, self.autoscaling is not None)
+        )
+
+    @property
     def strict_wait_s(self) -> float:
         """How long a request that demands 16 bits waits for a place."""
         given = self.http.strict_wait_s
@@ -429,13 +437,27 @@ def _plain(block: Any) -> dict[str, Any]:
 
 
 def _policy(given: object, engine: EngineSettings, *, scaled: bool) -> PolicyConfig:
-    """The policy. One that predicts without step costs of its own does so with the engine's longest step."""
+    """The policy. Where the engine's longest step is given, it is what the policy predicts with."""
     if not isinstance(given, Mapping):
         raise InvalidField("policy", given, "give a mapping with the settings of the policy")
+    longest: int | None = engine.arguments.get("max_num_batched_tokens")
+    latency = given.get("latency")
+    if longest is not None and isinstance(latency, Mapping):
+        given = {**given, "latency": {"chunk_tokens": longest, **latency}}
     with checks.within("policy"):
         policy = PolicyConfig.from_dict(given)
-    longest = engine.arguments.get("max_num_batched_tokens")
-    predicts = scaled or policy.controller == "predictive"
-    if predicts and policy.latency is None and isinstance(longest, int):
+    if longest is None:
+        return policy
+    if policy.latency is not None and policy.latency.chunk_tokens != longest:
+        remedy = (
+            f"leave it out, or give {longest} as engine.arguments.max_num_batched_tokens is: they are one"
+        )
+        raise InvalidField("policy.latency.chunk_tokens", policy.latency.chunk_tokens, remedy)
+    if policy.latency is None and _predicts(policy, scaled):
         return dataclasses.replace(policy, latency=roofline.latency_model(longest))
     return policy
+
+
+def _predicts(policy: PolicyConfig, scaled: bool) -> bool:
+    """Whether anything predicts step times."""
+    return scaled or policy.cut_steps or policy.controller == "predictive"

@@ -28,6 +28,10 @@ from nestedfp.policies.roofline import described
 _ENGINE_DEAD: Final = 70
 _HUNG_S: Final = 120.0
 """It answers between two steps; no step takes this long."""
+_ASSUMED: Final = (
+    "step costs at first: %s, whatever runs here; only the steps seen correct them, and for autoscaling "
+    "nothing does. Unless they fit, give policy.latency (deployments/README.md, Step costs)"
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -134,9 +138,13 @@ class EngineReplica:
         self._following.add_done_callback(_log_failure)
 
     def _tell_latency_model(self, model: str) -> None:
-        if model != self._latency_told:
-            logger.info("step costs at first: %s, corrected online by this engine's steps", model)
+        if model == self._latency_told:
+            return
         self._latency_told = model
+        if self._settings.assumes_step_costs:
+            logger.warning(_ASSUMED, model)
+        else:
+            logger.info("step costs at first: %s, corrected online by this engine's steps", model)
 
     async def _exit_with_the_engine(self) -> None:
         await self._engine.died()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,10 +163,37 @@ def test_the_policy_predicts_with_the_engines_limit_of_tokens_in_a_step() -> Non
     assert DeploymentSettings.from_dict(settings.to_dict()) == settings
     scaled = {"autoscaling": {"min_replicas": 1, "max_replicas": 2}}
     assert DeploymentSettings.from_dict({"engine": engine, **scaled}).policy.latency == latency_model(8192)
-    measured = {"chunk_tokens": 512, "costs": dataclasses.asdict(latency_model())["costs"]}
-    given = DeploymentSettings.from_dict({"engine": engine, "policy": {**policy, "latency": measured}})
-    assert given.policy.latency == latency_model(512)
     assert DeploymentSettings.from_dict({"engine": engine}).policy.latency is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chunk", "predicted"),
+    [
+        ({"max_num_batched_tokens": 8192}, {}, 8192),
+        ({"max_num_batched_tokens": 8192}, {"chunk_tokens": 8192}, 8192),
+        ({"max_num_batched_tokens": None}, {"chunk_tokens": 512}, 512),
+        ({}, {"chunk_tokens": 512}, 512),
+        ({}, {}, 2048),
+    ],
+)
+def test_given_costs_are_of_the_engines_longest_step(
+    arguments: dict[str, Any], chunk: dict[str, int], predicted: int
+) -> None:
+    latency = {"costs": {"fp16": COSTS, "fp8": COSTS}, **chunk}
+    settings = DeploymentSettings.from_dict(
+        {"engine": {"model": "m", "arguments": arguments}, "policy": {"latency": latency}}
+    )
+    assert settings.policy.latency is not None
+    assert settings.policy.latency.chunk_tokens == predicted
+    assert DeploymentSettings.from_dict(settings.to_dict()) == settings
+
+
+def test_two_longest_steps_are_refused() -> None:
+    latency = {"costs": {"fp16": COSTS, "fp8": COSTS}, "chunk_tokens": 2048}
+    engine = {"model": "m", "arguments": {"max_num_batched_tokens": 8192}}
+    with pytest.raises(InvalidField, match=r"8192 as engine\.arguments\.max_num_batched_tokens") as caught:
+        DeploymentSettings.from_dict({"engine": engine, "policy": {"latency": latency}})
+    assert (caught.value.field, caught.value.value) == ("policy.latency.chunk_tokens", 2048)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,22 @@ async def test_the_latency_model_is_told_once(replica: Any, caplog: pytest.LogCa
     ]
 
 
+@pytest.mark.parametrize(
+    ("device", "controller", "level"),
+    [("cuda", "predictive", "WARNING"), ("cuda", "threshold", "INFO"), ("cpu", "predictive", "INFO")],
+)
+async def test_costs_that_nobody_gave_for_a_gpu_are_warned_of_where_anything_predicts_with_them(
+    replica: Any, caplog: pytest.LogCaptureFixture, device: str, controller: str, level: str
+) -> None:
+    replica._settings = DeploymentSettings.from_dict(
+        {"engine": {"model": "m", "device": device}, "policy": {"controller": controller}}
+    )
+    with caplog.at_level("INFO", logger="ray.serve"):
+        replica._tell_latency_model(NAME)
+    assert [record.levelname for record in caplog.records] == [level]
+    assert ("give policy.latency" in caplog.text) == (level == "WARNING")
+
+
 async def test_an_engine_that_hangs_is_not_healthy(replica: Any, engine: Engine) -> None:
     engine.silent_s = 100.0
     await replica.check_health()
