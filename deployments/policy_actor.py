@@ -2,7 +2,8 @@
 
 The name carries a digest of the policy's code and settings: after a redeploy with either changed, the new
 replicas meet a new actor and never an instance of the old class. State is soft, so nothing is handed over.
-Whoever needs the actor creates it if it is absent; it ends by itself when no replica has called for a while.
+Whoever needs the actor creates it if it is absent; it ends by itself when no replica has called for a while
+and no pin is in force, since with it a pin would end.
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ _ON_THE_HEAD: Final = {"node:__internal_head__": 0.001}
 """A share of what Ray gives its head node alone: elsewhere the actor would keep a node that is drained, or
 that nothing else needs, from ending.
 """
+_CONCURRENT_CALLS: Final = 10_000
+"""Each replica's long poll holds one nearly all the time. Ray's default, 1,000, would let status and pins wait
+behind those of a large deployment.
+"""
 
 logger = logging.getLogger(__name__)
 
 
 class PolicyService(PolicyActor):
-    """The policy as a Ray actor: ends its process when no replica has called for `lonely_s`."""
+    """The policy as a Ray actor: ends its process when no replica has called for `lonely_s`, but never while a
+    pin is in force.
+    """
 
     def __init__(self, config: Mapping[str, Any], lonely_s: float = _LONELY_S) -> None:
         super().__init__(config)
@@ -50,9 +57,13 @@ class PolicyService(PolicyActor):
             self._watch = asyncio.create_task(self._end_when_lonely())
         return await super().sync(report, known_epoch, wait_s)
 
+    @property
+    def _pinned(self) -> bool:
+        return self._override is not None and self._override.active(self._now())
+
     async def _end_when_lonely(self) -> None:
         seen = -1
-        while seen != self._calls:
+        while seen != self._calls or self._pinned:
             seen = self._calls
             await asyncio.sleep(self._lonely_s)
         logger.info("no replica has called for %g s: the policy actor ends", self._lonely_s)
@@ -94,6 +105,7 @@ def find_or_create(app_name: str, config: PolicyConfig) -> Any:
             num_cpus=0,
             resources=_ON_THE_HEAD,
             max_restarts=0,
+            max_concurrency=_CONCURRENT_CALLS,
         )
         .remote(config.to_dict())
     )
@@ -118,6 +130,7 @@ class PolicyLink:
         self._config = config
         self._actor: Any = None
         self._search: asyncio.Task[Any] | None = None
+        self._owner: str | None = None
 
     async def sync(self, report: dict[str, Any], known_epoch: int, wait_s: float) -> Mapping[str, Any]:
         """One call of the protocol. Raises :class:`ActorUnavailable` where the actor is gone or refuses."""
@@ -129,6 +142,10 @@ class PolicyLink:
             self._actor = None
             cause = getattr(error, "cause", None) or error
             raise ActorUnavailable(str(cause).partition("\n")[0] or type(cause).__name__) from error
+        owner = answer.get("owner")
+        if self._owner not in (None, owner):
+            logger.warning("another policy actor answers: a pin of the one before has ended with it")
+        self._owner = owner
         return answer
 
     async def _found(self) -> Any:

@@ -221,14 +221,15 @@ def test_the_actors_name_changes_with_the_code(monkeypatch: pytest.MonkeyPatch, 
 class RemoteActor:
     """A stand-in for a Ray handle."""
 
-    def __init__(self, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None, owner: str = "o") -> None:
         self.sync = self
         self.error = error
+        self.answer = {"mode": "fp16", "owner": owner}
 
     async def remote(self, *_: object) -> dict[str, Any]:
         if self.error is not None:
             raise self.error
-        return {"mode": "fp16"}
+        return self.answer
 
 
 async def test_a_lost_actor_is_found_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,9 +238,26 @@ async def test_a_lost_actor_is_found_anew(monkeypatch: pytest.MonkeyPatch) -> No
     link = PolicyLink("a", CONFIG)
     with pytest.raises(ActorUnavailable, match=r"^gone$"):
         await link.sync({}, 0, 0.0)
-    assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
-    assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
+    assert (await link.sync({}, 0, 0.0))["mode"] == "fp16"
+    assert (await link.sync({}, 0, 0.0))["mode"] == "fp16"
     assert found == []
+
+
+async def test_that_another_actor_has_no_pin_of_the_one_before_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = RemoteActor(owner="first")
+    found = [first, RemoteActor(owner="second")]
+    monkeypatch.setattr(policy_actor, "find_or_create", lambda *_: found.pop(0))
+    link = PolicyLink("a", CONFIG)
+    await link.sync({}, 0, 0.0)
+    first.error = RayError()
+    with pytest.raises(ActorUnavailable):
+        await link.sync({}, 0, 0.0)
+    assert "pin" not in caplog.text
+    for _ in range(2):
+        await link.sync({}, 0, 0.0)
+    assert ["pin" in record.message for record in caplog.records] == [True]
 
 
 class TaskError(RayError):
@@ -276,20 +294,57 @@ async def test_a_slow_search_for_the_actor_is_not_begun_again(monkeypatch: pytes
             async with asyncio.timeout(0.02):
                 await link.sync({}, 0, 0.0)
     answered.set()
-    assert await link.sync({}, 0, 0.0) == {"mode": "fp16"}
+    assert (await link.sync({}, 0, 0.0))["mode"] == "fp16"
     assert searches == ["a"]
 
 
-async def test_an_actor_that_nobody_calls_ends_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[str] = []
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was killed."""
+    killed: list[str] = []
     context = SimpleNamespace(current_actor="itself")
     monkeypatch.setattr(policy_actor.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(policy_actor.ray, "kill", ended.append)
+    monkeypatch.setattr(policy_actor.ray, "kill", killed.append)
+    return killed
+
+
+async def report(sequence: int) -> dict[str, Any]:
+    identity = {"replica_id": "r", "boot_id": "b", "mode": "fp16", "epoch": 0, "sequence": sequence}
+    return {**await Engine().signals(), **identity}
+
+
+async def test_an_actor_that_nobody_calls_ends_itself(ended: list[str]) -> None:
     actor = PolicyService(CONFIG.to_dict(), lonely_s=0.1)
-    signals = await Engine().signals()
-    identity = {"replica_id": "r", "boot_id": "b", "mode": "fp16", "epoch": 0}
     for sequence in range(1, 6):
-        await actor.sync({**signals, **identity, "sequence": sequence}, 0, 0.0)
+        await actor.sync(await report(sequence), 0, 0.0)
         await asyncio.sleep(0.05)
         assert ended == []
     await eventually(lambda: ended == ["itself"])
+
+
+@pytest.mark.parametrize("removed", [False, True])
+async def test_an_actor_does_not_end_before_its_pin(ended: list[str], removed: bool) -> None:
+    actor = PolicyService(CONFIG.to_dict(), lonely_s=0.02)
+    await actor.sync(await report(1), 0, 0.0)
+    await actor.set_override("fp8", 60.0 if removed else 0.3)
+    await asyncio.sleep(0.2)
+    assert ended == []
+    if removed:
+        await actor.clear_override()
+    await eventually(lambda: ended == ["itself"])
+
+
+def test_long_polls_leave_room_for_status_and_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    class Made:
+        def options(self, **options: Any) -> Made:
+            given.update(options)
+            return self
+
+        def remote(self, config: dict[str, Any]) -> str:
+            return "handle"
+
+    monkeypatch.setattr(policy_actor.ray, "remote", lambda _: Made())
+    assert policy_actor.find_or_create("a", CONFIG) == "handle"
+    assert given["max_concurrency"] >= 10_000
