@@ -219,7 +219,9 @@ class HttpSettings:
     bits.
     """
     strict_wait_s: float | None = None
-    """How long one more of them waits for a place before it is refused; without it, the TTFT objective."""
+    """How long one more of them waits for a place before it is refused; without it, half the TTFT objective:
+    one that waited for all of it would be let in only to miss it, as queue and prefill are still to come.
+    """
 
     def __post_init__(self) -> None:
         checks.take_integer(self, "max_body_bytes", place="http", minimum=1024)
@@ -324,7 +326,7 @@ class DeploymentSettings:
     def strict_wait_s(self) -> float:
         """How long a request that demands 16 bits waits for a place."""
         given = self.http.strict_wait_s
-        return self.policy.slo.ttft_s if given is None else given
+        return _STRICT_WAIT_SHARE * self.policy.slo.ttft_s if given is None else given
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> DeploymentSettings:
@@ -368,6 +370,8 @@ class DeploymentSettings:
 _VLLM_SEQUENCES: Final = 128
 """vLLM's `max_num_seqs` unless told otherwise, where it is started as a library."""
 _ROOM_TO_QUEUE: Final = 1.25
+_STRICT_WAIT_SHARE: Final = 0.5
+"""Of the TTFT objective."""
 _PARALLEL_SIZES: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _OWN_ARGUMENTS: Final = (
     "model",

@@ -33,16 +33,16 @@ _ON_THE_HEAD: Final = {"node:__internal_head__": 0.001}
 that nothing else needs, from ending.
 """
 _CONCURRENT_CALLS: Final = 10_000
-"""Each replica's long poll holds one nearly all the time. Ray's default, 1,000, would let status and pins wait
-behind those of a large deployment.
+"""The long poll of each replica holds one nearly all the time. Behind those of 1,000 replicas, Ray's default,
+status and pins would wait.
 """
 
 logger = logging.getLogger(__name__)
 
 
 class PolicyService(PolicyActor):
-    """The policy as a Ray actor: ends its process when no replica has called for `lonely_s`, but never while a
-    pin is in force.
+    """The policy as a Ray actor: ends its process when no replica has called for `lonely_s`, but never while
+    a pin is in force.
     """
 
     def __init__(self, config: Mapping[str, Any], lonely_s: float = _LONELY_S) -> None:

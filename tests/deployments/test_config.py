@@ -51,6 +51,7 @@ def test_defaults() -> None:
     assert settings.autoscaling is None
     assert settings.replicas_at_start == 1
     assert settings.environment == {}
+    assert settings.strict_wait_s == settings.policy.slo.ttft_s / 2
 
 
 @pytest.mark.parametrize(
