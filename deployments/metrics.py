@@ -22,6 +22,8 @@ class ReplicaMetrics:
         self._replica = {"replica": replica}
         self._precision = Gauge("nestedfp_precision", tag_keys=("replica", "precision"))
         self._flips = Counter("nestedfp_flips_total", tag_keys=("replica", "from", "to", "reason"))
+        self._engine_flips = Counter("nestedfp_engine_flips_total", tag_keys=("replica",))
+        self._cut_steps = Counter("nestedfp_cut_steps_total", tag_keys=("replica",))
         self._flip_seconds = Gauge("nestedfp_flip_seconds", tag_keys=("replica",))
         self._lag = Histogram("nestedfp_target_lag_seconds", boundaries=_LAG_BUCKETS_S, tag_keys=("replica",))
         self._policy_up = Gauge("nestedfp_policy_up", tag_keys=("replica",))
@@ -30,7 +32,7 @@ class ReplicaMetrics:
         self._layers = Gauge("nestedfp_layers", tag_keys=("replica", "state"))
         self._fused = Gauge("nestedfp_fused_mlps", tag_keys=("replica",))
         self._headroom = Gauge("nestedfp_slo_headroom", tag_keys=("replica", "signal"))
-        self._counted_tokens: dict[str, int] = {}
+        self._counted: dict[tuple[object, ...], int] = {}
         self._mode = FP16
 
     def engine(self, status: EngineStatus) -> None:
@@ -38,10 +40,9 @@ class ReplicaMetrics:
         for precision in {FP16, FP8, status.current, *status.tokens}:
             self._precision.set(float(precision == status.current), self._tags(precision=precision))
         for precision, tokens in status.tokens.items():
-            new = tokens - self._counted_tokens.get(precision, 0)
-            if new > 0:
-                self._tokens.inc(new, self._tags(precision=precision))
-            self._counted_tokens[precision] = tokens
+            self._count(self._tokens, tokens, precision=precision)
+        self._count(self._engine_flips, status.flips)
+        self._count(self._cut_steps, status.bounded_steps)
         if status.last_flip_seconds is not None:
             self._flip_seconds.set(status.last_flip_seconds, self._replica)
         for state, layers in status.layers.items():
@@ -69,6 +70,14 @@ class ReplicaMetrics:
         """One request that left the replica."""
         tags = {"class": "fp16" if strict else "any", "served": served_by(status, tokens)}
         self._requests.inc(1, self._tags(**tags))
+
+    def _count(self, counter: Counter, total: int, **tags: str) -> None:
+        """Bring a counter to the engine's own count."""
+        series = (counter, *tags.values())
+        new = total - self._counted.get(series, 0)
+        if new > 0:
+            counter.inc(new, self._tags(**tags))
+        self._counted[series] = total
 
     def _tags(self, **tags: str) -> dict[str, str]:
         return {**self._replica, **tags}

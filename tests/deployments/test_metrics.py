@@ -70,6 +70,17 @@ def test_an_engine_tells_of_its_layers(exported: Values) -> None:
     assert exported["nestedfp_fused_mlps", ""] == 2
 
 
+def test_an_engines_own_counts_are_told_as_they_grow(exported: Values) -> None:
+    told = ReplicaMetrics("r1")
+    for flips, cut in ((2, 5), (2, 9), (30, 9)):
+        told.engine(engine_status(flips=flips, bounded_steps=cut, tokens={"fp16": flips, "fp8": cut}))
+    assert exported["nestedfp_engine_flips_total", ""] == 30
+    assert exported["nestedfp_cut_steps_total", ""] == 9
+    assert exported["nestedfp_tokens_total", "fp16"] == 30
+    assert exported["nestedfp_tokens_total", "fp8"] == 9
+    assert not any(name == "nestedfp_flips_total" for name, _ in exported)
+
+
 def test_headroom_recovers_when_nobody_calls(exported: Values) -> None:
     told = ReplicaMetrics("r1")
     told.latencies(Slo(ttft_s=1.0, tpot_s=0.1), ttft_s=3.0, tpot_s=0.05)
