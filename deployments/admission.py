@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -42,6 +43,8 @@ PRECISION_HEADER: Final = b"x-nestedfp-precision"
 STRICT: Final = "fp16"
 ANY: Final = "any"
 _MARKS: Final = (PRECISION_ARGUMENT.encode(), STRICT_CACHE_SALT.encode(), rb"\u", b"\0")
+WAITED: Final = "nestedfp.waited_s"
+"""In the scope of a strict request that got a place: how long it waited for it."""
 _SHOWN: Final = 80
 """Characters of a client's value in a refusal."""
 
@@ -130,8 +133,8 @@ class PrecisionClass:
     A strict request (`fp16`) tells the engine to run each of its steps in 16 bits and to share no KV block
     with requests that may have used FP8. Since it holds the whole batch in 16 bits, at most `limit` run at
     once; one more waits, first come first served, for at most `wait_s` seconds and is then refused with 503,
-    of which `refused()` is told. A body that would break the promise, to itself or to others, is refused with
-    400. Stands behind :class:`BodyLimit`, so that the body is one message.
+    of which `refused(waited_s)` is told. A body that would break the promise, to itself or to others, is
+    refused with 400. Stands behind :class:`BodyLimit`, so that the body is one message.
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class PrecisionClass:
         wait_s: float,
         retry_after_s: int,
         nested: bool,
-        refused: Callable[[], None] = lambda: None,
+        refused: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._app = app
         self._limit = limit
@@ -158,6 +161,7 @@ class PrecisionClass:
         if scope["type"] != "http" or route(scope) not in GENERATION:
             await self._app(scope, receive, send)
             return
+        came_s = time.monotonic()
         wanted = (
             (header(scope["headers"], PRECISION_HEADER) or ANY.encode()).decode("latin-1").strip().lower()
         )
@@ -171,6 +175,7 @@ class PrecisionClass:
         elif wanted == ANY or not self._nested:
             await self._app(scope, _replay(body, receive), send)
         elif await self._got_place():
+            scope[WAITED] = time.monotonic() - came_s
             try:
                 await self._run_strict(scope, body, receive, send)
             finally:
@@ -181,7 +186,7 @@ class PrecisionClass:
                 "try again."
             )
             later = retry_after(self._retry_after_s)
-            self._refused()
+            self._refused(time.monotonic() - came_s)
             await send_error(send, 503, message, "ServiceUnavailableError", headers=later)
 
     async def _got_place(self) -> bool:

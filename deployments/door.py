@@ -43,7 +43,7 @@ class Door:
             wait_s=settings.strict_wait_s,
             retry_after_s=http.retry_after_s,
             nested=settings.engine.nested,
-            refused=lambda: served(strict=True, status=503, tokens=None),
+            refused=lambda waited_s: served(strict=True, status=503, tokens=None, waited_s=waited_s),
         )
         self.app: App = KnownRoutes(ApiKeys(BodyLimit(self._classes, http.max_body_bytes), keys))
 

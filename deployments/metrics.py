@@ -12,6 +12,7 @@ from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.policies.replica import Order
 from nestedfp.vllm.status import EngineStatus
 
+_WAIT_BUCKETS_S: Final = [0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
 _LAG_BUCKETS_S: Final = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0]
 
 
@@ -29,6 +30,9 @@ class ReplicaMetrics:
         self._policy_up = Gauge("nestedfp_policy_up", tag_keys=("replica",))
         self._tokens = Counter("nestedfp_tokens_total", tag_keys=("replica", "precision"))
         self._requests = Counter("nestedfp_requests_total", tag_keys=("replica", "class", "served"))
+        self._strict_wait = Histogram(
+            "nestedfp_strict_wait_seconds", boundaries=_WAIT_BUCKETS_S, tag_keys=("replica",)
+        )
         self._layers = Gauge("nestedfp_layers", tag_keys=("replica", "state"))
         self._fused = Gauge("nestedfp_fused_mlps", tag_keys=("replica",))
         self._headroom = Gauge("nestedfp_slo_headroom", tag_keys=("replica", "signal"))
@@ -66,8 +70,12 @@ class ReplicaMetrics:
             used = 0.0 if measured is None else measured / objective
             self._headroom.set(1.0 - used, self._tags(signal=signal))
 
-    def request(self, *, strict: bool, status: int, tokens: Mapping[str, int] | None) -> None:
-        """One request that left the replica."""
+    def request(
+        self, *, strict: bool, status: int, tokens: Mapping[str, int] | None, waited_s: float
+    ) -> None:
+        """One request that left the replica, `waited_s` of the time at its door."""
+        if strict:
+            self._strict_wait.observe(waited_s, self._replica)
         tags = {"class": "fp16" if strict else "any", "served": served_by(status, tokens)}
         self._requests.inc(1, self._tags(**tags))
 

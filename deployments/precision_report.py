@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
-from nestedfp.deployments.admission import GENERATION, is_strict, route
+from nestedfp.deployments.admission import GENERATION, WAITED, is_strict, route
 from nestedfp.deployments.asgi import App, Headers, Message, Receive, Scope, Send, header, is_json, without
 
 AT_START_HEADER: Final = b"x-nestedfp-precision-at-start"
@@ -34,12 +34,15 @@ _DATA: Final = b"data: "
 
 
 class Served(Protocol):
-    """Hears of each request that left: its class, the HTTP status, its tokens by precision.
+    """Hears of each request that left: its class, the HTTP status, its tokens by precision, and how long it
+    waited at the door for a place of its class.
 
     The status is 499 where the answer was not sent to its end: the client left, or time ran out.
     """
 
-    def __call__(self, *, strict: bool, status: int, tokens: Mapping[str, int] | None) -> None: ...
+    def __call__(
+        self, *, strict: bool, status: int, tokens: Mapping[str, int] | None, waited_s: float
+    ) -> None: ...
 
 
 class PrecisionReport:
@@ -83,7 +86,8 @@ class PrecisionReport:
         try:
             await self._app(scope, receive, response.send)
         finally:
-            self._served(strict=strict, status=response.status, tokens=response.tokens)
+            waited_s = scope.get(WAITED, 0.0)
+            self._served(strict=strict, status=response.status, tokens=response.tokens, waited_s=waited_s)
 
 
 class _Response:

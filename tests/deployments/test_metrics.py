@@ -101,10 +101,11 @@ def test_changes_of_the_target_are_counted_with_who_ordered_them(exported: Value
 
 def test_requests_are_counted_by_class_and_what_served_them(exported: Values) -> None:
     told = ReplicaMetrics("r1")
-    told.request(strict=True, status=503, tokens=None)
-    told.request(strict=False, status=200, tokens={"fp16": 1, "fp8": 2})
+    told.request(strict=True, status=503, tokens=None, waited_s=0.5)
+    told.request(strict=False, status=200, tokens={"fp16": 1, "fp8": 2}, waited_s=0.0)
     assert exported["nestedfp_requests_total", "fp16 503"] == 1.0
     assert exported["nestedfp_requests_total", "any mixed"] == 1.0
+    assert exported["nestedfp_strict_wait_seconds", ""] == 0.5
 
 
 @pytest.mark.parametrize(

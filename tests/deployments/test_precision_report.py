@@ -47,7 +47,9 @@ class Desk:
     def _arrived(self) -> None:
         self.arrivals += 1
 
-    def _served(self, *, strict: bool, status: int, tokens: Mapping[str, int] | None) -> None:
+    def _served(
+        self, *, strict: bool, status: int, tokens: Mapping[str, int] | None, waited_s: float
+    ) -> None:
         self.served.append((strict, status, tokens))
 
 

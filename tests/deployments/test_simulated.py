@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -195,8 +195,10 @@ def settings_of(**changes: Any) -> DeploymentSettings:
 
 
 @asynccontextmanager
-async def started(**changes: Any) -> AsyncIterator[SimulatedApp]:
-    app = await SimulatedApp.start(settings_of(**changes), replica="simulated-r", served=lambda **_: None)
+async def started(
+    served: Callable[..., None] = lambda **_: None, **changes: Any
+) -> AsyncIterator[SimulatedApp]:
+    app = await SimulatedApp.start(settings_of(**changes), replica="simulated-r", served=served)
     try:
         yield app
     finally:
@@ -296,8 +298,14 @@ async def test_short_of_places_a_strict_request_waits_within_the_slo_and_is_then
         both = await asyncio.gather(post(app, body, strict=True), post(app, body, strict=True))
         assert [messages[0]["status"] for messages in both] == [200, 200]
     hasty = {"http": {"max_strict_requests": 1, "strict_wait_s": 0.02, "retry_after_s": 7}}
-    async with started(**hasty) as app:
+    told: list[tuple[int, bool]] = []
+
+    def served(*, strict: bool, status: int, tokens: Any, waited_s: float) -> None:
+        told.append((status, waited_s > 0.01))
+
+    async with started(served, **hasty) as app:
         both = await asyncio.gather(post(app, body, strict=True), post(app, body, strict=True))
+        assert told == [(503, True), (200, False)]
         assert sorted(messages[0]["status"] for messages in both) == [200, 503]
         refused = next(messages for messages in both if messages[0]["status"] == 503)
         assert headers_of(refused)[b"retry-after"] == b"7"
