@@ -2,7 +2,8 @@
 
 y = x wᵀ + bias with w[n, k] = rebuilt[n, k] * 2^row_exponent[n] (16-bit mode), or
 w[n, k] = e4m3(upper[n, k]) * 2^(row_exponent[n] - 8) and x quantised to E4M3 per token (FP8 mode).
-Accumulation is in float32. Nothing is synchronised with the host.
+Accumulation is in float32. Nothing is synchronised with the host. The device is that of the operands,
+whichever is current.
 
 A product may be told of the bytes that the next one reads, `ahead`: at most two planes, equally long. It then
 asks for their beginning as it ends, so that memory is not idle while small kernels run between the two. No
@@ -84,6 +85,11 @@ def multiply(
 ) -> Tensor:
     """The product of `mode` of operands that are known to fit, as a layer's are, which meets them in every
     step. weight: the planes that the mode reads, (upper, lower) or (upper,)."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        # Modules are loaded and kernels launched on the current device, wherever the operands lie. Asked
+        # first, since entering the context costs the host more than the question.
+        with torch.cuda.device(x.device):
+            return multiply(mode, x, weight, row_exponent, bias, order, ahead, gated)
     N, K = weight[0].shape
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], output_columns(N, gated)))
