@@ -5,6 +5,10 @@ w[n, k] = e4m3(upper[n, k]) * 2^(row_exponent[n] - 8) and x quantised to E4M3 pe
 Accumulation is in float32. Nothing is synchronised with the host. The device is that of the operands,
 whichever is current.
 
+Products of one Hopper GPU share their scratch: two at once, on two streams or in parallel branches of a CUDA
+graph, give wrong results or none. The first on a device allocates it, and the first FP8 product of so many
+tokens more of it: a graph that would capture that is refused.
+
 A product may be told of the bytes that the next one reads, `ahead`: at most two planes, equally long. It then
 asks for their beginning as it ends, so that memory is not idle while small kernels run between the two. No
 result depends on it, and only Hopper's kernels do it.
@@ -47,6 +51,8 @@ def linear_16bit(
     x [..., K] float16 or bfloat16, any strides; it must have the dtype the weight was nested from, which
     the caller knows. upper, lower: contiguous uint8 [N, K], columns in `order`. row_exponent: int8 [N].
     bias: [N] in x's dtype. Raises TypeError or ValueError naming the operand that does not fit.
+
+    On a Hopper GPU not for two streams, or branches of a CUDA graph, at once: products share their scratch.
     """
     _check("linear_16bit", x, upper, row_exponent, bias, order, gated)
     _check_bytes("linear_16bit", "lower", lower, upper)
