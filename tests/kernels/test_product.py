@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nestedfp.kernels import product
+from nestedfp.kernels import linear_16bit, linear_fp8, product
 from nestedfp.kernels.dispatch import Backend, Capability, Mode, Problem
 from nestedfp.kernels.layout import KOrder
 
@@ -90,3 +90,22 @@ def test_a_launch_that_fails_leaves_the_current_device_as_it_was(devices: Device
     with pytest.raises(RuntimeError, match="no launch"):
         run("cuda:1")
     assert (devices.launched, devices.current) == ([1], 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", list(KOrder))
+def test_both_products_on_a_second_gpu(order: KOrder) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = torch.randn(M, K, dtype=torch.float16, device="cuda:1")
+    upper = torch.randint(0, 127, (N, K), dtype=torch.uint8, device="cuda:1")
+    lower = torch.full_like(upper, 191)
+    row_exponent = torch.zeros(N, dtype=torch.int8, device="cuda:1")
+    found = []
+    for device in ("cuda:1", "cuda:0"):
+        at = [operand.to(device) for operand in (x, upper, lower, row_exponent)]
+        found.append((linear_16bit(*at, order=order), linear_fp8(at[0], at[1], at[3], order=order)))
+    assert torch.cuda.current_device() == 0
+    for there, here in zip(*found, strict=True):
+        assert there.device == x.device
+        assert torch.equal(there.cpu(), here.cpu())
