@@ -1,4 +1,4 @@
-"""Writes the tables of measurements into README.md and docs/measured.md from the JSON in bench/data.
+"""Writes the tables of measurements into README.md and the pages in docs/ from the JSON in bench/data.
 
     python bench/tables.py [--check]
 
@@ -46,6 +46,7 @@ class Contest:
 BETTER_FP8, OUR_FP16 = "better FP8", "our float16"
 _FP8_BASELINES = ("torch-scaled-mm", "vllm-cutlass")
 _NO_BARS = ("", "", "")
+_SPEED_UPS, _FP8_BARS = ("≥ 1.6", "≥ 1.6", "≥ 1.75"), ("≤ 1.00 (1.05)",) * 3
 
 CONTESTS = (
     Contest(
@@ -55,14 +56,17 @@ CONTESTS = (
     Contest("16-bit mode, BF16: time over cuBLAS BF16", "16-bit", "bfloat16", "cublas-16bit", _NO_BARS),
     Contest("16-bit mode, BF16: time over FP16", "16-bit", "bfloat16", OUR_FP16, ("≤ 1.02",) * 3),
     Contest(
-        "FP8 mode: speed-up over cuBLAS FP16", "fp8", "float16", "cublas-16bit",
-        ("≥ 1.6", "≥ 1.6", "≥ 1.75"), speed_up=True,
+        "FP8 mode, FP16: speed-up over cuBLAS FP16", "fp8", "float16", "cublas-16bit", _SPEED_UPS,
+        speed_up=True,
     ),
-    Contest(
-        "FP8 mode: time over the better FP8 baseline", "fp8", "float16", BETTER_FP8, ("≤ 1.00 (1.05)",) * 3
-    ),
+    Contest("FP8 mode, FP16: time over the better FP8 baseline", "fp8", "float16", BETTER_FP8, _FP8_BARS),
     Contest("… over row-wise `torch._scaled_mm`", "fp8", "float16", "torch-scaled-mm", _NO_BARS),
     Contest("… over vLLM's `cutlass_scaled_mm`", "fp8", "float16", "vllm-cutlass", _NO_BARS),
+    Contest(
+        "FP8 mode, BF16: speed-up over cuBLAS BF16", "fp8", "bfloat16", "cublas-16bit", _SPEED_UPS,
+        speed_up=True,
+    ),
+    Contest("FP8 mode, BF16: time over the better FP8 baseline", "fp8", "bfloat16", BETTER_FP8, _FP8_BARS),
 )  # fmt: skip
 
 
@@ -81,6 +85,30 @@ def kernels(data: Mapping[str, Any]) -> str:
         f"bar; FP8 times include quantising the activations. {header['method']}\n\n"
         + markdown(["", *TOKEN_GROUPS], rows)
     )
+
+
+def by_shape(data: Mapping[str, Any]) -> str:
+    """The pictures, and each contest over a library in every cell, from `nestedfp bench kernels`."""
+    header = data["header"]
+    name = "-".join(header["device"].lower().split())
+    parts = [
+        f"**Every product** ({header['device']}, {header['date'][:10]}). Weights N x K down, M across.",
+        f"![Time over the floor of each product, by M](kernels-{name}-floor.svg)",
+        f"![TFLOP/s and TB/s of each product, by M](kernels-{name}-rates.svg)",
+    ]
+    sizes: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for row in data["rows"]:
+        sizes.setdefault((row["N"], row["K"]), []).append(row)
+    counts = sorted({row["M"] for row in data["rows"]})
+    for contest in CONTESTS:
+        if contest.baseline not in ("cublas-16bit", BETTER_FP8):
+            continue
+        rows = [
+            [f"{N} x {K}", *(_mean(contest, _ratios(taken, contest, (M,))) for M in counts)]
+            for (N, K), taken in sizes.items()
+        ]
+        parts += [f"{contest.title}:", markdown(["", *map(str, counts)], rows)]
+    return "\n\n".join(parts)
 
 
 OTHER_TOKENS = {
@@ -143,6 +171,13 @@ def _cell(contest: Contest, ratios: Sequence[float]) -> str:
     if contest.speed_up and ratios:
         return f"{1 / statistics.geometric_mean(ratios):.2f} ({1 / max(ratios):.2f})"
     return _mean_and_worst(ratios)
+
+
+def _mean(contest: Contest, ratios: Sequence[float]) -> str:
+    if not ratios:
+        return ""
+    mean = statistics.geometric_mean(ratios)
+    return f"{1 / mean if contest.speed_up else mean:.2f}"
 
 
 def _mean_and_worst(ratios: Sequence[float]) -> str:
@@ -232,6 +267,7 @@ PAGES: dict[str, dict[str, Table]] = {
         "tensor-parallel-*.json": engine_summary,
         "live-*.json": live,
     },
+    "docs/kernels.md": {"kernels-*.json": by_shape},
     "docs/measured.md": {
         "engine-*.json": engine,
         "tensor-parallel-*.json": engine,

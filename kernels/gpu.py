@@ -1,4 +1,4 @@
-"""The GPU that figures come from: its name, versions, clocks while it worked, and its two ceilings."""
+"""The GPU that figures come from: its name, versions, clocks while it worked, the rates it reaches."""
 
 import os
 import subprocess
@@ -111,6 +111,7 @@ def _numbers(line: str) -> list[float] | None:
 def ceilings() -> dict[str, float]:
     """Measured: bytes read plus written a second of a large copy, and operations a second of large products.
 
+    Reading alone is faster than a copy: a product of few tokens may move more bytes a second.
     Keys `copy_tb_s`, `float16_tflop_s`, `bfloat16_tflop_s`, `fp8_tflop_s` (row-wise, without the quantiser).
     """
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda").random_()

@@ -2,7 +2,12 @@
 
 y = x wᵀ + bias with w[n, k] = rebuilt[n, k] * 2^row_exponent[n] (16-bit mode), or
 w[n, k] = e4m3(upper[n, k]) * 2^(row_exponent[n] - 8) and x quantised to E4M3 per token (FP8 mode).
-Accumulation is in float32. Nothing is synchronised with the host.
+Accumulation is in float32. Nothing is synchronised with the host. The device is that of the operands,
+whichever is current.
+
+Products of one Hopper GPU share their scratch: two at once, on two streams or in parallel branches of a CUDA
+graph, give wrong results or none. The first on a device allocates it, and the first FP8 product of so many
+tokens more of it: a graph that would capture that is refused.
 
 A product may be told of the bytes that the next one reads, `ahead`: at most two planes, equally long. It then
 asks for their beginning as it ends, so that memory is not idle while small kernels run between the two. No
@@ -46,6 +51,8 @@ def linear_16bit(
     x [..., K] float16 or bfloat16, any strides; it must have the dtype the weight was nested from, which
     the caller knows. upper, lower: contiguous uint8 [N, K], columns in `order`. row_exponent: int8 [N].
     bias: [N] in x's dtype. Raises TypeError or ValueError naming the operand that does not fit.
+
+    On a Hopper GPU not for two streams, or branches of a CUDA graph, at once: products share their scratch.
     """
     _check("linear_16bit", x, upper, row_exponent, bias, order, gated)
     _check_bytes("linear_16bit", "lower", lower, upper)
@@ -84,6 +91,11 @@ def multiply(
 ) -> Tensor:
     """The product of `mode` of operands that are known to fit, as a layer's are, which meets them in every
     step. weight: the planes that the mode reads, (upper, lower) or (upper,)."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        # Modules are loaded and kernels launched on the current device, wherever the operands lie. Asked
+        # first, since entering the context costs the host more than the question.
+        with torch.cuda.device(x.device):
+            return multiply(mode, x, weight, row_exponent, bias, order, ahead, gated)
     N, K = weight[0].shape
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], output_columns(N, gated)))

@@ -79,7 +79,8 @@ def gemm_kernel(
         position = start + tl.arange(0, BLOCK_K)
         inside = position < K
         k = stored_column(position) if PERMUTED else position
-        a = tl.load(a_rows + k[None, :] * a_stride_k, mask=row_in[:, None] & inside[None, :], other=0.0)
+        a_at = a_rows + k.to(tl.int64)[None, :] * a_stride_k
+        a = tl.load(a_at, mask=row_in[:, None] & inside[None, :], other=0.0)
         w = (
             w_rows
             + (position.to(tl.int64) // 128 * 128 * N + position % 128 if PANELS else position)[:, None]
@@ -122,15 +123,14 @@ def quantize_kernel(
     largest = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        largest = tl.maximum(
-            largest, tl.abs(tl.load(x_row + k * x_stride_k, mask=k < K, other=0.0).to(tl.float32))
-        )
+        x = tl.load(x_row + k.to(tl.int64) * x_stride_k, mask=k < K, other=0.0)
+        largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
     amax = tl.maximum(tl.max(largest, 0), 2.0**-100)
     factor = tl.div_rn(448.0, amax)
     for start in range(0, K, BLOCK_K):
         position = start + tl.arange(0, BLOCK_K)
         k = stored_column(position) if PERMUTED else position
-        x = tl.load(x_row + k * x_stride_k, mask=position < K, other=0.0).to(tl.float32)
+        x = tl.load(x_row + k.to(tl.int64) * x_stride_k, mask=position < K, other=0.0).to(tl.float32)
         code = round_to_e4m3(x * factor).to(codes_ptr.dtype.element_ty)
         tl.store(codes_ptr + row * K + position, code, mask=position < K)
     tl.store(scale_ptr + row, tl.div_rn(amax, 448.0))

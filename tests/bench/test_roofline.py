@@ -1,6 +1,7 @@
 """The plots of the kernel benchmark: floors, and one line a contender."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,7 @@ from nestedfp.kernels.dispatch import Mode
 
 pytest.importorskip("matplotlib")
 
-CEILINGS = {"copy_tb_s": 2.0, "float16_tflop_s": 500.0, "fp8_tflop_s": 1000.0}
+DATASHEET = {"tb_s": 2.0, "16-bit": 500.0, "fp8": 1000.0}
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,20 @@ def module() -> ModuleType:
 
 def test_few_tokens_are_bound_by_bytes_and_many_by_operations(module: ModuleType) -> None:
     bytes_moved = 2 * 4096 * 4096 + 2 * (4096 + 4096)
-    assert module.floor_us(Mode.BITS16, 1, 4096, 4096, CEILINGS) == pytest.approx(bytes_moved / 2e6)
+    assert module.floor_us(Mode.BITS16, 1, 4096, 4096, DATASHEET) == pytest.approx(bytes_moved / 2e6)
     operations = 2 * 8192 * 4096 * 4096
-    assert module.floor_us(Mode.FP8, 8192, 4096, 4096, CEILINGS) == pytest.approx(operations / 1000e6)
+    assert module.floor_us(Mode.FP8, 8192, 4096, 4096, DATASHEET) == pytest.approx(operations / 1000e6)
+
+
+def test_no_product_is_under_its_floor(module: ModuleType) -> None:
+    for path in module.DATA.glob("kernels-*.json"):
+        data = json.loads(path.read_text())
+        datasheet = module.DATASHEETS[data["header"]["device"]]
+        for row in data["rows"]:
+            floor = module.floor_us(Mode(row["mode"]), row["M"], row["N"], row["K"], datasheet)
+            assert row["us"] >= floor, row
+            if row["baseline"] != "cublas-16bit" or row["mode"] == "16-bit":
+                assert row["baseline_us"] >= floor, row
 
 
 def test_every_size_has_a_panel_with_every_contender(module: ModuleType) -> None:
@@ -39,9 +51,10 @@ def test_every_size_has_a_panel_with_every_contender(module: ModuleType) -> None
         for M in (1, 64)
         for K in (64, 128)
     ]
-    data = {"header": {"ceilings": CEILINGS}, "rows": rows}
-    for draw in module.FIGURES.values():
-        figure = draw(data)
+    (device,) = module.DATASHEETS
+    data = {"header": {"device": device, "ceilings": {"copy_tb_s": 2.0}}, "rows": rows}
+    for name, labels in (("floor", 5), ("rates", 4)):
+        figure = module.FIGURES[name](data)
         drawn = [axis for axis in figure.axes if axis.get_title()]
         assert len(drawn) == 2
-        assert all(len(axis.get_legend_handles_labels()[1]) == 4 for axis in drawn)
+        assert all(len(axis.get_legend_handles_labels()[1]) == labels for axis in drawn)

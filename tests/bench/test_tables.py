@@ -18,7 +18,7 @@ def module() -> Iterator[ModuleType]:
         yield importlib.import_module("tables")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/measured.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/kernels.md", "docs/measured.md"])
 def test_a_page_shows_the_data(name: str, module: ModuleType) -> None:
     page = (ROOT / name).read_text()
     assert module.with_tables(page, module.tables(ROOT / "bench" / "data", module.PAGES[name])) == page
@@ -231,6 +231,25 @@ def test_a_live_load_is_shown_beside_what_was_predicted(module: ModuleType) -> N
     }  # fmt: skip
     expected = "| auto | 95.0 % (99.1 %) | 0.50 (0.60) | 10, 31 | 10, 31 | 30 of 2,000 | 7 |"
     assert expected in module.live(data)
+
+
+def test_every_shape_and_m_has_a_cell(module: ModuleType) -> None:
+    wide, tall = {**ROW, "N": 28672, "K": 4096}, {**ROW, "N": 4096, "K": 14336, "layer": "down"}
+    fp8 = {**tall, "mode": "fp8", "us": 4.0}
+    rows = [
+        {**wide, "us": 9.0},
+        {**wide, "M": 64, "us": 12.5},
+        {**tall, "M": 64, "us": 10.0},
+        {**fp8, "baseline_us": 8.0},
+        {**fp8, "baseline": "vllm-cutlass", "baseline_us": 5.0},
+        {**fp8, "baseline": "torch-scaled-mm", "baseline_us": 4.5},
+    ]
+    text = module.by_shape({"header": {**HEADER, "device": "A B"}, "rows": rows})
+    assert "(kernels-a-b-floor.svg)" in text
+    header = "|  | 1 | 64 |\n| --- | --- | --- |\n"
+    assert header + "| 28672 x 4096 | 0.90 | 1.25 |\n| 4096 x 14336 |  | 1.00 |" in text
+    assert header + "| 28672 x 4096 |  |  |\n| 4096 x 14336 | 2.00 |  |" in text
+    assert header + "| 28672 x 4096 |  |  |\n| 4096 x 14336 | 0.89 |  |" in text
 
 
 def test_other_shapes_leave_out_what_the_kernels_table_holds(module: ModuleType) -> None:

@@ -70,6 +70,24 @@ def identity_product(order: KOrder) -> float:
     return float((y.T.double() - w.double()).abs().max())
 
 
+def far_columns() -> dict[str, float]:
+    """Largest error of tokens whose columns lie 2^30 elements apart, the last beyond 2^31.
+
+    The buffer takes 4 GiB of addresses; of memory only the pages that are written.
+    """
+    M, K, apart = 2, 3, 1 << 30
+    x = torch.empty((K - 1) * apart + M, dtype=torch.float16).as_strided((M, K), (1, apart))
+    x.copy_(torch.randn(M, K))
+    upper, lower = split(random_weight(4, K, torch.float16))
+    exponent = torch.zeros(4, dtype=torch.int8)
+    sixteen, fp8 = linear_16bit(x, upper, lower, exponent), linear_fp8(x, upper, exponent)
+    near = x.contiguous()
+    return {
+        "16-bit": float((sixteen - linear_16bit(near, upper, lower, exponent)).abs().max()),
+        "fp8": float((fp8 - linear_fp8(near, upper, exponent)).abs().max()),
+    }
+
+
 def quantizer_differences(order: KOrder, dtype: torch.dtype) -> float:
     M, K = 5, 1152
     x = torch.randn(M, K, dtype=dtype) * torch.logspace(-5, 3, M, dtype=torch.float32).to(dtype)[:, None]
@@ -88,4 +106,5 @@ if __name__ == "__main__":
         for dtype in (torch.float16, torch.bfloat16)
     }
     rebuilt = {str(order): identity_product(order) for order in KOrder}
-    print(json.dumps({"product": products(), "rebuild": rebuilt, "quantize": quantized}))
+    report = {"product": products(), "rebuild": rebuilt, "quantize": quantized, "far": far_columns()}
+    print(json.dumps(report))

@@ -1,12 +1,13 @@
 """CUDA C++ sources of this folder to machine code for sm_90a, by NVRTC: needs no GPU and no CUDA toolkit.
 
-cuda.bindings and NVRTC come with every torch for CUDA 13. Sources include nothing but headers of this folder
-and those that the caller writes out. Cubins are kept on disk, in $NESTEDFP_CACHE or the user's cache folder,
-by what they were made from.
+cuda.bindings and NVRTC come with every torch for CUDA 13; beside another torch they are installed by name.
+Sources include nothing but headers of this folder and those that the caller writes out. Cubins are kept on
+disk, in $NESTEDFP_CACHE or the user's cache folder, by what they were made from.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib import resources
@@ -21,15 +22,14 @@ ARCHITECTURE = "sm_90a"
 def cubin(source: str, headers: Mapping[str, str], defines: Mapping[str, int]) -> bytes:
     """The machine code of file `source` with macros `defines`; `headers` maps further include names to texts.
 
-    Raises RuntimeError with the compiler's log where it fails, ImportError where there is no NVRTC.
+    Raises RuntimeError: with the compiler's log where it fails, with the remedy where there is no NVRTC or
+    the machine code cannot be kept.
     """
-    from cuda.bindings import nvrtc
-
     files = {**_headers(), **headers}
-    version = nvrtc.nvrtcVersion()[1:]
+    version = _nvrtc_version()
     recipe = repr((source, _text(source), sorted(files.items()), sorted(defines.items()), version))
     kept = cache_folder() / f"{Path(source).stem}-{sha256(recipe.encode()).hexdigest()[:32]}.cubin"
-    with _lock(kept):
+    with _lock(kept), _naming_the_folder(kept.parent):
         if kept.is_file():
             return kept.read_bytes()
         made = _compile(source, files, defines)
@@ -39,6 +39,31 @@ def cubin(source: str, headers: Mapping[str, str], defines: Mapping[str, int]) -
             file.write(made)
         os.replace(file.name, kept)
     return made
+
+
+@cache
+def _nvrtc_version() -> tuple[int, ...]:
+    try:
+        from cuda.bindings import nvrtc
+
+        # The library itself is looked for by the first call.
+        return tuple(nvrtc.nvrtcVersion()[1:])
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            f"products on this GPU are compiled by NVRTC of CUDA 13, which is missing ({error}); beside any "
+            "torch, install it by: pip install 'cuda-bindings>=13,<14' 'nvidia-cuda-nvrtc>=13,<14'"
+        ) from error
+
+
+@contextmanager
+def _naming_the_folder(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"compiled kernels are kept in {folder}, which cannot be read or written ({error}); set "
+            "NESTEDFP_CACHE to a folder that can"
+        ) from error
 
 
 def cache_folder() -> Path:

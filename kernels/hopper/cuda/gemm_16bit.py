@@ -220,7 +220,7 @@ def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
     else:
         tile_floats = config.cluster * config.rows * config.tokens
         parts = min(config.split, K // _UNIT, SCRATCH_FLOATS // (tile_floats * max(cut, 1)))
-        if parts < 2 or cut * config.cluster * config.warpgroups > SCRATCH_COUNTERS:
+        if not cut or parts < 2 or cut * config.cluster * config.warpgroups > SCRATCH_COUNTERS:
             cut, parts = 0, 1
     busy = max(ceil_div(cut * parts, config.cluster_k), ceil_div(tiles - cut, config.cluster_k))
     return Plan(min(resident, busy), cut, parts)

@@ -46,6 +46,8 @@ _TOKEN_FLAGS = 1024
 _FLAGS = _TOKEN_FLAGS + 1 + 4096
 # Longer batches go through in pieces, which bounds the scratch for codes.
 MOST_TOKENS = 16384
+# Tokens of the tallest cluster; those of any other divide it.
+_TALLEST = 512
 
 
 @dataclass(frozen=True)
@@ -242,12 +244,22 @@ class _Scratch:
         self.flags = torch.zeros(_FLAGS, dtype=torch.int32, device=device)
         self._codes = [torch.empty(1 << 24, dtype=torch.uint8, device=device)]
 
-    def codes(self, size: int) -> Tensor:
-        """At least `size` bytes, contents undefined."""
-        if self._codes[-1].numel() < size:
-            self._codes.append(
-                torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=self.device)
-            )
+    def codes(self, height: int, K: int) -> Tensor:
+        """At least height * K bytes, contents undefined.
+
+        What a capture needs was allocated before, by a product of the same K and as many tokens or more.
+        """
+        have = self._codes[-1].numel()
+        if torch.cuda.is_current_stream_capturing():
+            if have < height * K:
+                raise RuntimeError(
+                    f"a captured FP8 product of up to {height} tokens and K = {K} needs {height * K} bytes "
+                    f"of scratch, and {have} were allocated before; run one of as many tokens before it"
+                )
+        # Fewer tokens may have tiles that reach further.
+        elif have < (size := -(-height // _TALLEST) * _TALLEST * K):
+            more = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=self.device)
+            self._codes.append(more)
         return self._codes[-1]
 
 
@@ -315,7 +327,7 @@ def _launch(
     width = output_columns(N, gated)
     stored = (N * K // _CHUNK, _CHUNK, _CHUNK) if panels else (N, K, K)
     scratch = _scratch(device)
-    codes = scratch.codes(shape.height * K).data_ptr()
+    codes = scratch.codes(shape.height, K).data_ptr()
     scale, partials, flags = map(address, (scratch.scale, scratch.partials, scratch.flags))
     arguments = (
         tensor_map(torch.uint8, codes, shape.height, K, K, shape.x_box, _CHUNK),

@@ -19,9 +19,9 @@ from nestedfp.kernels.hopper.cuda.gemm_16bit import (
     plan,
 )
 from nestedfp.kernels.hopper.linear_16bit import RULE, candidates, estimated_cycles
-from nestedfp.kernels.hopper.workspace import SCRATCH_COUNTERS, SCRATCH_FLOATS
 
 from .machine_code import assert_registers_suffice, disassemble
+from .plans import assert_covers_16bit
 
 SOME = [
     Config(256),
@@ -103,17 +103,7 @@ def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
     configs = [Config(**settings) for settings in candidates(M, N, K)]
     assert configs
     for config in configs:
-        resident = 132 * config.ctas // config.cluster
-        work = plan(config, M, N, K, resident)
-        tiles = cluster_tiles(config, M, N)
-        assert tiles * config.worker * config.rows * config.tokens >= M * N
-        assert 1 <= work.clusters <= resident
-        assert 0 <= work.cut <= tiles
-        assert 1 <= work.parts <= max(1, K // 128), "a part holds some of K"
-        assert (work.cut == 0) == (work.parts == 1)
-        if config.cluster_k == 1:
-            assert work.cut * work.parts * config.cluster * config.rows * config.tokens <= SCRATCH_FLOATS
-            assert work.cut * config.cluster * config.warpgroups <= SCRATCH_COUNTERS
+        assert_covers_16bit(config, M, N, K)
 
 
 @pytest.mark.parametrize(("N", "K"), [(3584, 18944), (37888, 3584), (1280, 8192), (77, 128)])
@@ -133,6 +123,7 @@ def test_only_tiles_beyond_full_waves_are_cut() -> None:
     config = Config(128, split=3)
     assert plan(config, 128, 4096, 4096, 132) == Plan(96, 32, 3)
     assert plan(config, 128, 4096, 128, 132) == Plan(32, 0, 1), "one unit of K has no parts"
+    assert plan(config, 128, 132 * 128, 4096, 132) == Plan(132, 0, 1), "nothing is left of a full wave"
     assert plan(config, 128, 65536, 4096, 132) == Plan(132, 512 - 3 * 132, 3)
     assert plan(replace(config, waves=1), 128, 65536, 4096, 132).cut == 512 - 2 * 132
     assert plan(replace(config, split=1), 128, 65536, 4096, 132) == Plan(132, 0, 1)

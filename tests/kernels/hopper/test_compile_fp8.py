@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from math import ceil
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from nestedfp.kernels.hopper.cuda.gemm_fp8 import SHARED_MEMORY, Config, code, p
 from nestedfp.kernels.hopper.fp8 import RULE, candidates
 
 from .machine_code import assert_registers_suffice, disassemble
+from .plans import assert_covers_fp8
 
 PER_PROGRAM = SHARED_MEMORY - 1024
 
@@ -96,19 +96,7 @@ def test_candidates_and_plans_cover_any_shape(M: int, N: int, K: int) -> None:
         resident = 132 // config.cluster
         cut = plan(config, M, N, K, resident)
         assert not config.deferred or (config.deferrable and cut.units > resident)
-        assert cut.steps == ceil(K / (128 * config.chunks))
-        assert cut.tiles_m == ceil(M / (config.tokens * config.cluster_tokens))
-        assert cut.tiles_n == ceil(N / (config.rows * config.cluster_rows))
-        assert 1 <= cut.split <= min(config.split, cut.steps)
-        left = cut.tiles_m * cut.tiles_n - cut.whole
-        assert cut.units == cut.whole + left * cut.split
-        assert cut.clusters == min(cut.units, resident)
-        # Parts of a tile wait for one another: a worker has at most one, after its whole tiles.
-        assert cut.split == 1 or (cut.whole % resident == 0 and 0 < left * cut.split <= resident)
-        assert 1 <= cut.front <= M
-        assert cut.team_warps in (1, 4, 4 * config.warpgroups)
-        if cut.units <= resident:
-            assert cut.front == M
+        assert_covers_fp8(config, M, N, K)
 
 
 def test_front_holds_every_token_of_the_first_tiles() -> None:
