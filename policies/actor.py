@@ -99,6 +99,8 @@ class PolicyActor:
             "controller %s; step costs at first: %s, corrected online", self._config.controller, self._latency
         )
         self._state = self._policy.start()
+        # A dry run orders nothing, limits no more than modes.
+        self._limits = None if self._config.dry_run else self._policy.limits
         self._now = SteadyClock(clock)
         self._wall = wall
         self._owner = owner or uuid.uuid4().hex
@@ -209,8 +211,10 @@ class PolicyActor:
     def _adopt(self, entry: _Entry, message: ReplicaReport, now: float) -> None:
         """Take over a replica in the mode it is in, under an epoch newer than any it has seen."""
         entry.epoch = max(entry.epoch, message.epoch)
-        entry.order(message.mode, "registered in the mode it was in", None, now)
-        self._state = self._state.adopt(message.replica_id, message.mode, now, fresh=message.epoch == 0)
+        entry.order(message.mode, "registered in the mode it was in", self._limits, now)
+        self._state = self._state.adopt(
+            message.replica_id, message.mode, self._limits, now, fresh=message.epoch == 0
+        )
 
     def _answer(self, entry: _Entry, message: ReplicaReport) -> dict[str, Any]:
         return Target(

@@ -50,8 +50,10 @@ class PolicyState:
         rest = {key: value for key, value in self.replicas.items() if key != replica_id}
         return replace(self, replicas=rest)
 
-    def adopt(self, replica_id: str, mode: str, now: float, *, fresh: bool) -> PolicyState:
-        """This state with one replica taken over in ``mode``.
+    def adopt(
+        self, replica_id: str, mode: str, limits: Mapping[str, float] | None, now: float, *, fresh: bool
+    ) -> PolicyState:
+        """This state with one replica taken over in ``mode``, sent with ``limits``.
 
         A ``fresh`` replica never had a target and may flip at once; any other may just have flipped under
         another owner or by itself, so its dwell time starts now, and a change of mode counts as a flip.
@@ -60,8 +62,13 @@ class PolicyState:
         flips = before.flips if before else ()
         if before is not None and before.mode != mode:
             flips = (*_recent(flips, now), now)
-        adopted = ReplicaState(mode, -math.inf if fresh else now, flips)
+        adopted = ReplicaState(mode, -math.inf if fresh else now, flips, limits=limits)
         return replace(self, replicas={**self.replicas, replica_id: adopted})
+
+    def limited(self, replica_id: str, limits: Mapping[str, float] | None) -> PolicyState:
+        """This state with other limits of one replica that it knows."""
+        changed = replace(self.replicas[replica_id], limits=limits)
+        return replace(self, replicas={**self.replicas, replica_id: changed})
 
 
 class Assignment(NamedTuple):
@@ -91,6 +98,11 @@ class Policy:
         self.config = config
         self._controller = controller or make_controller(config)
 
+    @property
+    def limits(self) -> Mapping[str, float] | None:
+        """Limits that go with every mode, from the first order on; a decision may only add to them."""
+        return self._controller.limits
+
     def start(self) -> PolicyState:
         """The state before the first decision."""
         return PolicyState(memory=self._controller.start())
@@ -108,7 +120,8 @@ class Policy:
         limit_s = self.config.max_signal_age_s
         views = {view.report.replica_id: view for view in by_load(snapshot.replicas)}
         known = {
-            key: state.replicas.get(key) or ReplicaState(view.report.mode) for key, view in views.items()
+            key: state.replicas.get(key) or ReplicaState(view.report.mode, limits=self.limits)
+            for key, view in views.items()
         }
         faults = {key: fault for key, view in views.items() if (fault := view.fault(limit_s))}
         usable = [view for key, view in views.items() if key not in faults] if faults else views.values()

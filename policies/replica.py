@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nestedfp.policies.checks import InvalidField
@@ -76,10 +76,12 @@ class ReplicaControl:
         self._booted_at = time.time() if booted_at is None else booted_at
         self._clock = SteadyClock(clock)
         self._policy = Policy(config)
-        self._order = found or Order(FP16, 0, "started")
+        # Limits found are those of settings that may have changed.
+        limits = None if config.dry_run else self._policy.limits
+        self._order = replace(found or Order(FP16, 0, "started"), limits=limits)
         self._found_epoch = self._order.epoch
         self._state = self._policy.start().adopt(
-            replica_id, self._order.mode, self._clock(), fresh=found is None
+            replica_id, self._order.mode, limits, self._clock(), fresh=found is None
         )
         self._sequence = 0
         self._last_call: Call | None = None
@@ -180,7 +182,9 @@ class ReplicaControl:
         if target is not None and self._leased():
             order = Order(target.mode, target.epoch, target.reason, target.limits, "actor", target.fixed)
             if order.mode != self._order.mode:
-                self._state = self._state.adopt(self._replica_id, order.mode, now, fresh=False)
+                self._state = self._state.adopt(self._replica_id, order.mode, order.limits, now, fresh=False)
+            elif order.limits != self._order.limits:
+                self._state = self._state.limited(self._replica_id, order.limits)
         else:
             if self._order.source == "actor":
                 self._lapses += 1
@@ -230,7 +234,8 @@ class ReplicaControl:
         view = self.view()
         if view is None or self.config.dry_run:
             reason = "on its own: keeps the mode it has"
-            return Order(self._order.mode, self._epoch, reason, fixed=self.config.dry_run)
+            order = self._order
+            return Order(order.mode, self._epoch, reason, order.limits, fixed=self.config.dry_run)
         assignments, self._state = self._policy.decide(Snapshot((view,)), self._state, now)
         assignment = assignments[self._replica_id]
         reason = f"on its own: {assignment.reason}"

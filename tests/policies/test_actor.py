@@ -11,6 +11,7 @@ import pytest
 from nestedfp.policies.actor import FORGET_AFTER_S, PolicyActor, RetiredReplica
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.bounds import step_bounds
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.roofline import NAME, latency_model
 
@@ -111,6 +112,31 @@ async def test_a_restarted_actor_keeps_the_dwell_time(clock: Any, report: Report
     assert (await restarted.sync(report(mode="fp8", epoch=42, sequence=3).to_dict(), 42, 0.0))[
         "mode"
     ] == "fp16"
+
+
+@pytest.mark.parametrize("settings", [{"controller": "predictive"}, {"cut_steps": True}])
+async def test_the_first_order_of_any_replica_has_the_step_bounds(
+    clock: Any, report: Report, settings: dict[str, Any]
+) -> None:
+    """Also where no decision is due yet, and for as long as the signals are of no use."""
+    bounds = step_bounds(PolicyConfig.from_dict(settings))
+    restarted = PolicyActor(settings, clock=clock)
+    await restarted.sync(report("first").to_dict(), 0, 0.0)
+    registered = await restarted.sync(report("a", mode="fp8", epoch=41).to_dict(), 41, 0.0)
+    broken = {**report("blind", mode="fp8", epoch=7).to_dict(), "waiting": None}
+    blind = await restarted.sync(broken, 7, 0.0)
+    for sequence in range(2, 5):
+        clock.now += 1.0
+        again = await restarted.sync({**broken, "sequence": sequence, "epoch": 8}, 8, 0.0)
+        assert (again["mode"], again["epoch"], again["limits"]) == ("fp8", 8, bounds)
+    assert [registered["limits"], blind["limits"]] == [bounds, bounds]
+    back = await restarted.sync(report("a", boot_id="second").to_dict(), 0, 0.0)
+    assert back["limits"] == bounds
+
+
+async def test_a_dry_run_sends_no_bounds(clock: Any, report: Report) -> None:
+    actor = PolicyActor({"controller": "predictive", "dry_run": True}, clock=clock)
+    assert (await actor.sync(report().to_dict(), 0, 0.0))["limits"] is None
 
 
 async def test_a_restarted_replica_starts_over_and_its_old_process_is_refused(
