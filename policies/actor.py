@@ -21,6 +21,7 @@ from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.guard import GuardedPolicy
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.protocol import ReplicaReport, Target
 from nestedfp.policies.roofline import described
@@ -94,6 +95,7 @@ class PolicyActor:
     ) -> None:
         self._config = config if isinstance(config, PolicyConfig) else PolicyConfig.from_dict(config)
         self._policy = Policy(self._config)
+        self._guarded = GuardedPolicy(self._policy)
         self._latency = described(self._config.latency)
         logger.info(
             "controller %s; step costs at first: %s, corrected online", self._config.controller, self._latency
@@ -168,6 +170,7 @@ class PolicyActor:
             else None,
             "changes": self._changes,
             "ignored_reports": self._ignored_reports,
+            **self._guarded.status(),
             "replicas": {
                 replica_id: self._describe(entry, now) for replica_id, entry in self._entries.items()
             },
@@ -255,7 +258,7 @@ class PolicyActor:
             ),
             override=self._override,
         )
-        assignments, self._state = self._policy.decide(snapshot, self._state, now)
+        assignments, self._state = self._guarded.decide(snapshot, self._state, now)
         for replica_id, assignment in assignments.items():
             self._apply(replica_id, self._entries[replica_id], assignment)
 

@@ -18,6 +18,7 @@ from typing import Any
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.guard import GuardedPolicy
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.protocol import FP16, ReplicaReport, Target
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
@@ -76,6 +77,7 @@ class ReplicaControl:
         self._booted_at = time.time() if booted_at is None else booted_at
         self._clock = SteadyClock(clock)
         self._policy = Policy(config)
+        self._guarded = GuardedPolicy(self._policy)
         # Limits found are those of settings that may have changed.
         limits = None if config.dry_run else self._policy.limits
         self._order = replace(found or Order(FP16, 0, "started"), limits=limits)
@@ -208,6 +210,7 @@ class ReplicaControl:
             "lease_left_s": self.lease_left_s,
             "lapses": self._lapses,
             "refused_answers": self._refused_answers,
+            **self._guarded.status(),
         }
 
     @property
@@ -236,7 +239,7 @@ class ReplicaControl:
             reason = "on its own: keeps the mode it has"
             order = self._order
             return Order(order.mode, self._epoch, reason, order.limits, fixed=self.config.dry_run)
-        assignments, self._state = self._policy.decide(Snapshot((view,)), self._state, now)
+        assignments, self._state = self._guarded.decide(Snapshot((view,)), self._state, now)
         assignment = assignments[self._replica_id]
         reason = f"on its own: {assignment.reason}"
         return Order(assignment.mode, self._epoch, reason, assignment.limits, fixed=assignment.fixed)

@@ -12,6 +12,7 @@ from nestedfp.policies.actor import FORGET_AFTER_S, PolicyActor, RetiredReplica
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.bounds import step_bounds
+from nestedfp.policies.controllers.threshold import ThresholdController
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.roofline import NAME, latency_model
 
@@ -279,6 +280,34 @@ async def test_broken_signals_are_a_heartbeat_and_shown(
     assert shown["held"] == "unusable signals: waiting"
     assert shown["leased"]
     assert shown["heard_s_ago"] == 0.0
+
+
+async def test_a_controller_that_raises_changes_no_mode_and_ends_no_call(
+    actor: PolicyActor, report: Report, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await actor.sync(report("a").to_dict(), 0, 0.0)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("no tokens")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ThresholdController, "wishes", fail)
+        clock.now += 1.0
+        answer = await actor.sync(report("a", sequence=2, waiting=9).to_dict(), 1, 0.0)
+        assert (answer["mode"], answer["epoch"]) == ("fp16", 1)
+        status = actor.status()
+        assert status["failed_decisions"] == 1
+        assert status["last_decision_error"] == "ZeroDivisionError: no tokens"
+        assert status["replicas"]["a"]["held"] == "the controller failed: ZeroDivisionError: no tokens"
+        await actor.set_override("fp8", 0.5)
+        assert (await actor.sync(report("a", sequence=3).to_dict(), 1, 0.0))["mode"] == "fp8"
+    clock.now += 1.0
+    await actor.sync(report("a", sequence=4, mode="fp8", epoch=2).to_dict(), 2, 0.0)
+    clock.now += 1.0
+    assert (await actor.sync(report("a", sequence=5, mode="fp8", epoch=2).to_dict(), 2, 0.0))[
+        "mode"
+    ] == "fp16"
+    assert actor.status()["failed_decisions"] == 2
 
 
 @pytest.mark.parametrize("bad", [{}, {"replica_id": "a"}, None, {"replica_id": 3}])

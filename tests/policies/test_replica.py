@@ -12,6 +12,7 @@ from nestedfp.policies.actor import PolicyActor
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
 from nestedfp.policies.controllers.bounds import step_bounds
+from nestedfp.policies.controllers.threshold import ThresholdController
 from nestedfp.policies.replica import ActorUnavailable, Call, Order, ReplicaControl, follow
 
 CONFIG = PolicyConfig.from_dict(
@@ -164,6 +165,28 @@ def test_alone_and_blind_it_keeps_the_limits_that_the_actor_sent_last(
     control.begin({})
     order = control.order()
     assert (order.source, order.limits) == ("local", {"pace_s": 0.02, "waiting_prompt_tokens": 900.0})
+
+
+def test_alone_it_keeps_its_mode_while_its_controller_raises(
+    clock: Any, idle: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PolicyConfig(cut_steps=True)
+    control = ReplicaControl("a", config, clock=clock)
+    busy = {**idle, "oldest_waiting_s": 9.0}
+
+    def fail(*_: object) -> None:
+        raise ValueError("broken")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ThresholdController, "wishes", fail)
+        control.begin(busy)
+        order = control.order()
+        assert (order.mode, order.limits) == ("fp16", step_bounds(config))
+        assert control.status()["failed_decisions"] == 1
+        assert control.status()["last_decision_error"] == "ValueError: broken"
+    control.begin(busy)
+    assert control.order().mode == "fp8"
+    assert control.status()["failed_decisions"] == 1
 
 
 def test_local_and_central_flips_share_one_bound(
