@@ -8,7 +8,8 @@ comes before the queue is too long to recover.
 
 The ladder has a rung for each mode, 16 bits first and FP8 last; a replica goes down to the first rung whose
 pressure is below its high level, and up again to the first whose pressure has stayed at or below its low
-level for long enough, whichever mode is in force: returning does not need to be tried out.
+level for long enough, seen at least once in ``max_signal_age_s``, whichever mode is in force: returning does
+not need to be tried out.
 
 - With ``between: auto`` the middle rung leaves the choice of single steps to the engine. As it costs next to
   no FP8 while the load is light, it is taken early and given up late. FP8 is ordered of all replicas, where
@@ -111,6 +112,7 @@ class PredictiveController(Controller):
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
+        self._longest_gap_s = config.max_signal_age_s
         return _Memory(None, {}, 0.0, frozenset(), self._model, UNKNOWN_MISSES, FIRST_OUTPUT_TOKENS, 0)
 
     def wishes(
@@ -133,6 +135,7 @@ class PredictiveController(Controller):
             model=model,
             missed=missed(before.missed, _missed(views), self._settings.tolerance, elapsed_s),
             output_tokens=mean_output(before.output_tokens, facts, elapsed_s),
+            calm_since=before.calm_since if elapsed_s <= self._longest_gap_s else {},
             turn=before.turn + 1,
         )
         fast_load = float(engine_load(facts, model.of(FP8), state.output_tokens).mean())

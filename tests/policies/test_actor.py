@@ -214,13 +214,24 @@ async def test_a_replica_killed_in_the_middle_of_a_flip_makes_no_decision(
     assert [record["replica_id"] for record in actor.status()["log"]] == ["dead"]
 
 
-async def test_a_clock_that_jumps_flips_nothing(actor: PolicyActor, report: Report, clock: Any) -> None:
-    await actor.sync(report("a", waiting=4).to_dict(), 0, 0.0)
-    await actor.sync(report("b", waiting=4).to_dict(), 0, 0.0)
-    for jump in (1e6, -2e6, 3e6):
+@pytest.mark.parametrize("jump", [2.5, 4.5, 1e6, -2.5, -1e6])
+async def test_a_clock_that_jumps_ends_no_calm_stay_in_fp8(
+    actor: PolicyActor, report: Report, clock: Any, jump: float
+) -> None:
+    """Every signal is calm before and after; within the lease as well, only time that was seen counts."""
+    await actor.sync(report(mode="fp8", epoch=7).to_dict(), 7, 0.0)
+    sequence = 1
+    for _ in range(3):
         clock.now += jump
-        await actor.sync(report("a", sequence=abs(int(jump)), waiting=4).to_dict(), 1, 0.0)
-    assert actor.status()["log"] == []
+        sequence += 1
+        answer = await actor.sync(report(sequence=sequence, mode="fp8", epoch=8).to_dict(), 8, 0.0)
+        assert answer["mode"] == "fp8"
+    for _ in range(2):
+        clock.now += 0.6
+        sequence += 1
+        calm = report(sequence=sequence, mode="fp8", epoch=answer["epoch"])
+        answer = await actor.sync(calm.to_dict(), answer["epoch"], 0.0)
+    assert answer["mode"] == "fp16"
 
 
 async def test_a_pin_holds_until_it_expires(actor: PolicyActor, report: Report, clock: Any) -> None:

@@ -84,6 +84,15 @@ def test_16_bits_return_only_when_predicted_to_hold(view: MakeView) -> None:
 
 
 def test_the_burst_projection_acts_before_the_queue_is_critical(view: MakeView) -> None:
+def test_a_time_without_decisions_breaks_calm(view: MakeView) -> None:
+    run = Run(calm_s=3.0)
+    heavy = {**BUSY, "arrivals_per_s": 40.0, "arriving_prompt_tokens_per_s": 40_000.0}
+    for step in range(100):
+        run.at(step * 0.1, view(**heavy))
+    modes = [run.at(now, view(**BUSY))["a"].mode for now in (10.0, 11.5, 16.0, 17.5, 19.0)]
+    assert modes == ["fp8"] * 4 + ["fp16"]
+
+
     """A queue of 12,000 tokens flips nothing while it stands, and does as the front of a rising burst."""
     standing, rising = Run(), Run(prediction={"horizon_s": 1.0})
     blind = Run(prediction={"horizon_s": 0.0})
