@@ -21,6 +21,7 @@ from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.guard import GuardedPolicy
 from nestedfp.policies.policy import Assignment, Policy
 from nestedfp.policies.protocol import ReplicaReport, Target
 from nestedfp.policies.roofline import described
@@ -94,11 +95,14 @@ class PolicyActor:
     ) -> None:
         self._config = config if isinstance(config, PolicyConfig) else PolicyConfig.from_dict(config)
         self._policy = Policy(self._config)
+        self._guarded = GuardedPolicy(self._policy)
         self._latency = described(self._config.latency)
         logger.info(
             "controller %s; step costs at first: %s, corrected online", self._config.controller, self._latency
         )
         self._state = self._policy.start()
+        # A dry run orders nothing, limits no more than modes.
+        self._limits = None if self._config.dry_run else self._policy.limits
         self._now = SteadyClock(clock)
         self._wall = wall
         self._owner = owner or uuid.uuid4().hex
@@ -166,6 +170,7 @@ class PolicyActor:
             else None,
             "changes": self._changes,
             "ignored_reports": self._ignored_reports,
+            **self._guarded.status(),
             "replicas": {
                 replica_id: self._describe(entry, now) for replica_id, entry in self._entries.items()
             },
@@ -209,8 +214,10 @@ class PolicyActor:
     def _adopt(self, entry: _Entry, message: ReplicaReport, now: float) -> None:
         """Take over a replica in the mode it is in, under an epoch newer than any it has seen."""
         entry.epoch = max(entry.epoch, message.epoch)
-        entry.order(message.mode, "registered in the mode it was in", None, now)
-        self._state = self._state.adopt(message.replica_id, message.mode, now, fresh=message.epoch == 0)
+        entry.order(message.mode, "registered in the mode it was in", self._limits, now)
+        self._state = self._state.adopt(
+            message.replica_id, message.mode, self._limits, now, fresh=message.epoch == 0
+        )
 
     def _answer(self, entry: _Entry, message: ReplicaReport) -> dict[str, Any]:
         return Target(
@@ -251,7 +258,7 @@ class PolicyActor:
             ),
             override=self._override,
         )
-        assignments, self._state = self._policy.decide(snapshot, self._state, now)
+        assignments, self._state = self._guarded.decide(snapshot, self._state, now)
         for replica_id, assignment in assignments.items():
             self._apply(replica_id, self._entries[replica_id], assignment)
 

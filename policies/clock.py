@@ -8,7 +8,9 @@ from collections.abc import Callable
 class SteadyClock:
     """``clock`` (seconds) with every jump back taken out: what it would repeat counts as no time.
 
-    A jump forwards passes: leases end early and dwell times are over, both of which are safe.
+    A jump forwards, as after a suspension of the process, passes: leases end early and dwell times are over,
+    both of which are safe. What it proves of the load is up to the controllers: no calm, if nothing was seen
+    for longer than ``max_signal_age_s``.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:

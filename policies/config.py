@@ -126,7 +126,7 @@ class PolicyConfig:
     decide_interval_s: float = 0.1
     """Shortest time between two decisions."""
     max_signal_age_s: float = 2.0
-    """Older signals make no decision."""
+    """Older signals make no decision, and a longer time without a decision ends a calm."""
     cut_steps: bool = False
     """Cut the steps of static and threshold control to what the SLO leaves time for, as those of predictive
     control are cut always."""
@@ -153,12 +153,13 @@ class PolicyConfig:
             raise InvalidField(
                 "sync_wait_s", self.sync_wait_s, f"give at most a third of lease_s, {self.lease_s / 3:g}"
             )
-        if self.sync_wait_s >= self.max_signal_age_s:
-            remedy = (
-                f"give less than max_signal_age_s, {self.max_signal_age_s:g}: a replica reports once in this "
-                "time, and older signals decide nothing"
-            )
-            raise InvalidField("sync_wait_s", self.sync_wait_s, remedy)
+        for field, why in (
+            ("sync_wait_s", "a replica reports once in this time, and older signals decide nothing"),
+            ("decide_interval_s", "a longer time without a decision ends a calm, so 16 bits never return"),
+        ):
+            if getattr(self, field) >= self.max_signal_age_s:
+                remedy = f"give less than max_signal_age_s, {self.max_signal_age_s:g}: {why}"
+                raise InvalidField(field, getattr(self, field), remedy)
         self._refuse_idle_settings()
         for plan in self.plans:
             checks.name("plans", plan)

@@ -18,7 +18,7 @@ from nestedfp.policies.controllers.predictive import PredictiveController
 from nestedfp.policies.controllers.static import StaticController
 from nestedfp.policies.controllers.threshold import ThresholdController
 from nestedfp.policies.protocol import AUTO, FP8, FP16
-from nestedfp.policies.snapshot import Override, Snapshot
+from nestedfp.policies.snapshot import Override, ReplicaView, Snapshot
 
 FLIP_WINDOW_S: Final = 60.0
 
@@ -50,8 +50,10 @@ class PolicyState:
         rest = {key: value for key, value in self.replicas.items() if key != replica_id}
         return replace(self, replicas=rest)
 
-    def adopt(self, replica_id: str, mode: str, now: float, *, fresh: bool) -> PolicyState:
-        """This state with one replica taken over in ``mode``.
+    def adopt(
+        self, replica_id: str, mode: str, limits: Mapping[str, float] | None, now: float, *, fresh: bool
+    ) -> PolicyState:
+        """This state with one replica taken over in ``mode``, sent with ``limits``.
 
         A ``fresh`` replica never had a target and may flip at once; any other may just have flipped under
         another owner or by itself, so its dwell time starts now, and a change of mode counts as a flip.
@@ -60,8 +62,13 @@ class PolicyState:
         flips = before.flips if before else ()
         if before is not None and before.mode != mode:
             flips = (*_recent(flips, now), now)
-        adopted = ReplicaState(mode, -math.inf if fresh else now, flips)
+        adopted = ReplicaState(mode, -math.inf if fresh else now, flips, limits=limits)
         return replace(self, replicas={**self.replicas, replica_id: adopted})
+
+    def limited(self, replica_id: str, limits: Mapping[str, float] | None) -> PolicyState:
+        """This state with other limits of one replica that it knows."""
+        changed = replace(self.replicas[replica_id], limits=limits)
+        return replace(self, replicas={**self.replicas, replica_id: changed})
 
 
 class Assignment(NamedTuple):
@@ -91,6 +98,11 @@ class Policy:
         self.config = config
         self._controller = controller or make_controller(config)
 
+    @property
+    def limits(self) -> Mapping[str, float] | None:
+        """Limits that go with every mode, from the first order on; a decision may only add to them."""
+        return self._controller.limits
+
     def start(self) -> PolicyState:
         """The state before the first decision."""
         return PolicyState(memory=self._controller.start())
@@ -107,9 +119,7 @@ class Policy:
         """
         limit_s = self.config.max_signal_age_s
         views = {view.report.replica_id: view for view in by_load(snapshot.replicas)}
-        known = {
-            key: state.replicas.get(key) or ReplicaState(view.report.mode) for key, view in views.items()
-        }
+        known = self._known(views, state)
         faults = {key: fault for key, view in views.items() if (fault := view.fault(limit_s))}
         usable = [view for key, view in views.items() if key not in faults] if faults else views.values()
         wishes, memory = self._controller.wishes(
@@ -118,7 +128,33 @@ class Policy:
             state.memory,
             now,
         )
-        pin = snapshot.override if snapshot.override is not None and snapshot.override.active(now) else None
+        return self._grant(snapshot.override, known, wishes, faults, replace(state, memory=memory), now)
+
+    def hold(
+        self, snapshot: Snapshot, state: PolicyState, now: float, why: str
+    ) -> tuple[dict[str, Assignment], PolicyState]:
+        """A decision without the controller, whose memory is emptied: all stay as they are, pins excepted."""
+        known = self._known({view.report.replica_id: view for view in snapshot.replicas}, state)
+        emptied = replace(state, memory=self._controller.start())
+        return self._grant(snapshot.override, known, {}, dict.fromkeys(known, why), emptied, now)
+
+    def _known(self, views: Mapping[str, ReplicaView], state: PolicyState) -> dict[str, ReplicaState]:
+        return {
+            key: state.replicas.get(key) or ReplicaState(view.report.mode, limits=self.limits)
+            for key, view in views.items()
+        }
+
+    def _grant(
+        self,
+        override: Override | None,
+        known: Mapping[str, ReplicaState],
+        wishes: Mapping[str, Wish],
+        faults: Mapping[str, str],
+        state: PolicyState,
+        now: float,
+    ) -> tuple[dict[str, Assignment], PolicyState]:
+        """The wishes that may be granted now; ``faults`` says why a replica must stay as it is."""
+        pin = override if override is not None and override.active(now) else None
         last_return_s = state.last_return_s
         targets: dict[str, Assignment] = {}
         after: dict[str, ReplicaState] = {}
@@ -139,7 +175,7 @@ class Policy:
             targets[key] = _move(before, wish)
             flips = (*_recent(before.flips, now), now)
             after[key] = ReplicaState(wish.mode, now, flips, wish.reason, wish.limits)
-        return targets, PolicyState(after, last_return_s, memory)
+        return targets, PolicyState(after, last_return_s, state.memory)
 
     def _refusal(self, wish: Wish, before: ReplicaState, last_return_s: float, now: float) -> str | None:
         """Why a wish for another mode must wait; None if it may be granted now."""

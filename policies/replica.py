@@ -12,12 +12,13 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.clock import SteadyClock
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.guard import GuardedPolicy
 from nestedfp.policies.policy import Policy
 from nestedfp.policies.protocol import FP16, ReplicaReport, Target
 from nestedfp.policies.snapshot import ReplicaView, Snapshot
@@ -76,10 +77,13 @@ class ReplicaControl:
         self._booted_at = time.time() if booted_at is None else booted_at
         self._clock = SteadyClock(clock)
         self._policy = Policy(config)
-        self._order = found or Order(FP16, 0, "started")
+        self._guarded = GuardedPolicy(self._policy)
+        # Limits found are those of settings that may have changed.
+        limits = None if config.dry_run else self._policy.limits
+        self._order = replace(found or Order(FP16, 0, "started"), limits=limits)
         self._found_epoch = self._order.epoch
         self._state = self._policy.start().adopt(
-            replica_id, self._order.mode, self._clock(), fresh=found is None
+            replica_id, self._order.mode, limits, self._clock(), fresh=found is None
         )
         self._sequence = 0
         self._last_call: Call | None = None
@@ -180,7 +184,9 @@ class ReplicaControl:
         if target is not None and self._leased():
             order = Order(target.mode, target.epoch, target.reason, target.limits, "actor", target.fixed)
             if order.mode != self._order.mode:
-                self._state = self._state.adopt(self._replica_id, order.mode, now, fresh=False)
+                self._state = self._state.adopt(self._replica_id, order.mode, order.limits, now, fresh=False)
+            elif order.limits != self._order.limits:
+                self._state = self._state.limited(self._replica_id, order.limits)
         else:
             if self._order.source == "actor":
                 self._lapses += 1
@@ -204,6 +210,7 @@ class ReplicaControl:
             "lease_left_s": self.lease_left_s,
             "lapses": self._lapses,
             "refused_answers": self._refused_answers,
+            **self._guarded.status(),
         }
 
     @property
@@ -230,8 +237,9 @@ class ReplicaControl:
         view = self.view()
         if view is None or self.config.dry_run:
             reason = "on its own: keeps the mode it has"
-            return Order(self._order.mode, self._epoch, reason, fixed=self.config.dry_run)
-        assignments, self._state = self._policy.decide(Snapshot((view,)), self._state, now)
+            order = self._order
+            return Order(order.mode, self._epoch, reason, order.limits, fixed=self.config.dry_run)
+        assignments, self._state = self._guarded.decide(Snapshot((view,)), self._state, now)
         assignment = assignments[self._replica_id]
         reason = f"on its own: {assignment.reason}"
         return Order(assignment.mode, self._epoch, reason, assignment.limits, fixed=assignment.fixed)

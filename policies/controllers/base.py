@@ -39,6 +39,11 @@ class Wish(NamedTuple):
 class Controller(ABC):
     """One way to choose modes."""
 
+    @property
+    def limits(self) -> Mapping[str, float] | None:
+        """Limits that every mode is sent with, whatever the signals say; None where there are none."""
+        return None
+
     @abstractmethod
     def start(self) -> Memory:
         """The memory before the first decision."""

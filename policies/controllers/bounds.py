@@ -52,6 +52,10 @@ class BoundedController(Controller):
         self._bounds = bounds
         self._stays: dict[str, Wish] = {}
 
+    @property
+    def limits(self) -> Mapping[str, float]:
+        return self._bounds
+
     def start(self) -> Memory:
         return self._controller.start()
 

@@ -8,7 +8,8 @@ comes before the queue is too long to recover.
 
 The ladder has a rung for each mode, 16 bits first and FP8 last; a replica goes down to the first rung whose
 pressure is below its high level, and up again to the first whose pressure has stayed at or below its low
-level for long enough, whichever mode is in force: returning does not need to be tried out.
+level for long enough, seen at least once in ``max_signal_age_s``, whichever mode is in force: returning does
+not need to be tried out.
 
 - With ``between: auto`` the middle rung leaves the choice of single steps to the engine. As it costs next to
   no FP8 while the load is light, it is taken early and given up late. FP8 is ordered of all replicas, where
@@ -64,6 +65,8 @@ RECOVERY: Final = 2.0
 """How many of them a second without overload takes back: an overload has its gaps, bursts have pauses."""
 EASED_S: Final = 1.0
 """How long there must be no overload before ``auto`` takes over again."""
+SAME_BOUND: Final = 0.1
+"""Part of a queue's bound by which another must differ to be ordered: each order is a call of the engine."""
 _MAX_REASON_PRESSURE: Final = 99.0
 
 
@@ -74,7 +77,8 @@ class _Memory:
     """The rung above that a replica could take, and since when."""
     overload_s: float
     """Seconds of overload that count, while ``auto`` is in force anywhere."""
-    shedding: frozenset[str]
+    queue_bounds: Mapping[str, float]
+    """Prompt tokens, of each replica that sheds."""
     model: LatencyModel
     missed: float
     """Share of requests that missed the SLO, over the tolerance."""
@@ -108,10 +112,11 @@ class PredictiveController(Controller):
         self._slo = config.slo
         self._settings = config.prediction
         self._calm_s = config.calm_s
+        self._longest_gap_s = config.max_signal_age_s
         self._model = config.latency or latency_model()
 
     def start(self) -> Memory:
-        return _Memory(None, {}, 0.0, frozenset(), self._model, UNKNOWN_MISSES, FIRST_OUTPUT_TOKENS, 0)
+        return _Memory(None, {}, 0.0, {}, self._model, UNKNOWN_MISSES, FIRST_OUTPUT_TOKENS, 0)
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
@@ -130,6 +135,7 @@ class PredictiveController(Controller):
         state = replace(
             before,
             seen=seen,
+            calm_since=before.calm_since if elapsed_s <= self._longest_gap_s else {},
             model=model,
             missed=missed(before.missed, _missed(views), self._settings.tolerance, elapsed_s),
             output_tokens=mean_output(before.output_tokens, facts, elapsed_s),
@@ -159,7 +165,7 @@ class PredictiveController(Controller):
         able = _first_rung([rung.pressure <= rung.low for rung in rungs])
         wishes: dict[str, Wish] = {}
         calm_since: dict[str, tuple[str, float]] = {}
-        shedding: set[str] = set()
+        queue_bounds: dict[str, float] = {}
         for row, (replica_id, mode) in enumerate(zip(ids, modes, strict=True)):
             if mode == FP16 and replica_id in kept:
                 wishes[replica_id] = KEPT
@@ -180,12 +186,16 @@ class PredictiveController(Controller):
                     wish = self._return(rung, slow, row, now - since)
             if wish is None and mode == FP8 and self._settings.shed:
                 pressure = float(fast_pressure[row])
-                if pressure >= (self._settings.high if replica_id in memory.shedding else 1.0):
-                    shedding.add(replica_id)
-                    wish = self._shed(memory.model, facts, row, pressure)
+                before = memory.queue_bounds.get(replica_id)
+                if pressure >= (1.0 if before is None else self._settings.high):
+                    bound = self._queue_bound(memory.model, facts, row)
+                    if before is not None and abs(bound - before) <= SAME_BOUND * before:
+                        bound = before
+                    queue_bounds[replica_id] = bound
+                    wish = _shed(bound, pressure)
             if wish is not None:
                 wishes[replica_id] = wish
-        return wishes, replace(memory, calm_since=calm_since, shedding=frozenset(shedding))
+        return wishes, replace(memory, calm_since=calm_since, queue_bounds=queue_bounds)
 
     def _rungs(self, slow: _Forecast, fast_load: float, facts: Facts, memory: _Memory) -> list[_Rung]:
         """The ladder with today's pressures; FP8, the last resort, has none."""
@@ -270,17 +280,12 @@ class PredictiveController(Controller):
             threshold=rung.low * limit,
         )
 
-    def _shed(self, model: LatencyModel, facts: Facts, row: int, pressure: float) -> Wish:
-        """Bound the queue by what FP8 prefills within the TTFT limit."""
+    def _queue_bound(self, model: LatencyModel, facts: Facts, row: int) -> float:
+        """Prompt tokens that FP8 prefills within the TTFT limit."""
         running = float(facts.running[row])
         room_tokens = max(1.0, model.chunk_tokens - running)
         full = float(model.of(FP8).step_s(running + room_tokens, running + 1.0, float(facts.context[row])))
-        bound = room_tokens * max(1.0, self._settings.high * self._slo.ttft_s / full)
-        return Wish(
-            mode=FP8,
-            reason=f"FP8 is at {_shown(pressure)} of the SLO: the queue is bounded",
-            limits={"waiting_prompt_tokens": float(int(bound))},
-        )
+        return float(int(room_tokens * max(1.0, self._settings.high * self._slo.ttft_s / full)))
 
     def _crossing(self, forecast: _Forecast, row: int) -> tuple[str, float, float]:
         """The predicted time that is nearest to its limit: its name, value and limit."""
@@ -300,6 +305,14 @@ def _overload_s(before: float, load: float, elapsed_s: float) -> float:
     if load < FP8_OVERLOAD:
         return max(0.0, before - RECOVERY * known_s)
     return before + min(1.0, (load - FP8_OVERLOAD) / (FULL_OVERLOAD - FP8_OVERLOAD)) * known_s
+
+
+def _shed(queue_bound: float, pressure: float) -> Wish:
+    return Wish(
+        mode=FP8,
+        reason=f"FP8 is at {_shown(pressure)} of the SLO: the queue is bounded",
+        limits={"waiting_prompt_tokens": queue_bound},
+    )
 
 
 def _shown(pressure: float) -> str:

@@ -1,13 +1,15 @@
 """Thresholds with hysteresis, replica by replica.
 
 A replica goes to FP8 as soon as one watched signal reaches its high water, and back to 16 bits once all of
-them have stayed at or below low water for ``calm_s``. The queue (length, age of its oldest request) is
-watched as well as the measured percentiles: percentiles speak only of requests that were already served.
+them have stayed at or below low water for ``calm_s``, seen at least once in ``max_signal_age_s``. The queue
+(length, age of its oldest request) is watched as well as the measured percentiles: percentiles speak only of
+requests that were already served.
 Replicas that are kept for requests that demand 16 bits count as calm whatever their signals say.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, cast
 
@@ -26,6 +28,13 @@ class _Reading(NamedTuple):
     low: float
 
 
+class _Calm(NamedTuple):
+    """What is remembered: the time of the last decision, and since when each replica has been calm."""
+
+    at_s: float
+    since_s: Mapping[str, float]
+
+
 class ThresholdController(Controller):
     """Threshold control; its memory is since when each replica has been calm."""
 
@@ -33,14 +42,16 @@ class ThresholdController(Controller):
         self._water = [(signal, water.high, water.low) for signal, water in config.water.items()]
         self._calm_s = config.calm_s
         self._panic_factor = config.panic_factor
+        self._longest_gap_s = config.max_signal_age_s
 
     def start(self) -> Memory:
-        return {}
+        return _Calm(-math.inf, {})
 
     def wishes(
         self, snapshot: Snapshot, modes: Mapping[str, str], memory: Memory, now: float
     ) -> tuple[dict[str, Wish], Memory]:
-        calm_before = cast(Mapping[str, float], memory)
+        before = cast(_Calm, memory)
+        calm_before = before.since_s if now - before.at_s <= self._longest_gap_s else {}
         calm_since: dict[str, float] = {}
         wishes: dict[str, Wish] = {}
         views = snapshot.replicas
@@ -57,7 +68,7 @@ class ThresholdController(Controller):
                     wishes[replica_id] = KEPT
                 elif now - since >= self._calm_s and modes[replica_id] != FP16:
                     wishes[replica_id] = _return(worst, now - since, kept=replica_id in kept)
-        return wishes, calm_since
+        return wishes, _Calm(now, calm_since)
 
     def _read(self, report: ReplicaReport) -> tuple[_Reading | None, bool]:
         """The signal furthest up its scale, and whether all of them are calm."""

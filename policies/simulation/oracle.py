@@ -11,7 +11,8 @@ tokens in 16 bits subject to an attainment, on the very engines, requests and dr
 3. from the best of these and of the policy's own schedule: coordinate descent over blocks of seconds, all
    replicas together, then single replicas, each moved by one or two levels, kept where the objective rises.
 
-It is a local search. :func:`share_bound` bounds what any schedule could reach, so the gap is known.
+It is a local search, and how far it stays behind the best schedule is mostly unknown: :func:`share_bound`
+bounds what any schedule could reach, but on most loads by 1 or little less.
 """
 
 from __future__ import annotations

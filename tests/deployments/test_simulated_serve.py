@@ -197,14 +197,14 @@ def test_strict_streams_wait_their_turn_and_have_no_fp8(app: App, http: httpx.Cl
     app.running.unpin()
 
 
-def test_a_killed_actor_comes_back_and_changes_no_mode(app: App, http: httpx.Client) -> None:
+def test_a_killed_actor_comes_back_without_its_pin_and_flips_once(app: App, http: httpx.Client) -> None:
     app.pin("fp8")
     eventually(lambda: app.all_in("fp8"))
     owner = app.policy()["owner"]
     flips = app.statuses()[0]["engine"]["flips"]
     app.running.kill_policy()
     eventually(lambda: app.policy()["owner"] != owner and bool(app.policy()["replicas"]))
-    # The new actor knows of no pin: the calm controller returns, and that is the only flip.
+    # The new actor takes the mode over as it is; the calm controller then returns.
     eventually(lambda: app.all_in("fp16"))
     assert app.statuses()[0]["engine"]["flips"] <= flips + 1
 

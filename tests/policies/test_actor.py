@@ -11,6 +11,8 @@ import pytest
 from nestedfp.policies.actor import FORGET_AFTER_S, PolicyActor, RetiredReplica
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.bounds import step_bounds
+from nestedfp.policies.controllers.threshold import ThresholdController
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.roofline import NAME, latency_model
 
@@ -113,6 +115,31 @@ async def test_a_restarted_actor_keeps_the_dwell_time(clock: Any, report: Report
     ] == "fp16"
 
 
+@pytest.mark.parametrize("settings", [{"controller": "predictive"}, {"cut_steps": True}])
+async def test_the_first_order_of_any_replica_has_the_step_bounds(
+    clock: Any, report: Report, settings: dict[str, Any]
+) -> None:
+    """Also where no decision is due yet, and for as long as the signals are of no use."""
+    bounds = step_bounds(PolicyConfig.from_dict(settings))
+    restarted = PolicyActor(settings, clock=clock)
+    await restarted.sync(report("first").to_dict(), 0, 0.0)
+    registered = await restarted.sync(report("a", mode="fp8", epoch=41).to_dict(), 41, 0.0)
+    broken = {**report("blind", mode="fp8", epoch=7).to_dict(), "waiting": None}
+    blind = await restarted.sync(broken, 7, 0.0)
+    for sequence in range(2, 5):
+        clock.now += 1.0
+        again = await restarted.sync({**broken, "sequence": sequence, "epoch": 8}, 8, 0.0)
+        assert (again["mode"], again["epoch"], again["limits"]) == ("fp8", 8, bounds)
+    assert [registered["limits"], blind["limits"]] == [bounds, bounds]
+    back = await restarted.sync(report("a", boot_id="second").to_dict(), 0, 0.0)
+    assert back["limits"] == bounds
+
+
+async def test_a_dry_run_sends_no_bounds(clock: Any, report: Report) -> None:
+    actor = PolicyActor({"controller": "predictive", "dry_run": True}, clock=clock)
+    assert (await actor.sync(report().to_dict(), 0, 0.0))["limits"] is None
+
+
 async def test_a_restarted_replica_starts_over_and_its_old_process_is_refused(
     actor: PolicyActor, report: Report, clock: Any
 ) -> None:
@@ -187,13 +214,24 @@ async def test_a_replica_killed_in_the_middle_of_a_flip_makes_no_decision(
     assert [record["replica_id"] for record in actor.status()["log"]] == ["dead"]
 
 
-async def test_a_clock_that_jumps_flips_nothing(actor: PolicyActor, report: Report, clock: Any) -> None:
-    await actor.sync(report("a", waiting=4).to_dict(), 0, 0.0)
-    await actor.sync(report("b", waiting=4).to_dict(), 0, 0.0)
-    for jump in (1e6, -2e6, 3e6):
+@pytest.mark.parametrize("jump", [2.5, 4.5, 1e6, -2.5, -1e6])
+async def test_a_clock_that_jumps_ends_no_calm_stay_in_fp8(
+    actor: PolicyActor, report: Report, clock: Any, jump: float
+) -> None:
+    """Every signal is calm before and after; within the lease as well, only time that was seen counts."""
+    await actor.sync(report(mode="fp8", epoch=7).to_dict(), 7, 0.0)
+    sequence = 1
+    for _ in range(3):
         clock.now += jump
-        await actor.sync(report("a", sequence=abs(int(jump)), waiting=4).to_dict(), 1, 0.0)
-    assert actor.status()["log"] == []
+        sequence += 1
+        answer = await actor.sync(report(sequence=sequence, mode="fp8", epoch=8).to_dict(), 8, 0.0)
+        assert answer["mode"] == "fp8"
+    for _ in range(2):
+        clock.now += 0.6
+        sequence += 1
+        calm = report(sequence=sequence, mode="fp8", epoch=answer["epoch"])
+        answer = await actor.sync(calm.to_dict(), answer["epoch"], 0.0)
+    assert answer["mode"] == "fp16"
 
 
 async def test_a_pin_holds_until_it_expires(actor: PolicyActor, report: Report, clock: Any) -> None:
@@ -253,6 +291,34 @@ async def test_broken_signals_are_a_heartbeat_and_shown(
     assert shown["held"] == "unusable signals: waiting"
     assert shown["leased"]
     assert shown["heard_s_ago"] == 0.0
+
+
+async def test_a_controller_that_raises_changes_no_mode_and_ends_no_call(
+    actor: PolicyActor, report: Report, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await actor.sync(report("a").to_dict(), 0, 0.0)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("no tokens")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ThresholdController, "wishes", fail)
+        clock.now += 1.0
+        answer = await actor.sync(report("a", sequence=2, waiting=9).to_dict(), 1, 0.0)
+        assert (answer["mode"], answer["epoch"]) == ("fp16", 1)
+        status = actor.status()
+        assert status["failed_decisions"] == 1
+        assert status["last_decision_error"] == "ZeroDivisionError: no tokens"
+        assert status["replicas"]["a"]["held"] == "the controller failed: ZeroDivisionError: no tokens"
+        await actor.set_override("fp8", 0.5)
+        assert (await actor.sync(report("a", sequence=3).to_dict(), 1, 0.0))["mode"] == "fp8"
+    clock.now += 1.0
+    await actor.sync(report("a", sequence=4, mode="fp8", epoch=2).to_dict(), 2, 0.0)
+    clock.now += 1.0
+    assert (await actor.sync(report("a", sequence=5, mode="fp8", epoch=2).to_dict(), 2, 0.0))[
+        "mode"
+    ] == "fp16"
+    assert actor.status()["failed_decisions"] == 2
 
 
 @pytest.mark.parametrize("bad", [{}, {"replica_id": "a"}, None, {"replica_id": 3}])

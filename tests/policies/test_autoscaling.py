@@ -291,6 +291,20 @@ def test_none_is_removed_when_the_rest_would_not_hold_in_16_bits() -> None:
         assert rule.at(float(second), [BUSY, BUSY]).replicas == 2
 
 
+@pytest.mark.parametrize("in_fp8", [0.0, 0.5], ids=["16 bits", "auto"])
+@pytest.mark.parametrize("strain", [CONFIG.headroom, 1.5])
+def test_none_is_removed_while_any_is_strained_whatever_is_predicted(in_fp8: float, strain: float) -> None:
+    """The step costs that predictions are made with may not be the engine's."""
+    rule = Rule()
+    rows = [{**IDLE, "in_fp8": in_fp8}, {**IDLE, "in_fp8": in_fp8, "strain": strain}]
+    for second in range(1000):
+        assert rule.at(float(second), rows).replicas == 2
+    calm = [{**row, "strain": 0.69} for row in rows]
+    assert rule.at(1000.0, calm).replicas == 2
+    assert rule.at(1099.0, calm).replicas == 2
+    assert rule.at(1100.0, calm).replicas == 1
+
+
 def test_an_overload_while_none_is_ordered_asks_for_the_least_that_holds() -> None:
     state = ScalingState(overloaded_since_s=0.0)
     row = {**IDLE, "in_fp8": 1.0, "strain": 1.0}

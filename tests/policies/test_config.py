@@ -77,6 +77,7 @@ def test_signals_may_wait_longer_where_older_ones_decide() -> None:
         ({"lease_s": math.inf}, "lease_s"),
         ({"sync_wait_s": 3.0, "lease_s": 5.0}, "sync_wait_s"),
         ({"sync_wait_s": 10.0, "lease_s": 30.0}, "sync_wait_s"),
+        ({"decide_interval_s": 2.0}, "decide_interval_s"),
         ({"controller": "threshold", "prediction": {"shed": True}}, "prediction.shed"),
         ({"controller": "predictive", "thresholds": {"waiting": {"high": 8, "low": 1}}}, "thresholds"),
         ({"max_flips_per_minute": 1}, "max_flips_per_minute"),

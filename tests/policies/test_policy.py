@@ -70,6 +70,7 @@ def test_return_needs_unbroken_calm_on_every_signal(view: MakeView) -> None:
     assert run.at(10.0).mode == "fp8"
     assert run.at(12.0, ttft_p90_s=0.5).mode == "fp8"
     assert run.at(13.0).mode == "fp8"
+    assert run.at(14.5).mode == "fp8"
     assert run.at(15.9).mode == "fp8"
     returned = run.at(16.0)
     assert (returned.previous, returned.mode) == ("fp8", "fp16")
@@ -169,7 +170,19 @@ def test_bad_facts_break_calm(view: MakeView) -> None:
     run.at(10.0)
     run.at(12.0, stale_s=9.0)
     assert run.at(13.5).mode == "fp8"
+    assert run.at(15.0).mode == "fp8"
     assert run.at(16.5).mode == "fp16"
+
+
+@pytest.mark.parametrize(("gap_s", "returned"), [(2.0, "fp16"), (2.1, "fp8"), (1e9, "fp8")])
+def test_a_time_without_decisions_breaks_calm(view: MakeView, gap_s: float, returned: str) -> None:
+    """As long as signals may be old it counts; a process that was suspended longer has seen no calm."""
+    run = Run(view)
+    run.at(0.0, waiting=8)
+    run.at(1.0)
+    assert run.at(3.0).mode == "fp8"
+    assert run.at(3.0 + gap_s).mode == returned
+    assert [run.at(3.0 + gap_s + later_s).mode for later_s in (1.5, 3.0)][-1] == "fp16"
 
 
 def test_one_bad_replica_does_not_hold_the_others(view: MakeView) -> None:
@@ -185,6 +198,7 @@ def test_a_pin_beats_every_bound_and_expires(view: MakeView) -> None:
     assert (pinned.mode, pinned.signal) == ("fp8", "override")
     assert run.at(99.9, override=pin).mode == "fp8"
     run.at(100.0, override=pin)
+    assert run.at(101.5).mode == "fp8"
     assert run.at(103.0, override=pin).mode == "fp16"
 
 

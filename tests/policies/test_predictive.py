@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,15 @@ def test_16_bits_return_only_when_predicted_to_hold(view: MakeView) -> None:
     assert modes[-1] == "fp16"
 
 
+def test_a_time_without_decisions_breaks_calm(view: MakeView) -> None:
+    run = Run(calm_s=3.0)
+    heavy = {**BUSY, "arrivals_per_s": 40.0, "arriving_prompt_tokens_per_s": 40_000.0}
+    for step in range(100):
+        run.at(step * 0.1, view(**heavy))
+    modes = [run.at(now, view(**BUSY))["a"].mode for now in (10.0, 11.5, 16.0, 17.5, 19.0)]
+    assert modes == ["fp8"] * 4 + ["fp16"]
+
+
 def test_the_burst_projection_acts_before_the_queue_is_critical(view: MakeView) -> None:
     """A queue of 12,000 tokens flips nothing while it stands, and does as the front of a rising burst."""
     standing, rising = Run(), Run(prediction={"horizon_s": 1.0})
@@ -135,6 +145,26 @@ def test_shedding_is_the_last_rung_and_is_taken_back(view: MakeView) -> None:
     eased = {**BUSY, "waiting": 20, "waiting_prompt_tokens": 20_000}
     third = run.at(5.0, view(**eased, tokens_fp8=10))["a"]
     assert third.limits == first.limits
+
+
+def test_a_bound_on_the_queue_follows_the_batch_in_steps_of_a_tenth(view: MakeView) -> None:
+    """Each bound is an order and a call of the engine, and the batch changes with every report."""
+    run = Run(prediction={"shed": True})
+    flooded = {**BUSY, "waiting": 400, "waiting_prompt_tokens": 400_000, "mode": "fp8"}
+
+    def bounds(batches: range) -> list[float]:
+        seen = []
+        for running in batches:
+            limits = run.at(running * 0.1, view(**{**flooded, "running": running}))["a"].limits
+            assert limits is not None
+            seen.append(limits["waiting_prompt_tokens"])
+        return seen
+
+    assert len(set(bounds(range(20, 40)))) == 1
+    followed = bounds(range(40, 1000))
+    changes = [(before, after) for before, after in pairwise(followed) if before != after]
+    assert 3 <= len(changes) <= 30
+    assert all(abs(after - before) > 0.1 * before for before, after in changes)
 
 
 def test_without_leave_nothing_is_shed(view: MakeView) -> None:

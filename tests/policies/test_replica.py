@@ -11,6 +11,8 @@ import pytest
 from nestedfp.policies.actor import PolicyActor
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import PolicyConfig
+from nestedfp.policies.controllers.bounds import step_bounds
+from nestedfp.policies.controllers.threshold import ThresholdController
 from nestedfp.policies.replica import ActorUnavailable, Call, Order, ReplicaControl, follow
 
 CONFIG = PolicyConfig.from_dict(
@@ -135,6 +137,56 @@ def test_alone_it_makes_no_flip_on_old_or_broken_signals(
     assert control.order().mode == "fp16"
     control.begin({**idle, "waiting": 9})
     assert control.order().mode == "fp8"
+
+
+@pytest.mark.parametrize("found", [None, Order("fp8", 7, "r", {"pace_s": 0.001})])
+def test_alone_its_orders_have_the_step_bounds_even_if_its_engine_does_not_answer(
+    clock: Any, idle: dict[str, Any], found: Order | None
+) -> None:
+    config = PolicyConfig(controller="predictive")
+    control = ReplicaControl("a", config, clock=clock, found=found)
+    orders = [control.order()]
+    for signals in ({}, {**idle, "age_s": 99.0}, idle):
+        control.begin(signals)
+        orders.append(control.order())
+    assert [order.limits for order in orders] == [step_bounds(config)] * 4
+
+
+def test_alone_and_blind_it_keeps_the_limits_that_the_actor_sent_last(
+    clock: Any, idle: dict[str, Any]
+) -> None:
+    control = ReplicaControl("a", PolicyConfig(controller="predictive"), clock=clock)
+    control.order()
+    for epoch, limits in ((1, {"pace_s": 0.02}), (2, {"pace_s": 0.02, "waiting_prompt_tokens": 900.0})):
+        call = control.begin(idle)
+        assert control.finish(call, answer(call, epoch, "fp16", limits=limits))
+        assert control.order().limits == limits
+    clock.now += 3.0
+    control.begin({})
+    order = control.order()
+    assert (order.source, order.limits) == ("local", {"pace_s": 0.02, "waiting_prompt_tokens": 900.0})
+
+
+def test_alone_it_keeps_its_mode_while_its_controller_raises(
+    clock: Any, idle: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PolicyConfig(cut_steps=True)
+    control = ReplicaControl("a", config, clock=clock)
+    busy = {**idle, "oldest_waiting_s": 9.0}
+
+    def fail(*_: object) -> None:
+        raise ValueError("broken")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ThresholdController, "wishes", fail)
+        control.begin(busy)
+        order = control.order()
+        assert (order.mode, order.limits) == ("fp16", step_bounds(config))
+        assert control.status()["failed_decisions"] == 1
+        assert control.status()["last_decision_error"] == "ValueError: broken"
+    control.begin(busy)
+    assert control.order().mode == "fp8"
+    assert control.status()["failed_decisions"] == 1
 
 
 def test_local_and_central_flips_share_one_bound(
