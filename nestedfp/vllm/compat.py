@@ -155,6 +155,22 @@ def batch_invariant() -> bool:
     return bool(envs.VLLM_BATCH_INVARIANT)
 
 
+def on_any_rank(here: bool) -> bool:
+    """Whether it is so on any rank of tensor parallelism. All ranks must ask, and in the same order."""
+    import torch
+    from vllm.distributed import parallel_state
+
+    # Layers are also made without an engine.
+    if not parallel_state.model_parallel_is_initialized():
+        return here
+    group = parallel_state.get_tp_group()
+    if group.world_size == 1:
+        return here
+    anywhere = torch.tensor(int(here))
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return bool(anywhere)
+
+
 def graph_holders(runner: Any) -> list[tuple[Any, str]]:
     """All (object, attribute) pairs under which vLLM keeps CUDA graphs of the model that `runner` runs.
 

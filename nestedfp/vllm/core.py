@@ -1,5 +1,6 @@
 """The utility call that sets the target and reads the state inside the engine process."""
 
+from dataclasses import replace
 from typing import Any
 
 from nestedfp.vllm.control import UTILITY
@@ -26,25 +27,33 @@ def nestedfp_control(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
         if command == "take_request_tokens":
             return {"result": scheduler.request_tokens.take(arguments["request_id"])}
         if command == "status":
-            facts = _worker_facts(engine, scheduler.counts.loads)
-            return {"result": scheduler.precision_status(facts).to_dict()}
+            facts, ranks = _worker_facts(engine, scheduler.counts.loads)
+            status = scheduler.precision_status(facts)
+            if status.mixed_steps is not None and ranks > 1:
+                # The first rank's came with the steps' outputs.
+                others = engine.collective_rpc("checked_steps")[1:]
+                mixed = sum((rank["mixed"] for rank in others), status.mixed_steps)
+                status = replace(status, mixed_steps=mixed)
+            return {"result": status.to_dict()}
     except ValueError as error:
         return {"error": str(error)}
     return {"error": f"unknown command {command!r}, expected set_target, status or take_request_tokens"}
 
 
-def _worker_facts(engine: Any, loads: int) -> dict[str, Any]:
-    """Facts that change with the weights alone, asked of the first rank once a load.
+def _worker_facts(engine: Any, loads: int) -> tuple[dict[str, Any], int]:
+    """Facts that change with the weights alone, asked of the workers once a load, and the number of ranks.
 
-    The call waits for the step in progress. `loads` is what the last executed step said: a reload shows from
-    the first step after it.
+    Rows that are rounded are added up over the ranks; the rest is the first rank's, as all nest the same
+    layers. The call waits for the step in progress. `loads` is what the last executed step said: a reload
+    shows from the first step after it.
     """
-    known: tuple[int, dict[str, Any]] | None = getattr(engine, _FACTS, None)
+    known: tuple[int, dict[str, Any], int] | None = getattr(engine, _FACTS, None)
     if known is None or known[0] < loads:
-        facts = dict(engine.collective_rpc("precision_facts")[0])
-        known = facts.pop("loads"), facts
+        ranks: list[dict[str, Any]] = engine.collective_rpc("precision_facts")
+        facts = {**ranks[0], "inexact_rows": sum(rank["inexact_rows"] for rank in ranks)}
+        known = facts.pop("loads"), facts, len(ranks)
         setattr(engine, _FACTS, known)
-    return known[1]
+    return known[1:]
 
 
 def install(engine_core: Any) -> None:

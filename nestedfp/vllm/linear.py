@@ -156,17 +156,20 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
     def _nest(self, weight: Tensor) -> NestedWeight | None:
         """The nested weight, or None where the layer is to stay plain; raises for NaN and infinity.
 
-        On a reload a nested layer cannot become plain, as compiled code reads its bytes: there ValueError
-        is raised for rows that must be exact and are not, before anything of the layer is written.
+        All ranks of tensor parallelism nest the layer, or none does: a step would else run in two precisions
+        at once. On a reload a nested layer cannot become plain, as compiled code reads its bytes: there
+        ValueError is raised for rows that must be exact and are not, before anything of the layer is written.
         """
         if weight.dtype not in DTYPES:
             ACTIVE.note_layer(self._name, f"dtype {weight.dtype}")
             return None
+        must_be_exact = self._must_be_exact(weight.dtype)
+        nested: NestedWeight | None = None
         try:
             nested = nest(
                 weight,
                 order=preferred_order(weight.device, *weight.shape),
-                require_exact=self._must_be_exact(weight.dtype),
+                require_exact=must_be_exact,
                 planes=STAGING.planes(weight),
             )
         except InexactRowsError as error:
@@ -177,11 +180,14 @@ class NestedLinearMethod(_LinearMethodBase):  # type: ignore[misc]
                     "not rebuild bit for bit, and a running engine keeps a nested layer nested; reload the "
                     "old weights, or start an engine on the new ones, with inexact='nearest' to round them"
                 ) from error
-            ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
             logger.warning("layer %s stays plain 16-bit: %s", self._name, error)
-            return None
         except NonFiniteWeightError as error:
             raise NonFiniteWeightError(f"layer {self._name}: {error}") from error
+        if must_be_exact and self._is_plain is None and compat.on_any_rank(nested is None):
+            nested = None
+        if nested is None:
+            ACTIVE.note_layer(self._name, "rows that would not rebuild bit for bit")
+            return None
         ACTIVE.inexact_rows.pop(self._name, None)
         if rows := nested.exactness.inexact_rows:
             ACTIVE.inexact_rows[self._name] = rows

@@ -27,7 +27,8 @@ class EngineStatus:
     """Time the worker took for the last flip."""
     last_flip_reason: str | None
     mixed_steps: int | None
-    """Steps in which some layer ran a precision other than the plan's; None where steps are not checked."""
+    """Steps in which some layer ran a precision other than the plan's, added up over the ranks of tensor
+    parallelism; None where steps are not checked."""
     running: int
     waiting: int
     waiting_prompt_tokens: int
@@ -52,7 +53,8 @@ class EngineStatus:
     context_tokens: int | None = None
     """Tokens in the KV cache of the running requests together."""
     inexact_rows: int = 0
-    """Rows of nested layers that are rounded, by less than 2^-24 of the row's largest weight."""
+    """Rows of nested layers that are rounded, by less than 2^-24 of the row's largest weight, added up over
+    the ranks of tensor parallelism."""
     fused_mlps: int = 0
     """MLPs whose activation is computed within a product."""
     unfused_reasons: dict[str, int] = field(default_factory=dict)

@@ -29,7 +29,7 @@ class Scheduler:
             flips=0,
             last_flip_seconds=None,
             last_flip_reason=None,
-            mixed_steps=None,
+            mixed_steps=self.counts.mixed_steps,
             running=0,
             waiting=0,
             waiting_prompt_tokens=0,
@@ -49,12 +49,17 @@ class Core:
         self.scheduler = scheduler
         self.rpcs = 0
         self.nested, self.loads = 4, 4
+        self.inexact_rows, self.mixed = [0], [0]
+        """By rank."""
 
     def collective_rpc(self, method: str) -> list[dict[str, Any]]:
-        assert method == "precision_facts"
         self.rpcs += 1
+        if method == "checked_steps":
+            return [{"mixed": mixed} for mixed in self.mixed]
+        assert method == "precision_facts"
         layers = {"nested": self.nested, "plain": 4 - self.nested}
-        return [{"layers": layers, "plain_reasons": {}, "loads": self.loads}]
+        facts = {"layers": layers, "plain_reasons": {}, "loads": self.loads}
+        return [{**facts, "inexact_rows": rows} for rows in self.inexact_rows]
 
     async def call_utility_async(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         assert method == UTILITY
@@ -95,6 +100,19 @@ async def test_facts_of_the_worker_are_asked_anew_after_a_reload_of_weights() ->
     step()
     await control.status()
     assert core.rpcs == 2
+
+
+@pytest.mark.parametrize(("checked", "mixed"), [(True, 6), (False, None)])
+async def test_the_status_speaks_of_all_ranks(checked: bool, mixed: int | None) -> None:
+    engine = Engine(Scheduler())
+    core = engine.engine_core
+    core.inexact_rows, core.mixed = [3, 0, 2], [1, 0, 5]
+    for mismatches in (0, 4) if checked else (None,):
+        report = StepReport("fp16", None, mismatches, core.loads)
+        core.scheduler.counts.add(StepTag("fp16", "", 0.0), report, 1, 1.0)
+    status = await EngineControl(engine).status()
+    assert (status.inexact_rows, status.mixed_steps) == (5, mixed)
+    assert core.rpcs == 1 + checked
 
 
 async def test_a_refused_target_is_a_value_error() -> None:

@@ -6,10 +6,11 @@ from weakref import ref
 
 import pytest
 import torch
+from programs import findings
 from torch import nn
 
 from nestedfp.precision import Precision
-from nestedfp.vllm import op
+from nestedfp.vllm import compat, op
 from nestedfp.vllm.active import ACTIVE, LayerRecord
 from nestedfp.vllm.linear import NestedLinearMethod, PlainLinearMethod, Staging
 from nestedfp.vllm.plan import FP8, FP16, Plan
@@ -168,6 +169,31 @@ def test_a_layer_that_would_lose_bits_stays_plain_and_is_counted() -> None:
     )
     loaded(w, inexact=Inexact.NEAREST)
     assert ACTIVE.layer_counts()[0] == {"nested": 1, "plain": 1}
+
+
+def test_ranks_of_tensor_parallelism_agree_on_what_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def on_any_rank(here: bool) -> bool:
+        asked.append(here)
+        return True
+
+    monkeypatch.setattr(compat, "on_any_rank", on_any_rank)
+    layer, method = loaded(weights())
+    assert hasattr(layer, "weight")
+    assert method.order is None
+    assert ACTIVE.layers == {"model.layers.0.mlp.down_proj": "rows that would not rebuild bit for bit"}
+    loaded(weights(), "1.down_proj", Inexact.NEAREST)
+    loaded(weights().float(), "2.down_proj")
+    reload(layer, method, weights())
+    assert asked == [False], "once for each layer that another rank may want plain"
+
+
+@pytest.mark.timeout(120)
+def test_two_ranks_nest_the_same_layers() -> None:
+    found = findings("two_ranks.py")
+    layers = {"0.down_proj": "nested", "1.down_proj": "rows that would not rebuild bit for bit"}
+    assert {rank: entry["layers"] for rank, entry in found.items()} == {"0": layers, "1": layers}
 
 
 def test_bfloat16_rows_below_the_grid_are_rounded_and_counted() -> None:
