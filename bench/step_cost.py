@@ -35,6 +35,7 @@ def vllm_config() -> SimpleNamespace:
         parallel_config=parallel,
         lora_config=None,
         speculative_config=None,
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
     )
 
 

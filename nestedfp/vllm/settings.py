@@ -15,12 +15,14 @@ SPECULATION = "speculative decoding"
 PIPELINE = "pipeline parallelism"
 DATA = "data parallelism"
 BATCH_INVARIANCE = "batch-invariant results"
+ENCODER_GRAPHS = "CUDA graphs of encoders"
 
 _REMEDIES = {
     LORA: "merge the adapter into the checkpoint",
     SPECULATION: "drop speculative_config",
     PIPELINE: "use tensor_parallel_size instead",
     DATA: "start one engine per rank",
+    ENCODER_GRAPHS: "drop cudagraph_mm_encoder from compilation_config",
     BATCH_INVARIANCE: "unset VLLM_BATCH_INVARIANT, or serve the model without this quantization",
 }
 

@@ -13,7 +13,15 @@ from nestedfp.vllm.config import settings_of
 from nestedfp.vllm.gated import fuse_silu
 from nestedfp.vllm.linear import STAGING
 from nestedfp.vllm.plan import Plan
-from nestedfp.vllm.settings import BATCH_INVARIANCE, DATA, LORA, PIPELINE, SPECULATION, refusal
+from nestedfp.vllm.settings import (
+    BATCH_INVARIANCE,
+    DATA,
+    ENCODER_GRAPHS,
+    LORA,
+    PIPELINE,
+    SPECULATION,
+    refusal,
+)
 from nestedfp.vllm.step import REPORT, TAG, StepReport, StepTag
 
 # Under vLLM's own logger, which is the only one that its processes configure.
@@ -163,6 +171,8 @@ def refuse_unsupported(vllm_config: Any) -> None:
         # Of a dense model vLLM makes each rank an engine of size 1; all but the first keep their index.
         DATA: parallel.data_parallel_size > 1 or parallel.data_parallel_index > 0,
         BATCH_INVARIANCE: compat.batch_invariant(),
+        # Their manager holds one family, and would keep the precision that was captured last.
+        ENCODER_GRAPHS: vllm_config.compilation_config.cudagraph_mm_encoder,
     }
     for feature, given in wanted.items():
         if given:

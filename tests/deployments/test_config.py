@@ -243,7 +243,8 @@ def test_what_the_plugin_refuses_at_start_is_refused_before_it(
 ) -> None:
     sizes = {"pipeline_parallel_size": 1, "data_parallel_size": 1, "data_parallel_index": 0}
     parallel = {**sizes, **at_start}
-    engine = {"lora_config": None, "speculative_config": None, **at_start}
+    compilation = SimpleNamespace(cudagraph_mm_encoder=False)
+    engine = {"lora_config": None, "speculative_config": None, "compilation_config": compilation, **at_start}
     with pytest.raises(ValueError) as started:
         refuse_unsupported(SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **engine))
     arguments = {"model": "m", "arguments": {name: value}}

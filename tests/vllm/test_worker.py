@@ -30,6 +30,7 @@ def vllm_config(**changes: Any) -> SimpleNamespace:
         "parallel_config": SimpleNamespace(**PARALLEL),
         "lora_config": None,
         "speculative_config": None,
+        "compilation_config": SimpleNamespace(cudagraph_mm_encoder=False),
         "additional_config": {},
     }
     return SimpleNamespace(**{**config, **changes})
@@ -241,6 +242,10 @@ def test_ranks_that_ran_unlike_answer_unlike(monkeypatch: pytest.MonkeyPatch) ->
         (
             {"parallel_config": SimpleNamespace(**{**PARALLEL, "data_parallel_index": 1})},
             "data parallelism yet; start one engine per rank",
+        ),
+        (
+            {"compilation_config": SimpleNamespace(cudagraph_mm_encoder=True)},
+            "CUDA graphs of encoders yet; drop cudagraph_mm_encoder",
         ),
     ],
 )
