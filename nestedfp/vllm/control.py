@@ -28,8 +28,8 @@ class EngineControl:
     """Sets the target and reads the state of `engine`, an `AsyncLLM` started with `engine_arguments`.
 
     Calls are answered between steps and drain nothing. A target is in force from the first step that is
-    scheduled after `set_target` returned. Setting the same target again changes nothing, a lost call
-    leaves the old target in force, and a dead engine raises vLLM's `EngineDeadError`.
+    scheduled after `set_target` returned. Setting the same target again, with the same limits, changes
+    nothing, a lost call leaves the old target in force, and a dead engine raises vLLM's `EngineDeadError`.
     """
 
     def __init__(self, engine: _Engine) -> None:
@@ -40,8 +40,9 @@ class EngineControl:
     ) -> None:
         """Sets the target to `fp16`, `fp8`, `auto` or a plan named in the configuration.
 
-        `limits` overrides thresholds of `auto` by name (see `nestedfp.vllm.choice.Limits`). Raises
-        ValueError for an unknown mode or limit, and for an epoch older than the one in force.
+        `limits` overrides the configured ones by name (see `nestedfp.vllm.choice.Limits`) until the next
+        target; without it those are in force. Raises ValueError for an unknown mode or limit, and for an epoch
+        older than the one in force.
         """
         await self._call("set_target", mode=mode, epoch=epoch, reason=reason, limits=limits)
 

@@ -55,7 +55,8 @@ class PlanSelection:
     ) -> None:
         """Takes a target; ValueError for an unknown mode or limit, and for an epoch that has passed.
 
-        A repeated target changes nothing. `limits` holds until a target of another mode comes.
+        A target is whole: `limits` overrides the configured ones until the next target, of whatever mode, and
+        one without brings the configured ones back. The same target again, limits included, changes nothing.
         """
         self._settings.check_mode(mode)
         if epoch < self.epoch:

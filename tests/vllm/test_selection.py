@@ -41,6 +41,25 @@ def test_auto_follows_the_facts_and_starts_anew_with_the_mode() -> None:
     assert select(selection, "a")[0] == "fp16"
 
 
+@pytest.mark.parametrize("mode", ["auto", "fp8"])
+def test_limits_hold_for_the_target_that_they_came_with(mode: str) -> None:
+    configured = Settings.from_dict({"limits": {"waiting_high": 7}})
+    selection = PlanSelection(configured)
+    selection.set_target(mode, 1, limits={"tokens_high": 9999})
+    assert (selection.limits.tokens_high, selection.limits.waiting_high) == (9999, 7)
+    selection.set_target(mode, 2, limits={"kv_high": 0.8})
+    assert (selection.limits.tokens_high, selection.limits.kv_high) == (configured.limits.tokens_high, 0.8)
+    selection.set_target(mode, 3)
+    assert selection.limits == configured.limits
+
+
+def test_the_same_target_again_keeps_the_choice() -> None:
+    selection = PlanSelection(SETTINGS)
+    for _ in range(2):
+        selection.set_target("auto", 1, limits={"waiting_high": 9, "tokens_high": 9999})
+        assert select(selection, "a") == ("fp8", "auto: waiting 9 >= 9")
+
+
 def test_an_old_epoch_is_refused_and_a_repeated_one_is_not() -> None:
     selection = PlanSelection(SETTINGS)
     selection.set_target("fp8", 5)
