@@ -41,8 +41,8 @@ class EngineControl:
         """Sets the target to `fp16`, `fp8`, `auto` or a plan named in the configuration.
 
         `limits` overrides the configured ones by name (see `nestedfp.vllm.choice.Limits`) until the next
-        target; without it those are in force. Raises ValueError for an unknown mode or limit, and for an epoch
-        older than the one in force.
+        target; without it those are in force. Raises ValueError for an unknown mode or limit, and for an
+        epoch older than the one in force.
         """
         await self._call("set_target", mode=mode, epoch=epoch, reason=reason, limits=limits)
 

@@ -172,7 +172,11 @@ class PrecisionMixin:
             crowded=self.kv_cache_manager.usage >= limits.kv_high,
         )
         self._batch_context = work.context
-        return self.selection.bound(work, self._times.of, (request.request_id for request in self.running))
+        running = (request.request_id for request in self.running)
+        queue = (
+            (request.request_id, request.num_tokens - request.num_computed_tokens) for request in self.waiting
+        )
+        return self.selection.bound(work, self._times.of, running, queue)
 
 
 def is_strict(request: Any) -> bool:

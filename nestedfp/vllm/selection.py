@@ -76,12 +76,20 @@ class PlanSelection:
             self._strict.difference_update(request_ids)
 
     def bound(
-        self, work: StepWork, terms: Callable[[str], StepTerms], request_ids: Iterable[str]
+        self,
+        work: StepWork,
+        terms: Callable[[str], StepTerms],
+        request_ids: Iterable[str],
+        queue: Iterable[tuple[str, int]] = (),
     ) -> BoundedStep | None:
         """What the next step may be, before it is composed; None where no bounds hold.
 
-        `terms` gives those of a precision, `request_ids` are those of the batch. A plan in between is taken
-        to be as slow as 16 bits.
+        `terms` gives those of a precision, `request_ids` are those of the batch, `queue` the ids that wait
+        and their tokens, both part of `work`. A plan in between is taken to be as slow as 16 bits.
+
+        An FP8 step that would reach a strict request of the queue is no larger than a 16-bit one: what vLLM
+        admits, and so the precision, shows only once it is composed. What the prefix cache holds counts as
+        not computed, so that a step may reach further than this tells.
         """
         if self._limits.steps is None:
             return None
@@ -93,9 +101,29 @@ class PlanSelection:
             return BoundedStep(cut(bounds, slow, work), _FP16, "strict request in the step")
         if self.mode != AUTO:
             given = fast if self.mode == _FP8 else slow
-            return BoundedStep(cut(bounds, given, work), self.mode, self._reason)
-        tokens, cause, value = choose_within(bounds, slow, fast, work)
-        return BoundedStep(tokens, _FP16 if cause == IN_TIME else _FP8, _REASONS[cause].format(value))
+            bounded = BoundedStep(cut(bounds, given, work), self.mode, self._reason)
+        else:
+            tokens, cause, value = choose_within(bounds, slow, fast, work)
+            plan = _FP16 if cause == IN_TIME else _FP8
+            bounded = BoundedStep(tokens, plan, _REASONS[cause].format(value))
+        if bounded.plan == _FP8 and self._reaches_strict(bounded.tokens, work, queue):
+            return bounded._replace(tokens=min(bounded.tokens, cut(bounds, slow, work)))
+        return bounded
+
+    def _reaches_strict(self, tokens: int, work: StepWork, queue: Iterable[tuple[str, int]]) -> bool:
+        """Whether a step of `tokens` has room for the queue up to its first strict request."""
+        if not self._strict:
+            return False
+        waiting = list(queue)
+        queued = sum(left for _, left in waiting)
+        room = tokens - work.decodes - (sum(work.prompt_tokens) - queued)
+        for request_id, left in waiting:
+            if room <= 0:
+                return False
+            if request_id in self._strict:
+                return True
+            room -= left
+        return False
 
     def select(
         self,

@@ -244,6 +244,25 @@ def test_a_step_with_a_strict_request_is_held_to_what_16_bits_compute(scheduler:
     assert scheduler.allowed == [pytest.approx(313, abs=1)]
 
 
+@pytest.mark.parametrize("mode", ["fp8", "auto"])
+@pytest.mark.parametrize(
+    ("before", "tokens"),
+    [((), 313), ((200, 300), 313), ((500, 500), 627)],
+    ids=["first", "reached", "behind"],
+)
+def test_a_step_that_may_admit_a_strict_request_is_no_larger_than_16_bits_allow(
+    scheduler: Scheduler, mode: str, before: tuple[int, ...], tokens: int
+) -> None:
+    """Its precision shows once it is composed: in 16 bits with the request, in FP8 without."""
+    scheduler.selection.set_target(mode, 1, limits=BOUNDS)
+    scheduler.running = [request("a", made=1, computed=40, age_s=0.5)]
+    scheduler.waiting = [request(f"p{i}", age_s=0.6, prompt=8 + left) for i, left in enumerate(before)]
+    scheduler.add_request(request("s", nestedfp_precision="fp16", age_s=0.6, prompt=5008))
+    assert getattr(scheduler.step(a=1, p=200), TAG).plan == "fp8"
+    assert getattr(scheduler.step(a=1, s=200), TAG).plan == "fp16"
+    assert scheduler.allowed[0] == pytest.approx(tokens, abs=1)
+
+
 def test_steps_in_flight_take_the_time_of_the_next(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
