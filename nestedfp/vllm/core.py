@@ -1,11 +1,19 @@
 """The utility call that sets the target and reads the state inside the engine process."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from nestedfp.vllm.control import UTILITY
+from nestedfp.vllm.status import EngineStatus
 
 _FACTS = "_nestedfp_worker_facts"
+_ARGUMENTS: dict[str, tuple[set[str], set[str]]] = {
+    "set_target": ({"mode", "epoch"}, {"reason", "limits"}),
+    "take_request_tokens": ({"request_id"}, set()),
+    "status": (set(), set()),
+}
+"""By command, the arguments that it needs and those that it may have."""
 
 
 def nestedfp_control(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -22,22 +30,37 @@ def nestedfp_control(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
             "target; start it with nestedfp.vllm.engine_arguments()"
         }
     try:
+        _check_arguments(command, arguments)
         if command == "set_target":
             return {"result": scheduler.selection.set_target(**arguments)}
         if command == "take_request_tokens":
             return {"result": scheduler.request_tokens.take(arguments["request_id"])}
-        if command == "status":
-            facts, ranks = _worker_facts(engine, scheduler.counts.loads)
-            status = scheduler.precision_status(facts)
-            if status.mixed_steps is not None and ranks > 1:
-                # The first rank's came with the steps' outputs.
-                others = engine.collective_rpc("checked_steps")[1:]
-                mixed = sum((rank["mixed"] for rank in others), status.mixed_steps)
-                status = replace(status, mixed_steps=mixed)
-            return {"result": status.to_dict()}
+        return {"result": _status(engine).to_dict()}
     except ValueError as error:
         return {"error": str(error)}
-    return {"error": f"unknown command {command!r}, expected set_target, status or take_request_tokens"}
+
+
+def _check_arguments(command: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an unknown command, and for arguments that it lacks or does not take."""
+    if not isinstance(command, str) or command not in _ARGUMENTS:
+        raise ValueError(f"unknown command {command!r}, expected one of {list(_ARGUMENTS)}")
+    needed, optional = _ARGUMENTS[command]
+    missing, unknown = needed - arguments.keys(), arguments.keys() - needed - optional
+    if missing or unknown:
+        raise ValueError(
+            f"{command}: missing {sorted(missing)}, unknown {sorted(unknown)}; the engine and its caller run "
+            "different versions of nestedfp"
+        )
+
+
+def _status(engine: Any) -> EngineStatus:
+    facts, ranks = _worker_facts(engine, engine.scheduler.counts.loads)
+    status: EngineStatus = engine.scheduler.precision_status(facts)
+    if status.mixed_steps is None or ranks == 1:
+        return status
+    # The first rank's came with the steps' outputs.
+    others = engine.collective_rpc("checked_steps")[1:]
+    return replace(status, mixed_steps=sum((rank["mixed"] for rank in others), status.mixed_steps))
 
 
 def _worker_facts(engine: Any, loads: int) -> tuple[dict[str, Any], int]:

@@ -53,12 +53,16 @@ class PlanSelection:
     def set_target(
         self, mode: str, epoch: int, reason: str = "", limits: Mapping[str, Any] | None = None
     ) -> None:
-        """Takes a target; ValueError for an unknown mode or limit, and for an epoch that has passed.
+        """Takes a target; ValueError for an unknown mode, a bad limit, and an epoch that has passed.
 
         A target is whole: `limits` overrides the configured ones until the next target, of whatever mode, and
         one without brings the configured ones back. The same target again, limits included, changes nothing.
         """
         self._settings.check_mode(mode)
+        if not isinstance(epoch, int):
+            raise ValueError(f"epoch is {epoch!r}, expected a whole number")
+        if not isinstance(limits, Mapping | None):
+            raise ValueError(f"limits is {limits!r}, expected a mapping from names to numbers")
         if epoch < self.epoch:
             raise ValueError(f"epoch is {epoch}, but {self.epoch} is already in force; read the status first")
         limits_now = self._settings.limits.override(limits or {})

@@ -1,5 +1,6 @@
 """EngineControl against the real command handler, with a scheduler that is only its precision parts."""
 
+import re
 from typing import Any
 
 import pytest
@@ -119,6 +120,40 @@ async def test_a_refused_target_is_a_value_error() -> None:
     control = EngineControl(Engine(Scheduler()))
     with pytest.raises(ValueError, match="mode is 'int4'"):
         await control.set_target("int4")
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        ({"command": "take_request_tokens"}, r"take_request_tokens: missing \['request_id'\], unknown \[\]"),
+        ({"command": "status", "deep": True}, r"status: missing \[\], unknown \['deep'\]"),
+        (
+            {"command": "set_target", "mode": "fp8", "precision": 8},
+            r"missing \['epoch'\], unknown \['precision'\]",
+        ),
+        (
+            {"command": "stop"},
+            r"unknown command 'stop', expected one of \['set_target', 'take_request_tokens'",
+        ),
+        ({}, "unknown command None"),
+        ({"command": []}, r"unknown command \[\]"),
+    ],
+)
+def test_a_malformed_command_is_answered(request_: dict[str, Any], error: str) -> None:
+    answer = nestedfp_control(Core(Scheduler()), request_)
+    assert answer.keys() == {"error"}
+    assert re.search(error, answer["error"])
+
+
+@pytest.mark.parametrize(
+    "change", [{"epoch": "1"}, {"epoch": None}, {"limits": [1]}, {"limits": "x"}, {"mode": ["fp8"]}]
+)
+def test_a_target_of_the_wrong_types_is_a_value_error(change: dict[str, Any]) -> None:
+    arguments = {"command": "set_target", "mode": "fp8", "epoch": 1, **change}
+    scheduler = Scheduler()
+    (name,) = change
+    assert nestedfp_control(Core(scheduler), arguments)["error"].startswith(f"{name} is {change[name]!r}, ")
+    assert (scheduler.selection.mode, scheduler.selection.epoch) == ("fp16", 0)
 
 
 async def test_tokens_of_an_unknown_request_are_none() -> None:
