@@ -9,6 +9,8 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Container
+from functools import cache
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -48,18 +50,24 @@ def fuse_silu(model: nn.Module, orders: Container[KOrder] = (KOrder.HOPPER,)) ->
             if not isinstance(method, NestedLinearMethod) or len(_parts(layer)) != 2:
                 continue
             if in_mlp:
-                ACTIVE.mlps[method.name] = _fused(owner, name, orders, places[id(layer)])
+                elsewhere = _named_elsewhere(model, name)
+                ACTIVE.mlps[method.name] = _fused(owner, name, orders, places[id(layer)], elsewhere)
             method.compile_as_it_is()
 
 
-def _fused(owner: nn.Module, name: str, orders: Container[KOrder], places: int) -> str:
-    """Fuses what follows the child `name` of `owner`, which stands in so many places; `FUSED`, or why not."""
+def _fused(owner: nn.Module, name: str, orders: Container[KOrder], places: int, elsewhere: bool) -> str:
+    """Fuses what follows the child `name` of `owner`, which stands in so many places, and is perhaps used
+    `elsewhere`; `FUSED`, or why not."""
     layer: Any = getattr(owner, name)
     try:
         _check_layer(layer, orders)
         if places > 1:
             raise NotFusableError("layer in several places of the model")
         activation = activation_after(owner, name)
+        if elsewhere:
+            raise NotFusableError("layer named in the code of another module")
+        if not _names_used(type(owner), ("__init__", "forward")).isdisjoint((name, activation)):
+            raise NotFusableError("layer or activation named in a method beside forward")
     except NotFusableError as reason:
         return str(reason)
     layer.quant_method.gate(layer)
@@ -93,6 +101,32 @@ def activation_after(owner: nn.Module, linear: str) -> str:
     if sum(module is replaced for _, module in owner.named_modules(remove_duplicate=False)) != 1:
         raise NotFusableError("activation under two names")
     return activation
+
+
+def _named_elsewhere(model: nn.Module, name: str) -> bool:
+    """Whether a module of `model` that has no child `name` speaks of one, as of a child's."""
+    kinds = {type(module) for module in model.modules() if name not in module._modules}
+    return any(name in _names_used(kind, ("__init__",)) for kind in kinds)
+
+
+@cache
+def _names_used(kind: Any, without: tuple[str, ...]) -> frozenset[str]:
+    """Attributes and globals in the methods of a class, those `without` and torch's own aside."""
+    own = [base for base in kind.__mro__ if base not in nn.Module.__mro__]
+    methods = [value for base in own for name, value in vars(base).items() if name not in without]
+    codes = [getattr(inspect.unwrap(_function(method)), "__code__", None) for method in methods]
+    found: set[str] = set()
+    while codes:
+        code = codes.pop()
+        if isinstance(code, CodeType):
+            found.update(code.co_names)
+            codes.extend(code.co_consts)
+    return frozenset(found)
+
+
+def _function(method: Any) -> Any:
+    """Of a property the getter, of a class's or a static method what it calls."""
+    return getattr(method, "fget", None) or getattr(method, "__func__", method)
 
 
 def _activations(owner: nn.Module) -> set[str]:

@@ -351,6 +351,50 @@ def test_a_layer_in_several_places_is_left_alone() -> None:
     assert reasons(nn.ModuleList([MLP(layer), MLP(layer)])) == {"layer in several places of the model": 1}
 
 
+class WithAnotherWay(MLP):
+    def products(self, x: torch.Tensor) -> Any:
+        return self.gate_up(x)[0]
+
+
+class WithAProperty(MLP):
+    @property
+    def activations(self) -> list[nn.Module]:
+        return [self.act]
+
+
+class WithAClosure(MLP):
+    def later(self) -> Callable[[torch.Tensor], Any]:
+        return lambda x: self.gate_up(x)
+
+
+class Inherited(WithAnotherWay):
+    pass
+
+
+@pytest.mark.parametrize("kind", [WithAnotherWay, WithAProperty, WithAClosure, Inherited])
+def test_a_layer_that_another_method_may_call_is_left_alone(kind: type[MLP]) -> None:
+    assert reasons(kind()) == {"layer or activation named in a method beside forward": 1}
+
+
+class Block(nn.Module):
+    def __init__(self, mlp: MLP) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.mlp.gate_up.return_bias = True
+
+
+class Reaching(Block):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.mlp.gate_up(x)[0]
+
+
+def test_a_layer_that_another_module_may_call_is_left_alone() -> None:
+    assert reasons(Reaching(MLP())) == {"layer named in the code of another module": 1}
+    ACTIVE.mlps.clear()
+    fuse_silu(Block(MLP()), ANY)
+    assert ACTIVE.mlp_counts() == (1, {}), "a constructor may speak of it"
+
+
 @pytest.mark.parametrize("place", ["again", "deeper"])
 def test_an_activation_under_two_names_is_left_alone(place: str) -> None:
     twice: Any = MLP()
