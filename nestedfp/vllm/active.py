@@ -1,4 +1,4 @@
-"""The plan in force in this process, and the record of what each layer really ran.
+"""The plan in force in this process, and the record of the precision that each layer's operator chose.
 
 There is one owner, `ACTIVE`: layers read it inside the opaque operator, only the worker writes it, and
 only between steps.
@@ -20,10 +20,13 @@ _CODES = {Precision.FP16: 1, Precision.FP8: 2}
 
 
 class LayerRecord:
-    """One byte a layer, on the layers' device, into which each product writes the precision it ran.
+    """One byte a layer, on the layers' device, that the operator sets to the precision it has chosen.
 
-    The write is part of the product, so a CUDA graph replays it: the byte tells what ran, not what was
-    asked for. Layers are told apart by the address of their row exponents, which are never moved.
+    On a GPU that is a launch of its own, just before the product's. A CUDA graph replays both as they were
+    captured, so the byte tells the precision that the replayed graph was captured in, not what was asked for.
+    It does not look into the product: that the kernels launched after it are of this precision follows from
+    the operator's code, and what they compute is for tests of results. The byte of a layer that a step did
+    not run stays 0. Layers are told apart by the address of their row exponents, which are never moved.
     """
 
     def __init__(self, kinds: dict[int, str], device: torch.device) -> None:
@@ -41,13 +44,13 @@ class LayerRecord:
             self._marks[position].fill_(_CODES[precision])
 
     def take(self) -> bytes:
-        """What ran since the last call, a byte a layer in the order of the load; waits for the device."""
+        """The bytes written since the last call, in the order of the load; waits for the device."""
         marks = bytes(self._marks.tolist())
         self._marks.zero_()
         return marks
 
     def mismatches(self, marks: bytes, plan: Plan) -> int:
-        """Layers of `marks` that did not run what `plan` says."""
+        """Layers of `marks` that did not choose the precision that `plan` gives them."""
         return sum(
             mark != _CODES[plan.precision(kind)] for mark, kind in zip(marks, self._kinds, strict=True)
         )

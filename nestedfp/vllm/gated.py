@@ -66,7 +66,8 @@ def _fused(owner: nn.Module, name: str, orders: Container[KOrder], places: int, 
         activation = activation_after(owner, name)
         if elsewhere:
             raise NotFusableError("layer named in the code of another module")
-        if not _names_used(type(owner), ("__init__", "forward")).isdisjoint((name, activation)):
+        kind: Any = type(owner)
+        if not _names_used(kind, ("__init__", "forward")).isdisjoint((name, activation)):
             raise NotFusableError("layer or activation named in a method beside forward")
     except NotFusableError as reason:
         return str(reason)
@@ -105,7 +106,7 @@ def activation_after(owner: nn.Module, linear: str) -> str:
 
 def _named_elsewhere(model: nn.Module, name: str) -> bool:
     """Whether a module of `model` that has no child `name` speaks of one, as of a child's."""
-    kinds = {type(module) for module in model.modules() if name not in module._modules}
+    kinds: set[Any] = {type(module) for module in model.modules() if name not in module._modules}
     return any(name in _names_used(kind, ("__init__",)) for kind in kinds)
 
 

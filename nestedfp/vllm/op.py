@@ -37,6 +37,7 @@ def _linear(
 ) -> Tensor:
     precision = ACTIVE.plan.precision(kind)
     if ACTIVE.record is not None:
+        # Captured with the product below, so that a graph replays both or neither.
         ACTIVE.record.write(row_exponent, precision)
     # The layer's own were checked when it was nested, and x is what its model gives it.
     ahead = ACTIVE.read_after(row_exponent)
