@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def load(name: str, weight: torch.Tensor) -> None:
     NestedLinearMethod(name, Inexact.AUTO).process_weights_after_loading(layer)
 
 
-def run(rank: int, store: Path) -> None:
+def run(rank: int, store: Path) -> dict[str, str]:
+    """The state of each layer on this rank."""
     # As vLLM's worker has it, for the shared memory of ranks on one CPU.
     os.environ["VLLM_DIST_IDENT"] = store.parent.name
     with set_current_vllm_config(VllmConfig()):
@@ -40,16 +42,14 @@ def run(rank: int, store: Path) -> None:
     if rank == RANKS - 1:
         weight[0, 0], weight[0, 1] = 1000.0, 6e-8
     load("1.down_proj", weight)
-    print(json.dumps({"name": str(rank), "layers": ACTIVE.layers}), flush=True)
+    return ACTIVE.layers
 
 
 if __name__ == "__main__":
-    # One import of vLLM for both.
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=run, args=(rank, Path(folder) / "store")) for rank in range(RANKS)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=300)
-    raise SystemExit(any(process.exitcode for process in ranks))
+    # Forked, so that vLLM is imported once. The ranks wait for each other: none runs twice.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(RANKS, multiprocessing.get_context("fork")) as ranks,
+    ):
+        for rank, layers in enumerate(ranks.map(run, range(RANKS), [Path(folder) / "store"] * RANKS)):
+            print(json.dumps({"name": str(rank), "layers": layers}), flush=True)
