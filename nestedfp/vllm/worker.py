@@ -42,6 +42,7 @@ class PrecisionMixin:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.precision_settings = settings_of(vllm_config)
         refuse_unsupported(vllm_config)
+        compat.warn_of_untried(compat.installed_version())
         ACTIVE.clear()
         self._report: StepReport | None = None
         self._checked_steps = self._mixed_steps = self._checksum = 0

@@ -10,7 +10,7 @@ from nestedfp.vllm import compat
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.1", "0.33.0rc1", "0.32.0+cpu", "0.33.1.dev7"])
-def test_seen_versions_pass(version: str) -> None:
+def test_versions_of_the_range_are_admitted(version: str) -> None:
     compat.check_version(version)
 
 
@@ -29,6 +29,22 @@ def test_the_refusal_can_be_overridden(
     compat.check_version("0.34.0")
     logger.removeHandler(caplog.handler)
     assert "continuing because NESTEDFP_ANY_VLLM=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [("0.26.0", False), ("0.32.0+cpu", False), ("0.26.1", True), ("0.33.1", True), ("0.32.0rc1", True)],
+)
+def test_a_version_that_never_ran_is_warned_of(
+    caplog: pytest.LogCaptureFixture, version: str, warned: bool
+) -> None:
+    logger = logging.getLogger("vllm.nestedfp")
+    logger.addHandler(caplog.handler)
+    compat.warn_of_untried(version)
+    logger.removeHandler(caplog.handler)
+    found = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
+    assert len(found) == warned
+    assert all(f"has run with vLLM 0.26.0 and 0.32.0, never with {version}" in line for line in found)
 
 
 def test_an_unsupported_vllm_stays_usable_without_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
