@@ -58,7 +58,7 @@ class Measured:
         data = self.data
         models = ", ".join(dict.fromkeys(model for model, _ in self.runs))
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-        return f"{models}, {data['device']}, {versions}, {data['date'][:10]}{_cards(data)}"
+        return f"{models}, {data['device']}, {versions}, {_dates(data)}{_cards(data)}"
 
     @property
     def ratio_names(self) -> list[str]:
@@ -110,6 +110,16 @@ def engine_summary(data: Mapping[str, Any]) -> str:
         + markdown(["", *measured.ratio_names], rows)
         + _flips_and_memory(data, [dtype for _, dtype in measured.runs])
     )
+
+
+def _dates(data: Mapping[str, Any]) -> str:
+    """The days of what was measured; that of the last run where nothing has a date of its own."""
+    entries = [entry for name in ("rows", "engines", "solo", "profiles") for entry in data.get(name, [])]
+    days = sorted({entry["date"][:10] for entry in entries if "date" in entry})
+    if not days:
+        return str(data["date"][:10])
+    first_to_last = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"{first_to_last} and before" if any("date" not in entry for entry in entries) else first_to_last
 
 
 def _cards(data: Mapping[str, Any]) -> str:

@@ -37,12 +37,17 @@ def describe() -> dict[str, Any]:
     """Device, driver and versions; `vllm` is null where it is not installed."""
     return {
         "device": torch.cuda.get_device_name(),
-        "driver": _query(["driver_version"])[0],
+        "driver": driver(),
         "torch": torch.__version__,
         "triton": version("triton"),
         "vllm": _version("vllm"),
         "date": now(),
     }
+
+
+def driver() -> str:
+    """The version of the GPU's driver."""
+    return _query(["driver_version"])[0]
 
 
 def now() -> str:

@@ -116,6 +116,30 @@ def test_a_throughput_shows_the_spread_of_its_passes_where_there_were_several(mo
     assert "| float16, 128/64, batch 8 | 800 | 784 | 0.98 |" in table
 
 
+@pytest.mark.parametrize(
+    ("days", "expected"),
+    [
+        ({}, "2026-01-01"),
+        ({"rows": "2026-01-03"}, "2026-01-03"),
+        ({"rows": "2026-01-03", "solo": "2026-01-02"}, "2026-01-02 to 2026-01-03"),
+        ({"rows": "2026-01-03", "solo": ""}, "2026-01-03 and before"),
+    ],
+)
+def test_engines_of_several_runs_have_the_range_of_their_dates(
+    module: ModuleType, days: dict[str, str], expected: str
+) -> None:
+    data = engine_data("vllm-16bit", "nestedfp-16bit")
+    for row in data["rows"]:
+        row |= {"date": f"{days['rows']}T00:00:00"} if days else {}
+    if "solo" in days:
+        date = {"date": f"{days['solo']}T00:00:00"} if days["solo"] else {}
+        memory = {"kv_blocks": 1, "weights_bytes": 1}
+        data["solo"] = [
+            {"model": "m", "dtype": "float16", "engine": "e", "start_s": 1.0, "memory": memory, **date}
+        ]
+    assert f"(m, D, vllm 0, {expected})" in module.engine(data)
+
+
 def test_cells_with_fused_mlps_have_a_star(module: ModuleType) -> None:
     data = engine_data("vllm-16bit", "nestedfp-16bit")
     assert "fused" not in module.engine(data)

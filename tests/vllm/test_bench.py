@@ -40,6 +40,7 @@ class FakeRemote:
         self.facts = {
             "engine": self.name,
             "device": "NVIDIA H100 80GB HBM3",
+            "driver": "580.0",
             "versions": {},
             "settings": {},
             "start_s": 60.0,
@@ -179,8 +180,36 @@ def test_a_later_run_keeps_whole_cells_of_an_earlier_one(
 
 def test_figures_of_another_device_are_not_kept() -> None:
     lists: dict[str, Any] = {"rows": [], "engines": [], "solo": [], "profiles": [], "settings": {}}
-    kept = {**lists, "device": "A", "versions": {}, "solo": [{"engine": "nestedfp"}]}
-    assert report.merged(kept, {**lists, "device": "B", "versions": {}})["solo"] == []
+    solo = [{"engine": "nestedfp"}]
+    kept = {**lists, "device": "A", "driver": "1", "versions": {}, "solo": solo}
+    new = {**lists, "device": "A", "driver": "1", "versions": {}}
+    assert report.merged(kept, new)["solo"] == solo
+    for change in ({"device": "B"}, {"driver": "2"}, {"versions": {"torch": "3"}}):
+        assert report.merged(kept, {**new, **change})["solo"] == []
+    del kept["driver"]
+    merged = report.merged(kept, new)
+    assert (merged["driver"], merged["solo"]) == ("1", solo), "a file from before drivers were noted"
+
+
+def test_each_entry_keeps_the_date_of_its_own_run(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "engine.json"
+    wanted = ("--keep", "--engines", "vllm-16bit", "--solo", "nestedfp", "--profile")
+    monkeypatch.setattr(session, "now", lambda: "2026-01-01T00:00:00+00:00")
+    run(parser, out, *wanted, "--cells", "128/64/8,128/64/1")
+    data = json.loads(out.read_text())
+    del data["rows"][1]["date"]
+    out.write_text(json.dumps(data))
+    monkeypatch.setattr(session, "now", lambda: "2026-02-02T00:00:00+00:00")
+    _, data = run(parser, out, *wanted, "--dtype", "bfloat16")
+    assert (data["date"], data["driver"]) == ("2026-02-02T00:00:00+00:00", "580.0")
+    months = {"float16": "2026-01", "bfloat16": "2026-02"}
+    for name in ("engines", "solo", "profiles"):
+        assert {entry["dtype"]: entry["date"][:7] for entry in data[name]} == months
+        assert all("driver" not in entry for entry in data[name])
+    dates = [(row["dtype"], row["batch"], row.get("date", "")[:7]) for row in data["rows"]]
+    assert dates == [("float16", 8, "2026-01"), ("float16", 1, ""), ("bfloat16", 8, "2026-02")]
 
 
 def test_a_turn_ends_with_its_holder(tmp_path: Path) -> None:

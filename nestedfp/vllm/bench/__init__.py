@@ -11,8 +11,9 @@ The engines share the card: `--blocks` gives each the same KV cache, and with `-
 only for the engine whose turn it is. `--solo` starts each engine once more, alone, with the card to itself:
 that gives the start-up time with warm caches and the number of KV-cache blocks at the same memory setting.
 
-The file written holds a header (device, versions, date, settings), `rows` (one a contender and
-cell: medians over the passes, with the spread of the throughput), `engines` with start-up and memory and, for
+The file written holds a header (device, driver, versions, date of the last run, settings), `rows` (one a
+contender and cell: medians over the passes, with the spread of the throughput, and the date of the last of
+them), `engines` with start-up and memory and, for
 NestedFP engines, `checks`: flips before every step, their cost, and whether greedy tokens in 16 bits were
 the same afterwards; `solo`; `failures`; and, with `--profile`, `profiles`: what each kernel adds to decode
 and prefill steps of each contender, in microseconds. With `--keep` it also holds what an earlier run on such

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from nestedfp.kernels.gpu import driver
+
 
 def serve(task: dict[str, Any], pipe: Connection, turn: AbstractContextManager[Any] | None, log: str) -> None:
     """Starts an engine, sends its facts, then answers commands until None comes or the other end closes.
@@ -27,6 +29,7 @@ def serve(task: dict[str, Any], pipe: Connection, turn: AbstractContextManager[A
         {
             "engine": task["engine"],
             "device": _device_name(task["device"]),
+            "driver": driver() if task["device"] == "cuda" else None,
             "versions": versions(),
             "settings": engine.settings,
             **engine.facts(),

@@ -27,6 +27,7 @@ def rows_of(
         speeds = [entry["tokens_per_s"] for entry in entries]
         rows.append(
             {
+                "date": max(entry["date"] for entry in entries),
                 "model": model,
                 "dtype": dtype,
                 "contender": contender,
@@ -69,8 +70,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def merged(kept: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """`new`, and of an earlier report what `new` has not measured again: whole cells, never part of one, so
-    that contenders are only compared within a run. A report of another device or other versions is left."""
+    that contenders are only compared within a run. A report of another device, driver or other versions is
+    left. Entries without a date, and headers without a driver, are of runs before these were noted."""
     if (kept["device"], kept["versions"]) != (new["device"], new["versions"]):
+        return dict(new)
+    if kept.get("driver", new["driver"]) != new["driver"]:
         return dict(new)
     lists = {
         "rows": ("model", "dtype", "input_len", "output_len", "batch"),

@@ -4,14 +4,16 @@ import argparse
 import json
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nestedfp.kernels.gpu import now
 from nestedfp.vllm.bench.grid import CONTENDERS, Cell, warm_up_cell
 from nestedfp.vllm.bench.remote import EngineFailedError, Remote, Turn
 from nestedfp.vllm.bench.report import rows_of
 
+_OF_ALL = ("device", "driver", "versions")
+"""Facts of an engine that are those of all."""
 START_LIMIT_S = 400
 _CALL_LIMIT_S = 300
 _LEAST_CALL_S = 45
@@ -44,7 +46,7 @@ class Session:
         for remote in started:
             try:
                 remote.wait_until_ready(min(START_LIMIT_S, self.seconds_left()))
-                self.facts[remote.name] = remote.facts
+                self.facts[remote.name] = {**remote.facts, "date": now()}
                 print(f"{remote.name}: {_start(remote.facts)}", flush=True)
             except EngineFailedError as error:
                 self._drop(remote.name, error)
@@ -78,7 +80,7 @@ class Session:
                     continue
                 if count:
                     shape = {"input_len": input_len, "output_len": output_len, "batch": batch}
-                    self.passes.append({"contender": name, **shape, **result})
+                    self.passes.append({"contender": name, **shape, "date": now(), **result})
 
     def profile(self) -> None:
         """Where the time of a decode and of a prefill step goes, for each contender."""
@@ -87,7 +89,7 @@ class Session:
                 try:
                     self._take_turn(engine)
                     found = self._call(engine, "profile", mode)
-                    self.profiles.append({**self._what(), "contender": name, **found})
+                    self.profiles.append({**self._what(), "contender": name, "date": now(), **found})
                 except EngineFailedError as error:
                     self._drop(engine, error)
 
@@ -96,7 +98,7 @@ class Session:
         remote = Remote(self._task(name, None), None, self._logs / f"{name}-alone.log")
         try:
             remote.wait_until_ready(min(START_LIMIT_S, self.seconds_left()))
-            self.solo.append(self._entry(remote.facts))
+            self.solo.append(self._entry({**remote.facts, "date": now()}))
             print(f"{name} alone: {_start(remote.facts)}", flush=True)
         except EngineFailedError as error:
             self._note(f"{name} alone", error)
@@ -130,8 +132,9 @@ class Session:
         }
         return {
             "device": first["device"],
+            "driver": first["driver"],
             "versions": first["versions"],
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": now(),
             "settings": settings if self.facts else {},
             "engines": [_without(self._entry(facts), "settings") for facts in self.facts.values()],
             "solo": [_without(entry) for entry in self.solo],
@@ -184,7 +187,7 @@ class Session:
 
 def _without(entry: dict[str, Any], *more: str) -> dict[str, Any]:
     """Without what the header of the file says of all."""
-    return {key: value for key, value in entry.items() if key not in ("device", "versions", *more)}
+    return {key: value for key, value in entry.items() if key not in _OF_ALL and key not in more}
 
 
 def _start(facts: dict[str, Any]) -> str:
