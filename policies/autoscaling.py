@@ -3,8 +3,8 @@
 Precision bridges the minutes until a replica has started, so replicas are added only when FP8 is not
 enough, or has carried load for so long that it is no burst, or is not to be had: for requests that demand
 16 bits, by a pin or under a static policy. While FP8 carries load nothing is removed; and one replica leaves
-only when all are in 16 bits, none is beyond a limit of the SLO and the rest is predicted to hold it in 16 bits,
-for a while without a break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8
+only when all are in 16 bits, none is beyond a limit of the SLO and the rest is predicted to hold it in 16
+bits, for a while without a break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8
 where 16 bits alone are not predicted to hold. While one that was ordered does not serve yet nothing changes,
 but not for ever: it may never find a place.
 
@@ -174,8 +174,8 @@ def desired_replicas(
         return _bounded(current, reason, config), replace(state, spare_since_s=None)
     # Who is absent may serve unheard: the only one heard of would then do the other's work beside its own.
     rest = max(present - 1, 0.5) if absent else current - 1
-    # Predictions go by step costs that need not be the engine's. What is measured may come close to the limits:
-    # steps are cut to use them up.
+    # Predictions go by step costs that need not be the engine's. What is measured may come close to the
+    # limits: steps are cut to use them up.
     measured_calm = all(row["strain"] < 1.0 for row in usable)
     spare = current > config.min_replicas and measured_calm and _holds(FP16, usable, rest, config, slo, model)
     state = replace(state, spare_since_s=_since(spare, state.spare_since_s, now))
