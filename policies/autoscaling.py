@@ -1,12 +1,12 @@
 """How many replicas there should be: the slow lever beside precision, decided from the same facts.
 
-Precision bridges the minutes until a replica has started, so replicas are added only when FP8 is not
-enough, or has carried load for so long that it is no burst, or is not to be had: for requests that demand
-16 bits, by a pin or under a static policy. While FP8 carries load nothing is removed; and one replica leaves
-only when all are in 16 bits, none is beyond a limit of the SLO and the rest is predicted to hold it in 16
-bits, for a while without a break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8
-where 16 bits alone are not predicted to hold. While one that was ordered does not serve yet nothing changes,
-but not for ever: it may never find a place.
+Precision bridges the minutes until a replica has started, so replicas are added only when FP8 is not enough,
+or has carried load for so long that it is no burst, or is not to be had: for requests that demand 16 bits, by
+a pin or under a static policy. While FP8 carries load nothing is removed; and one replica leaves only when
+all are in 16 bits, none is beyond a limit of the SLO and the rest is predicted to hold it in 16 bits, for a
+while without a break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8 where 16
+bits alone are not predicted to hold. While one that was ordered does not serve yet nothing changes, but not
+for ever: it may never find a place.
 
 The facts of one replica are a flat dictionary of finite numbers (:func:`scaling_stats`), as Ray Serve's
 ``record_autoscaling_stats`` wants them: a single None or NaN there would end the metric for good.
