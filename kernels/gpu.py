@@ -126,7 +126,7 @@ def ceilings() -> dict[str, float]:
     operations = 2 * _SQUARE**3
     for dtype in (torch.float16, torch.bfloat16):
         a, b = (torch.randn(_SQUARE, _SQUARE, device="cuda", dtype=dtype) for _ in range(2))
-        us = _least_us(lambda _, a=a, b=b: torch.mm(a, b.T))  # type: ignore[misc]
+        us = _least_us(lambda _, a=a, b=b: torch.mm(a, b.T))
         found[f"{str(dtype).removeprefix('torch.')}_tflop_s"] = round(operations / us / 1e6, 1)
     found["fp8_tflop_s"] = round(operations / _least_us(_fp8_square()) / 1e6, 1)
     return found

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def copies_past_cache(bytes_per_set: int) -> int:
 
 def capture(contender: Contender, sets: int, calls: int, *, warm_up: int = 0) -> torch.cuda.CUDAGraph:
     """A graph of `calls` calls, walking through the sets, after `warm_up` calls outside it."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for i in range(warm_up):
@@ -45,7 +46,10 @@ def capture(contender: Contender, sets: int, calls: int, *, warm_up: int = 0) ->
 
 def replay_us(graph: torch.cuda.CUDAGraph, calls: int, repeats: int, unmeasured: int = 1) -> float:
     """Median microseconds a call over `repeats` replays, after `unmeasured` others."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events: list[Any] = [
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(repeats + 1)
+    ]
     for _ in range(unmeasured):
         graph.replay()
     events[0].record()
@@ -53,7 +57,8 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int, repeats: int, unmeasured:
         graph.replay()
         event.record()
     events[-1].synchronize()
-    return median(a.elapsed_time(b) * 1e3 / calls for a, b in pairwise(events))
+    times: list[float] = [a.elapsed_time(b) * 1e3 / calls for a, b in pairwise(events)]
+    return median(times)
 
 
 def sized_graph(contender: Contender, sets: int, graph_us: float) -> tuple[torch.cuda.CUDAGraph, int, float]:
