@@ -179,7 +179,8 @@ def on_any_rank(here: bool) -> bool:
     group = parallel_state.get_tp_group()
     if group.world_size == 1:
         return here
-    anywhere = torch.tensor(int(here))
+    # On the host, whatever device a model is being loaded on.
+    anywhere = torch.tensor(int(here), device="cpu")
     torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX, group=group.cpu_group)
     return bool(anywhere)
 
