@@ -96,6 +96,8 @@ def tables(data: Mapping[str, Any], live: Mapping[str, Any]) -> str:
         parts.append(_paper(data["paper"]))
     if "minute" in live:
         parts.append(_minute(live["minute"]))
+    if orders := [report for section, report in live.items() if section.startswith("delivery-")]:
+        parts.append(_deliveries(orders))
     if data.get("calibration"):
         parts.append(_calibration(data["calibration"]))
     if "decide_ms" in data:
@@ -302,6 +304,31 @@ def _minute(report: Mapping[str, Any]) -> str:
         f" follows a policy's name."
     )
     return f"{markdown(head, lines)}\n\n{text}"
+
+
+def _deliveries(reports: Sequence[Mapping[str, Any]]) -> str:
+    head = (
+        "from a decision to engines, through real Ray Serve",
+        "streams at each",
+        "orders",
+        "to the last replica, p50, p95, most, ms",
+        "to each, p50, p95, ms",
+        "on, at",
+    )
+    lines = []
+    for report in reports:
+        last, each, machine = report["to_last_replica_ms"], report["to_each_replica_ms"], report["machine"]
+        lines.append(
+            (
+                f"{report['replicas']} replicas, {report['engine']}",
+                str(report["streams_per_replica"]),
+                str(report["decisions"]),
+                f"{last['p50']:.0f}, {last['p95']:.0f}, {last['max']:.0f}",
+                f"{each['p50']:.0f}, {each['p95']:.0f}",
+                f"{machine['cores']} cores of {machine['processor']}, {report['date'][:10]}",
+            )
+        )
+    return markdown(head, lines)
 
 
 def _median(counts: Iterable[int]) -> str:

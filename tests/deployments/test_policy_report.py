@@ -182,6 +182,23 @@ def test_the_live_minute_is_shown_where_it_was_run(folder: Path, live: dict[str,
     assert "scaled once by 0.2500: 700 requests; one run each" in page
 
 
+def test_how_fast_orders_arrive_is_shown_where_it_was_measured(folder: Path, live: dict[str, Any]) -> None:
+    report = {
+        "date": live["date"],
+        "machine": live["machine"],
+        "engine": "a model",
+        "replicas": 8,
+        "streams_per_replica": 2,
+        "decisions": 200,
+        "to_last_replica_ms": {"p50": 19.51, "p95": 25.06, "max": 28.3},
+        "to_each_replica_ms": {"p50": 16.66, "p95": 22.07, "max": 28.3},
+    }
+    (folder / "live.json").write_text(json.dumps({"delivery-cpu": report}))
+    assert call(folder) == 0
+    row = "| 8 replicas, a model | 2 | 200 | 20, 25, 28 | 17, 22 | 2 cores of a processor, 2026-11-24 |"
+    assert row in (folder / "policy.md").read_text()
+
+
 def test_of_several_live_runs_medians_are_shown(folder: Path, live: dict[str, Any]) -> None:
     run = live["runs"][-1]
     others = [
