@@ -214,7 +214,7 @@ def engine_tests(data: Mapping[str, Any]) -> str:
     header = data["header"]
     rows = [
         [
-            f"{run['model']}, {run['dtype']}, vLLM's runner {run['runner']}",
+            f"{run['model']}, {run['dtype']}, vLLM's runner {run['runner']}, {run['date'][:10]}",
             _outcomes(run),
             *(_figure(run, name) for name in TESTED),
             _of(run, "sizes_with_equal_logits", "sizes", "logits_equal"),
@@ -226,7 +226,7 @@ def engine_tests(data: Mapping[str, Any]) -> str:
     head = ["", "tests", *TESTED.values(), "16-bit logits with equal bits after flips", "ranks alike"]
     return (
         f"**Tests of the engine on a GPU** ({cards}{header['device']}, vllm {header['vllm']}, torch "
-        f"{header['torch']}, {header['date'][:10]}), every step checked on the device.\n\n"
+        f"{header['torch']}), every step checked on the device.\n\n"
         + markdown(head, rows)
     )
 

@@ -4,8 +4,8 @@
 
 One pytest process for each runner of vLLM and dtype, all at once; with two GPUs, those of tensor parallelism
 instead. `--only text` compares a real model's tokens with plain vLLM's; it needs the demonstration model in
-the cache. Writes vllm-tests-<device>.json: device, versions, date, and for each run the counts of outcomes,
-the names of failures and the figures that its tests recorded; runs that were not made again stay in it.
+the cache. Writes vllm-tests-<device>.json: device, versions, and for each run its date, the counts of
+outcomes, the names of failures and the figures that its tests recorded; what was not run again stays in it.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Run:
             self._process.kill()
         took = round(time.monotonic() - self._start, 1)
         found = read(self._xml) if self._xml.is_file() else {"complete": False}
-        return {"name": self.name, **self.what, "seconds": took, **found}
+        return {"name": self.name, "date": gpu.now(), **self.what, "seconds": took, **found}
 
 
 def read(xml: Path) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def main() -> int:
     out = args.out or ROOT / "bench" / "data" / f"vllm-tests-{several}{gpu.slug()}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(out.read_text())["runs"] if out.is_file() else []
-    made = rowfile.merged(before, results, ("name",))
+    made = rowfile.merged(before, results, ("name", "model"))
     report = {"header": {**gpu.describe(), "devices": devices}, "runs": made}
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(out)

@@ -208,6 +208,7 @@ def test_both_dtypes_share_the_table_of_flips(module: ModuleType) -> None:
 
 def test_the_engines_tests_have_a_row_a_run(module: ModuleType) -> None:
     run = {"name": "a", "model": "m", "dtype": "float16", "runner": 2, "complete": True, "failures": {}}
+    run["date"] = "2026-01-01T00:00:00"
     figures = {"flips": 9999.0, "failed_requests": 0.0, "mixed_steps": 0.0, "flip_us_p99": 41.2}
     figures |= {"sizes": 6.0, "sizes_with_equal_logits": 6.0}
     runs = [
@@ -215,10 +216,10 @@ def test_the_engines_tests_have_a_row_a_run(module: ModuleType) -> None:
         {**run, "outcomes": {"passed": 4, "failed": 1}, "figures": {"ranks_alike": 1.0, "logits_equal": 0.0}},
         {**run, "complete": False},
     ]
-    header = {"device": "D", "devices": 2, "vllm": "0", "torch": "1", "date": "2026-01-01T00:00:00"}
+    header = {"device": "D", "devices": 2, "vllm": "0", "torch": "1"}
     table = module.engine_tests({"header": header, "runs": runs})
     assert "(2 x D, vllm 0" in table
-    assert "runner 2 | 9 passed | 9,999 | 0 | 0 | 41 | 6 of 6 batch sizes |  |" in table
+    assert "runner 2, 2026-01-01 | 9 passed | 9,999 | 0 | 0 | 41 | 6 of 6 batch sizes |  |" in table
     assert "| 1 failed, 4 passed |  |  |  |  | no | yes |" in table
     assert "| not finished |" in table
 
