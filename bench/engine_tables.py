@@ -226,8 +226,7 @@ def engine_tests(data: Mapping[str, Any]) -> str:
     head = ["", "tests", *TESTED.values(), "16-bit logits with equal bits after flips", "ranks alike"]
     return (
         f"**Tests of the engine on a GPU** ({cards}{header['device']}, vllm {header['vllm']}, torch "
-        f"{header['torch']}), every step checked on the device.\n\n"
-        + markdown(head, rows)
+        f"{header['torch']}), every step checked on the device.\n\n" + markdown(head, rows)
     )
 
 
