@@ -169,21 +169,20 @@ def desired_replicas(
             reason = f"{len(long_in_fp8)} replicas in FP8 for {config.fp8_patience_s:g} s"
             return _changed(current + 1, reason, current, config, state)
     if in_fp8 or stuck or starting > 0:
-        slow = f"{len(stuck)} too slow in 16 bits, " if stuck else ""
-        reason = f"{len(in_fp8)} replicas in FP8, {slow}{starting} starting: hold"
+        besides = f"{len(stuck)} too slow in 16 bits, " if stuck else ""
+        reason = f"{len(in_fp8)} replicas in FP8, {besides}{starting} starting: hold"
         return _bounded(current, reason, config), replace(state, spare_since_s=None)
     # Who is absent may serve unheard: the only one heard of would then do the other's work beside its own.
     rest = max(present - 1, 0.5) if absent else current - 1
     # Predictions go by step costs that need not be the engine's. What is measured may come close to the
     # limits: steps are cut to use them up.
-    measured_calm = all(row["strain"] < 1.0 for row in usable)
-    spare = current > config.min_replicas and measured_calm and _holds(FP16, usable, rest, config, slo, model)
+    slow = sum(row["strain"] >= 1.0 for row in usable)
+    spare = current > config.min_replicas and not slow and _holds(FP16, usable, rest, config, slo, model)
     state = replace(state, spare_since_s=_since(spare, state.spare_since_s, now))
     if state.spare_since_s is not None and now - state.spare_since_s >= config.spare_s:
         reason = f"{max(1, present - 1)} replicas hold the SLO in 16 bits"
         return _changed(current - 1, reason, current, config, state)
-    hopeful = sum(row["strain"] >= 1.0 for row in usable)
-    reason = f"{hopeful} replicas too slow in 16 bits, FP8 may help" if hopeful else "16 bits hold"
+    reason = f"{slow} replicas too slow in 16 bits, FP8 may help" if slow else "16 bits hold"
     return _bounded(current, reason, config), state
 
 

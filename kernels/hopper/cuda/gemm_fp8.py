@@ -250,16 +250,16 @@ class _Scratch:
         What a capture needs was allocated before, by a product of the same K and as many tokens or more.
         """
         have = self._codes[-1].numel()
-        if torch.cuda.is_current_stream_capturing():
-            if have < height * K:
+        # Fewer tokens may have tiles that reach further.
+        if have < (size := -(-height // _TALLEST) * _TALLEST * K):
+            if not torch.cuda.is_current_stream_capturing():
+                more = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=self.device)
+                self._codes.append(more)
+            elif have < height * K:
                 raise RuntimeError(
                     f"a captured FP8 product of up to {height} tokens and K = {K} needs {height * K} bytes "
                     f"of scratch, and {have} were allocated before; run one of as many tokens before it"
                 )
-        # Fewer tokens may have tiles that reach further.
-        elif have < (size := -(-height // _TALLEST) * _TALLEST * K):
-            more = torch.empty(1 << (size - 1).bit_length(), dtype=torch.uint8, device=self.device)
-            self._codes.append(more)
         return self._codes[-1]
 
 

@@ -1,5 +1,8 @@
 """The rules for products that no table has: a configuration that fits and covers, for any M, N and K."""
 
+from collections.abc import Callable
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,18 +21,20 @@ ROWS = st.integers(1, 200_000)
 @WEIGHTS
 @given(counts=TOKENS, N=ROWS, K=st.integers(1, 550).map(lambda panels: 128 * panels))
 def test_16bit(counts: list[int], N: int, K: int) -> None:
-    for M in counts:
-        config = RULE_16BIT.best(M, N, K)
-        assert config in RULE_16BIT.all(M, N, K)
-        assert config.shared_memory <= gemm_16bit.SHARED_MEMORY // config.ctas - 1024
-        assert_covers_16bit(config, M, N, K)
+    check(RULE_16BIT, gemm_16bit.SHARED_MEMORY, assert_covers_16bit, counts, N, K)
 
 
 @WEIGHTS
 @given(counts=TOKENS, N=ROWS, K=st.integers(1, 4400).map(lambda granules: 16 * granules))
 def test_fp8(counts: list[int], N: int, K: int) -> None:
+    check(RULE_FP8, gemm_fp8.SHARED_MEMORY, assert_covers_fp8, counts, N, K)
+
+
+def check(
+    rule: Any, shared_memory: int, assert_covers: Callable[..., None], counts: list[int], N: int, K: int
+) -> None:
     for M in counts:
-        config = RULE_FP8.best(M, N, K)
-        assert config in RULE_FP8.all(M, N, K)
-        assert config.shared_memory <= gemm_fp8.SHARED_MEMORY // config.ctas - 1024
-        assert_covers_fp8(config, M, N, K)
+        config = rule.best(M, N, K)
+        assert config in rule.all(M, N, K)
+        assert config.shared_memory <= shared_memory // config.ctas - 1024
+        assert_covers(config, M, N, K)
