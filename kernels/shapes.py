@@ -15,8 +15,8 @@ class Shape(NamedTuple):
     K: int
 
 
-GATE_UP = "gate_up"
-_LAYERS = (GATE_UP, "o", "qkv", "down")
+GATE_UP, DOWN = "gate_up", "down"
+_LAYERS = (GATE_UP, "o", "qkv", DOWN)
 _SIZES = {
     "Llama-3.1-8B": ((28672, 4096), (4096, 4096), (6144, 4096), (4096, 14336)),
     "Mistral-Small-24B": ((65536, 5120), (5120, 4096), (6144, 5120), (5120, 32768)),

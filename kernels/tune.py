@@ -7,8 +7,9 @@ wrong or does not run is reported and left out.
 
 They are timed as a server runs them. Of few tokens, Hopper's follow a small kernel of early start, as
 torch.compile writes them between products, and ask for the next one's weights, which changes the order: of
-those within 1 % of the best, the fastest alone is taken. `us` holds both kernels. Of many tokens, each
-candidate near the best runs alone until the power limit has set its clock, as in a long prefill.
+those within 1 % of the best, the fastest alone is taken. A `down` layer follows the gated product of its MLP
+besides. `us` holds all kernels of such a chain. Of many tokens, each candidate near the best runs alone until
+the power limit has set its clock, as in a long prefill.
 
 A run that was cut off goes on where it stopped: what the file holds is kept, unless `--anew`.
 """
@@ -26,12 +27,12 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from nestedfp.kernels import contest, gpu, hopper, rowfile
+from nestedfp.kernels import contest, gpu, hopper, linear_16bit, linear_fp8, rowfile
 from nestedfp.kernels.compile_ahead import Job, compile_ahead
 from nestedfp.kernels.contest import Operands
 from nestedfp.kernels.dispatch import Backend, Config, Mode, table
 from nestedfp.kernels.hopper.copy_tokens import copy_tokens
-from nestedfp.kernels.shapes import SHAPES, TOKENS, by_size, parse_shapes, parse_tokens
+from nestedfp.kernels.shapes import DOWN, SHAPES, TOKENS, by_size, parse_shapes, parse_tokens
 from nestedfp.kernels.timing import Contender, measure
 
 _KEY = ("mode", "dtype", "M", "N", "K")
@@ -80,20 +81,23 @@ def run(args: argparse.Namespace) -> int:
     for complaint in compile_ahead(_jobs(Backend(args.backend), tried)):
         print("compilation:", complaint)
     print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
-    operands: Operands | None = None
+    operands = gate_up = None
+    down = {(shape.N, shape.K) for shape in args.shapes if shape.layer == DOWN}
     with gpu.ClockMonitor() as clocks:
         for mode, dtype, M, N, K in todo:
             if args.time_limit is not None and time.monotonic() - start > args.time_limit:
                 print(f"time limit of {args.time_limit:g} s: stopped before {mode} {dtype} {M}x{N}x{K}")
                 break
             if operands is None or (operands.N, operands.K, operands.dtype) != (N, K, dtype):
-                operands = None
+                operands = gate_up = None
                 torch.cuda.empty_cache()
                 operands = Operands(N, K, dtype, max(args.tokens))
+                if (N, K) in down and backend is hopper and min(args.tokens) <= _FEW_TOKENS:
+                    gate_up = Operands(2 * K, N, dtype, _FEW_TOKENS)
             configs = tried[mode, dtype, M, N, K]
             served = alone = _products(backend, Mode(mode), operands, partial(operands.x, M=M))
             if M <= _FEW_TOKENS and backend is hopper:
-                served = _products(backend, Mode(mode), operands, _copied_tokens(operands, M), chained=True)
+                served = _chained(backend, Mode(mode), operands, M, gate_up)
             best = fastest(served, alone, Mode(mode), configs, operands, M, args.passes)
             if best is None:
                 print(f"{mode} {dtype} {M}x{N}x{K}: no candidate runs", flush=True)
@@ -156,15 +160,14 @@ def fastest(
     where none runs and is right."""
     contenders: dict[str, Contender] = {}
     for number, config in enumerate(configs):
-        contender = served(config)
         try:
-            error = contest.error(contender, operands, M)
+            error = contest.error(alone(config), operands, M)
         # What a launch raises where a configuration does not fit; a faulting one ends the process.
         except (RuntimeError, ValueError, TritonError) as failure:
             print(f"  left out, {failure}: {dict(config)}", flush=True)
             continue
         if error < contest.tolerance(mode, operands.dtype):
-            contenders[str(number)] = contender
+            contenders[str(number)] = served(config)
         else:
             print(f"  WRONG, relative error {error:.2g}: {dict(config)}", flush=True)
     if not contenders:
@@ -195,36 +198,60 @@ def _nearest(
     return {name: contenders[name] for name in by_time[:_MOST_NEAR] if least[name] <= most}
 
 
+Planes = Callable[[int], tuple[Tensor, ...]]
+
+
+def _chained(
+    backend: ModuleType, mode: Mode, operands: Operands, M: int, gate_up: Operands | None
+) -> Product:
+    """Of tokens that a small kernel writes each time, or, with `gate_up`, that kernel and then the gated
+    product; each product asks for the weights of the next."""
+    own = partial(_planes, mode, operands)
+    if gate_up is None:
+        return _products(backend, mode, operands, _copied_tokens(operands, M), lambda i: own(i + 1))
+    first, hidden = partial(_planes, mode, gate_up), _copied_tokens(gate_up, M)
+    linear: Callable[..., Tensor] = linear_fp8 if mode is Mode.FP8 else linear_16bit
+
+    def gated(i: int) -> Tensor:
+        w = gate_up.nested(i % gate_up.sets)
+        return linear(hidden(i), *first(i), w.row_exponent, order=w.order, ahead=own(i), gated=True)
+
+    return _products(backend, mode, operands, gated, lambda i: first(i + 1))
+
+
+def _planes(mode: Mode, operands: Operands, i: int) -> tuple[Tensor, ...]:
+    """What a product of the mode reads of a weight; the sets go round."""
+    w = operands.nested(i % operands.sets)
+    return (w.upper,) if mode is Mode.FP8 else (w.upper, w.lower)
+
+
 def _products(
     backend: ModuleType,
     mode: Mode,
     operands: Operands,
     tokens: Callable[[int], Tensor],
-    *,
-    chained: bool = False,
+    next_planes: Planes | None = None,
 ) -> Product:
-    """Of the tokens of a set; `chained`, which is Hopper's, each asks for the next set's weights."""
+    """Of the tokens of a set; with `next_planes`, which is Hopper's, each asks for those."""
     linear: Callable[..., Tensor] = backend.linear_fp8 if mode is Mode.FP8 else backend.linear_16bit
-
-    def planes(i: int) -> tuple[Tensor, ...]:
-        w = operands.nested(i % operands.sets)
-        return (w.upper,) if mode is Mode.FP8 else (w.upper, w.lower)
 
     def call(config: Config, i: int) -> Tensor:
         w = operands.nested(i)
-        more = {"ahead": planes(i + 1)} if chained else {}
-        return linear(tokens(i), *planes(i), w.row_exponent, order=w.order, config=config, **more)
+        more = {} if next_planes is None else {"ahead": next_planes(i)}
+        planes = _planes(mode, operands, i)
+        return linear(tokens(i), *planes, w.row_exponent, order=w.order, config=config, **more)
 
     return lambda config: partial(call, config)
 
 
 def _copied_tokens(operands: Operands, M: int) -> Callable[[int], Tensor]:
-    """The tokens of a set, written each time by a small kernel."""
+    """The tokens of a set, written each time by a small kernel; the sets go round."""
     copies = [torch.empty_like(operands.x(i, M)) for i in range(operands.sets)]
 
     def copied(i: int) -> Tensor:
-        copy_tokens(operands.x(i, M), copies[i])
-        return copies[i]
+        at = i % operands.sets
+        copy_tokens(operands.x(at, M), copies[at])
+        return copies[at]
 
     return copied
 
@@ -232,7 +259,8 @@ def _copied_tokens(operands: Operands, M: int) -> Callable[[int], Tensor]:
 def _method(passes: int) -> str:
     return (
         "CUDA graphs, random normal data, inputs rotated past the L2, candidates by turns; up to "
-        f"M = {_FEW_TOKENS} behind a small kernel of early start and with it, and of those within "
+        f"M = {_FEW_TOKENS} behind a small kernel of early start and with it, `{DOWN}` behind that and the "
+        "gated product of its MLP and with both, and of those within "
         f"{_TIED - 1:.0%} of the best the fastest alone; from M = {_SETTLED_TOKENS} on each at the clock "
         f"that the power limit leaves it after {_SETTLE_US / 1000:g} ms; us is the median of {passes} "
         "passes, FP8 with the quantiser"

@@ -202,6 +202,33 @@ def graph_holders(runner: Any) -> list[tuple[Any, str]]:
     return holders
 
 
+def batches_to_capture(runner: Any) -> set[tuple[int, bool]]:
+    """The batches that vLLM is to capture graphs of: their tokens, and whether in one graph."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+    from vllm.config import CUDAGraphMode
+
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is not None:
+        batches = manager._capture_descs
+    else:
+        batches = dict(runner.cudagraph_dispatcher.get_capture_descs())
+    modes = {CUDAGraphMode.FULL}
+    # A model that is not compiled has no pieces; vLLM runs it for such batches and captures nothing.
+    if is_breakable_cudagraph_enabled() or any(
+        getattr(module, "do_not_compile", True) is False for module in runner.get_model().modules()
+    ):
+        modes.add(CUDAGraphMode.PIECEWISE)
+    return {
+        (batch.num_tokens, mode is CUDAGraphMode.FULL) for mode in modes for batch in batches.get(mode, ())
+    }
+
+
+def captured_batch(key: Any) -> tuple[int, bool]:
+    """The same of a graph, by the key under which vLLM holds it: only graphs in pieces serve any number of
+    requests."""
+    return key.num_tokens, key.num_reqs is not None
+
+
 def allow_graph_capture(allowed: bool) -> None:
     """The second-generation runner leaves capture allowed for good: a missing graph would be captured in
     the middle of service rather than reported."""

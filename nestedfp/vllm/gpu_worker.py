@@ -73,6 +73,13 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
             kept_bytes = 0
         return available - kept_bytes - self._unestimated_graph_bytes()
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Raises GraphFamilyError where a flip would not change the graphs that vLLM has captured."""
+        times = super().compile_or_warm_up_model()
+        if not self.model_config.enforce_eager:
+            self._graphs.require(compat.batches_to_capture(self.model_runner), compat.captured_batch)
+        return times
+
     def flip(self, plan: Plan) -> None:
         super().flip(plan)
         self._graphs.install(plan)

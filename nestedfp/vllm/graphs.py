@@ -11,7 +11,7 @@ All families draw on vLLM's one graph memory pool, which is sound because only o
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ logger = logging.getLogger("vllm.nestedfp")
 
 GraphDict = dict[Any, Any]
 
+_REMEDY = "start with enforce_eager=True and report it"
 _POOL_BYTES = 580 << 20
 _FAMILY_BYTES = 80 << 20
 _GRAPH_BYTES = 170 << 10
 
 
 class GraphFamilyError(RuntimeError):
-    """The families do not hold graphs for the same batch shapes."""
+    """A family lacks graphs, so that flips would not reach the steps that replay them."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,29 @@ class GraphBank:
         self._compare()
         return sum(family.taken_bytes for family in self.families.values())
 
+    def require(
+        self, batches: Collection[tuple[int, bool]], batch_of: Callable[[Any], tuple[int, bool]]
+    ) -> None:
+        """Raises GraphFamilyError unless every family holds a graph of each of `batches`: one that none holds
+        would be replayed under every plan. To be called once all is captured.
+
+        `batch_of` tells the batch of a graph's key.
+        """
+        if batches and not self.families:
+            raise GraphFamilyError(
+                f"this vLLM was to capture CUDA graphs of {len(batches)} batches, but not by the runner's "
+                f"capture_model: flips would not reach them; {_REMEDY}"
+            )
+        for name, family in self.families.items():
+            held = {batch_of(key) for _, graphs in family.dictionaries for key in graphs}
+            if missing := sorted(set(batches) - held):
+                tokens, whole = missing[0]
+                raise GraphFamilyError(
+                    f"plan {name} lacks CUDA graphs of {len(missing)} of {len(batches)} batches, first of "
+                    f"{tokens} tokens {'in one graph' if whole else 'in pieces'}: this vLLM keeps them where "
+                    f"they are not looked for, and flips would not reach them; {_REMEDY}"
+                )
+
     def install(self, plan: Plan) -> None:
         """Puts the plan's graphs in place; does nothing in an engine that captured none."""
         if self.families:
@@ -123,7 +147,7 @@ class GraphBank:
                     raise GraphFamilyError(
                         f"plans {first_name} and {name} differ in {len(difference)} CUDA graphs of "
                         f"{other_holder}, the first for {next(iter(difference))}; this vLLM captures "
-                        "in a way that is not known here: start with enforce_eager=True and report it"
+                        f"in a way that is not known here: {_REMEDY}"
                     )
 
 

@@ -59,22 +59,63 @@ def test_without_a_small_kernel_the_fastest_is_taken(monkeypatch: pytest.MonkeyP
     assert kept(monkeypatch, (20.1, 20.0, 30.0), None) == ({"tokens": 32}, 20.0)
 
 
-def test_products_in_a_chain_copy_their_tokens_and_ask_for_the_next_weights(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    log: list[Any] = []
-    weights = [SimpleNamespace(upper=f"u{i}", lower=f"l{i}", row_exponent=i, order="order") for i in range(2)]
-    x = [torch.zeros(4, 8), torch.ones(4, 8)]
-    operands = cast(Operands, SimpleNamespace(sets=2, nested=weights.__getitem__, x=lambda i, M: x[i][:M]))
+class Weights:
+    """What a chain asks of operands, with names for planes."""
 
-    def linear(tokens: torch.Tensor, *operands: Any, **options: Any) -> None:
-        log.append((tokens.tolist(), operands, options.get("ahead")))
+    def __init__(self, name: str, sets: int, K: int) -> None:
+        self.sets, self._name = sets, name
+        self._tokens = [torch.full((4, K), float(i)) for i in range(sets)]
 
-    backend = cast(ModuleType, SimpleNamespace(linear_16bit=linear, linear_fp8=linear))
+    def x(self, i: int, M: int) -> torch.Tensor:
+        return self._tokens[i][:M]
+
+    def nested(self, i: int) -> Any:
+        planes = {"upper": f"{self._name} upper {i}", "lower": f"{self._name} lower {i}"}
+        return SimpleNamespace(**planes, row_exponent=i, order="order")
+
+
+Call = tuple[str, Any, tuple[Any, ...], Any]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Who was called, with which tokens and operands, and what it was to ask for."""
+    log: list[Call] = []
+
+    def gated(tokens: torch.Tensor, *operands: Any, ahead: Any, gated: bool, order: str) -> torch.Tensor:
+        assert gated
+        log.append(("gated", tokens.tolist(), operands, ahead))
+        return tokens + 0.5
+
     monkeypatch.setattr(tune, "copy_tokens", lambda source, to: to.copy_(source))
-    tokens = tune._copied_tokens(operands, 2)
+    monkeypatch.setattr(tune, "linear_16bit", gated)
+    monkeypatch.setattr(tune, "linear_fp8", gated)
+    return log
+
+
+def backend(log: list[Call]) -> ModuleType:
+    def linear(tokens: torch.Tensor, *operands: Any, **options: Any) -> None:
+        log.append(("product", tokens.tolist(), operands, options.get("ahead")))
+
+    return cast(ModuleType, SimpleNamespace(linear_16bit=linear, linear_fp8=linear))
+
+
+def test_products_in_a_chain_copy_their_tokens_and_ask_for_the_next_weights(calls: list[Call]) -> None:
+    operands = cast(Operands, Weights("w", 2, 8))
+    tune._chained(backend(calls), Mode.BITS16, operands, 2, None)({})(1)
+    tune._products(backend(calls), Mode.FP8, operands, lambda i: operands.x(i, 2))({})(1)
     rows = [[1.0] * 8] * 2
-    tune._products(backend, Mode.BITS16, operands, tokens, chained=True)({})(1)
-    tune._products(backend, Mode.FP8, operands, tokens)({})(1)
-    assert log == [(rows, ("u1", "l1", 1), ("u0", "l0")), (rows, ("u1", 1), None)]
-    assert tokens(1).data_ptr() != x[1].data_ptr()
+    assert calls == [
+        ("product", rows, ("w upper 1", "w lower 1", 1), ("w upper 0", "w lower 0")),
+        ("product", rows, ("w upper 1", 1), None),
+    ]
+    assert tune._copied_tokens(operands, 2)(1).data_ptr() != operands.x(1, 2).data_ptr()
+
+
+def test_a_down_layer_follows_the_gated_product_of_its_mlp(calls: list[Call]) -> None:
+    down, gate_up = cast(Operands, Weights("down", 3, 8)), cast(Operands, Weights("gate_up", 2, 4))
+    tune._chained(backend(calls), Mode.FP8, down, 1, gate_up)({})(2)
+    assert calls == [
+        ("gated", [[0.0] * 4], ("gate_up upper 0", 0), ("down upper 2",)),
+        ("product", [[0.5] * 4], ("down upper 2", 2), ("gate_up upper 1",)),
+    ]

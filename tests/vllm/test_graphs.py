@@ -1,7 +1,7 @@
 """The graph bank, against vLLM's real holder classes with fake graphs in them."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +30,19 @@ class FakeGraph:
         self._log.append(self._plan)
 
 
+class Model(torch.nn.Module):
+    """As vLLM marks those that torch.compile cuts in pieces."""
+
+    do_not_compile = False
+
+
+class Overwritten(dict[Any, Any]):
+    """Says that it is empty, as if each capture began anew."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
 class Runner:
     """A second-generation runner's parts that hold graphs: piecewise wrappers and the manager."""
 
@@ -54,8 +67,16 @@ class Runner:
         BreakableCUDAGraphWrapper._all_instances.add(self.breakable)
         self.cudagraph_manager = object.__new__(CudaGraphManager)
         self.cudagraph_manager.graphs = {}
+        self.cudagraph_manager._capture_descs = {
+            CUDAGraphMode.FULL: [full_shape(tokens) for tokens in SHAPES],
+            CUDAGraphMode.PIECEWISE: [SimpleNamespace(num_tokens=tokens) for tokens in SHAPES],
+        }
+        self.model = Model()
         self.missing: dict[str, int] = {}
         self.captures: list[str] = []
+
+    def get_model(self) -> Model:
+        return self.model
 
     def capture_model(self, **options: Any) -> int:
         from vllm.compilation.cuda_graph import CUDAGraphEntry
@@ -116,7 +137,15 @@ def worker_for(runner: Runner, **settings: Any) -> PrecisionGPUWorker:
     worker.model_runner = runner
     worker._graphs = GraphBank(lambda: [Holder(*found) for found in compat.graph_holders(runner)])
     worker._capture_one = runner.capture_model
+    worker.model_config = SimpleNamespace(enforce_eager=False)
     return worker
+
+
+def start(worker: PrecisionGPUWorker, capture: Callable[[], int]) -> None:
+    """vLLM's own part of the last phase of a start, which is to capture, is `capture`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat.gpu_worker(), "compile_or_warm_up_model", lambda self: capture())
+        worker.compile_or_warm_up_model()
 
 
 def test_loading_leaves_torchs_allocator_as_it_is(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +185,57 @@ def test_a_graph_that_one_family_lacks_stops_the_start(runner: Runner, plan: str
     runner.missing[plan] = 4
     with pytest.raises(GraphFamilyError, match=r"plans fp8 and fp16 differ in 1 CUDA graphs of"):
         worker_for(runner)._capture_model()
+
+
+def test_an_engine_that_has_all_its_graphs_starts(runner: Runner) -> None:
+    worker = worker_for(runner)
+    start(worker, worker._capture_model)
+    assert compat.batches_to_capture(runner) == {(t, whole) for t in SHAPES for whole in (True, False)}
+    eager = worker_for(runner)
+    eager.model_config = SimpleNamespace(enforce_eager=True)
+    start(eager, lambda: 0)
+
+
+@pytest.mark.parametrize(("holder", "kind"), [("graphs", "in one graph"), ("entries", "in pieces")])
+def test_graphs_in_a_holder_that_is_not_known_stop_the_start(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, holder: str, kind: str
+) -> None:
+    """All families hold the same, and a flip would replay what was captured last."""
+    known = compat.graph_holders
+
+    def others(runner: Runner) -> list[tuple[Any, str]]:
+        return [found for found in known(runner) if not found[1].endswith(holder)]
+
+    monkeypatch.setattr(compat, "graph_holders", others)
+    runner.cudagraph_manager.graphs = Overwritten()
+    worker = worker_for(runner)
+    message = f"plan fp8 lacks CUDA graphs of 3 of 6 batches, first of 1 tokens {kind}: .* enforce_eager=True"
+    with pytest.raises(GraphFamilyError, match=message):
+        start(worker, worker._capture_model)
+
+
+def test_a_capture_past_the_bank_stops_the_start(runner: Runner) -> None:
+    with pytest.raises(GraphFamilyError, match=r"6 batches, but not by .* capture_model.*enforce_eager"):
+        start(worker_for(runner), runner.capture_model)
+
+
+def test_a_model_that_is_not_compiled_needs_no_graphs_in_pieces(runner: Runner) -> None:
+    runner.model.do_not_compile = True
+    assert compat.batches_to_capture(runner) == {(tokens, True) for tokens in SHAPES}
+
+
+def test_the_first_generation_runner_says_what_it_captures() -> None:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor
+
+    whole, pieces = BatchDescriptor(4, num_reqs=2), BatchDescriptor(8)
+    descriptors = [(CUDAGraphMode.PIECEWISE, [pieces]), (CUDAGraphMode.FULL, [whole])]
+    runner = SimpleNamespace(
+        get_model=Model,
+        cudagraph_dispatcher=SimpleNamespace(get_capture_descs=lambda: descriptors),
+    )
+    assert compat.batches_to_capture(runner) == {(4, True), (8, False)}
+    assert {compat.captured_batch(key) for key in (whole, pieces)} == {(4, True), (8, False)}
 
 
 def test_no_graph_can_be_captured_in_service(runner: Runner) -> None:
