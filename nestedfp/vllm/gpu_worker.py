@@ -92,7 +92,7 @@ class PrecisionGPUWorker(PrecisionMixin, _Worker):  # type: ignore[misc]
         if options.get("profile_only"):
             taken: int = self._capture_one(**options)
             return taken
-        named = [plan for plan in self.precision_settings.plans.values() if plan is not FP16]
+        named = [plan for plan in self.precision_settings.plans.values() if plan != FP16]
 
         def capture_under(plan: Plan) -> int:
             # vLLM locks its workspaces after the first capture. One that wanted to grow in a later pass

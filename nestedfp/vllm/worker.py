@@ -89,7 +89,7 @@ class PrecisionMixin:
             return super().execute_model(scheduler_output)  # type: ignore[misc]
         plan = self.precision_settings.plans[tag.plan]
         flip_seconds = None
-        if plan is not ACTIVE.plan:
+        if plan != ACTIVE.plan:
             start = time.perf_counter()
             self.flip(plan)
             flip_seconds = time.perf_counter() - start

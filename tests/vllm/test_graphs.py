@@ -1,6 +1,7 @@
 """The graph bank, against vLLM's real holder classes with fake graphs in them."""
 
 import inspect
+import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -131,9 +132,9 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
 
 
 def worker_for(runner: Runner, **settings: Any) -> PrecisionGPUWorker:
-    """The GPU worker without a GPU: only what captures and flips."""
+    """The GPU worker without a GPU: only what captures and flips. Its settings come from another process."""
     worker = object.__new__(PrecisionGPUWorker)
-    worker.precision_settings = Settings.from_dict(settings)
+    worker.precision_settings = pickle.loads(pickle.dumps(Settings.from_dict(settings)))
     worker.model_runner = runner
     worker._graphs = GraphBank(lambda: [Holder(*found) for found in compat.graph_holders(runner)])
     worker._capture_one = runner.capture_model
