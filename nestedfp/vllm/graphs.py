@@ -157,7 +157,7 @@ def estimated_bytes(plans: int, sizes: int, layers: int) -> int:
     The activations in the pool, which all families share, and for each family a share of its own and what the
     driver keeps of each graph; a size has one graph between any two attention layers and one of the whole.
     Seen with Llama-3.1-8B on an H100 (vLLM 0.26, second-generation runner, two plans): 0.55, 0.81 and 1.28
-    GiB for 9, 10 and 51 sizes; this gives 0.82, 0.83 and 1.28.
+    GiB for 9, 10 and 51 sizes, 1.16 for 51 with fused MLPs; this gives 0.82, 0.83 and 1.28.
     """
     graphs = sizes * (layers + 2)
     return _POOL_BYTES + plans * (_FAMILY_BYTES + graphs * _GRAPH_BYTES)
