@@ -396,7 +396,7 @@ def main() -> None:
         report["paper"] = experiment(folder, replicas, seed)
         save()
     if "scaling" in parts:
-        report["scaling"] = compare_scaling(folder, seed)
+        report["scaling"] = list(compare_scaling(folder, seed))
         save()
     if "steady" in parts:
         rows = report["loads"]

@@ -1,13 +1,15 @@
 """Autoscaling, simulated: the joint rule against static precisions under Ray Serve's own policy.
 
-The load is an hour of Azure's conversations of 2023, every request ten times within a second. Serve's policy
-is tuned by a grid on another seed than the one reported: of the settings that reach an attainment of 0.99
-the one with the fewest replica-hours, or else the highest attainment.
+The loads are an hour of Azure's conversations of 2023, every request ten times within a second, and of its
+completions of code, four times. Serve's policy is tuned by a grid on another seed than the one reported: of
+the settings that reach an attainment of 0.99 the one with the fewest replica-hours, or else the highest
+attainment.
 """
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nestedfp.loadtests.readers import read_trace
 from nestedfp.policies.autoscaling import ScalingConfig
@@ -19,9 +21,24 @@ from nestedfp.policies.simulation.scaling import JointScaler, Scaler, ServeScale
 from nestedfp.policies.simulation.state import EngineSettings, Workload, thickened
 from nestedfp.policies.simulation.summary import summarize
 
-COPIES, SPREAD_S, STARTUP_S, START, MOST = 10, 1.0, 120.0, 4, 10
-TARGETS, UP_S, DOWN_S = (8.0, 12.0, 16.0, 20.0, 25.0), (5.0, 30.0), (120.0, 600.0)
+SPREAD_S, STARTUP_S, START, MOST = 1.0, 120.0, 4, 10
+UP_S, DOWN_S = (5.0, 30.0), (120.0, 600.0)
 GOOD = 0.99
+
+
+class Load(NamedTuple):
+    """A trace, how often each of its requests is sent, and the targets that Serve's policy is tuned over."""
+
+    name: str
+    file: str
+    copies: int
+    targets: tuple[float, ...]
+
+
+LOADS = (
+    Load("azure-conv-2023", "azure_conv_2023-11-16.csv", 10, (8.0, 12.0, 16.0, 20.0, 25.0)),
+    Load("azure-code-2023", "azure_code_2023-11-16.csv", 4, (1.0, 2.0, 4.0, 8.0, 16.0)),
+)
 
 
 def scaled(load: Workload, policy: Policy, scaler: Scaler, seed: int) -> dict[str, Any]:
@@ -49,11 +66,13 @@ def serve_scaler(target: float, up_s: float, down_s: float) -> ServeScaler:
     )
 
 
-def tuned(precision: str, load: Workload, seed: int, factor: float) -> tuple[tuple[float, ...], list[Any]]:
-    """The best settings of Serve's policy for one precision, and the whole grid."""
+def tuned(
+    precision: str, load: Workload, targets: tuple[float, ...], seed: int, factor: float
+) -> tuple[tuple[float, ...], list[Any]]:
+    """The best settings of Serve's policy for one precision, and the whole grid; `factor` on the targets."""
     policy = Policy(PolicyConfig(controller=f"static-{precision}", decide_interval_s=1.0))
     grid = []
-    for target, up_s, down_s in product(TARGETS, UP_S, DOWN_S):
+    for target, up_s, down_s in product(targets, UP_S, DOWN_S):
         given = (factor * target, up_s, down_s)
         grid.append({"settings": given, **scaled(load, policy, serve_scaler(*given), seed)})
         print(
@@ -68,18 +87,26 @@ def tuned(precision: str, load: Workload, seed: int, factor: float) -> tuple[tup
     return best["settings"], grid
 
 
-def compare_scaling(folder: Path, seed: int) -> dict[str, Any]:
-    """Attainment and replica-hours of all three, on `seed`; the grids were searched on the seed after it."""
-    trace = read_trace(folder / "azure_conv_2023-11-16.csv")
-    load = thickened(trace, COPIES, SPREAD_S, seed)
-    other = thickened(trace, COPIES, SPREAD_S, seed + 1)
-    report: dict[str, Any] = {
-        "load": f"azure-conv-2023, every request {COPIES} times within {SPREAD_S:g} s",
-        "startup_s": STARTUP_S,
-        "tuned_on_seed": seed + 1,
-    }
+def compare_scaling(folder: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """For each load attainment and replica-hours of all three, on `seed`; the grids were searched on the seed
+    after it."""
+    for given in LOADS:
+        trace = read_trace(folder / given.file)
+        load = thickened(trace, given.copies, SPREAD_S, seed)
+        other = thickened(trace, given.copies, SPREAD_S, seed + 1)
+        print(f"  {given.name}", flush=True)
+        yield {
+            "load": f"{given.name}, every request {given.copies} times within {SPREAD_S:g} s",
+            "startup_s": STARTUP_S,
+            "tuned_on_seed": seed + 1,
+            **_contest(load, other, given.targets, seed),
+        }
+
+
+def _contest(load: Workload, other: Workload, targets: tuple[float, ...], seed: int) -> dict[str, Any]:
+    report: dict[str, Any] = {}
     for precision, factor in (("fp16", 1.0), ("fp8", 1.5)):
-        settings, grid = tuned(precision, other, seed + 1, factor)
+        settings, grid = tuned(precision, other, targets, seed + 1, factor)
         policy = Policy(PolicyConfig(controller=f"static-{precision}", decide_interval_s=1.0))
         outcome = scaled(load, policy, serve_scaler(*settings), seed)
         report[f"serve-{precision}"] = {"settings": settings, **outcome, "grid": grid}

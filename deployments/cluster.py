@@ -30,12 +30,14 @@ from nestedfp.deployments.app import build_app
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.interrupt import interrupts_held
 from nestedfp.deployments.policy_calls import CALL_TIMEOUT_S, PolicyCalls
-from nestedfp.deployments.processes import none_left_behind
+from nestedfp.deployments.processes import is_running, none_left_behind
 from nestedfp.deployments.serve_file import ServeFile
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _POLL_S: Final = 0.5
 _ROUNDING: Final = 1e-6
+_RAY_PROCESSES: Final = ("gcs_server", "raylet")
+"""What calls to Serve need of Ray on this machine."""
 DEPLOYMENT: Final = "EngineReplica"
 
 Say = Callable[[str], None]
@@ -117,7 +119,7 @@ def running(
                 say("stopping")
                 with interrupts_held():
                     app.close()
-                    _delete(file, say)
+                    _delete_unless_ray_ends(file, say)
         finally:
             # A replica that is still loading cannot end in good order; it ends with Ray.
             with interrupts_held():
@@ -164,6 +166,29 @@ def _waiting_for(what: str, logs: Path) -> Iterator[None]:
             f"{what} did not come up in {waited_s:.0f} s ({reason}); "
             f"free processors or memory of this machine and start again, or see {logs}"
         ) from error
+
+
+def _delete_unless_ray_ends(file: ServeFile, say: Say) -> None:
+    """A signal to the whole process group, as from `timeout` or systemd, ends Ray as well; a call to it would
+    then wait for a minute, and end this process."""
+    failures: list[Exception] = []
+
+    def delete() -> None:
+        try:
+            _delete(file, say)
+        except (RayError, RuntimeError) as error:
+            # Raised where someone waits for it.
+            failures.append(error)
+
+    deletion = threading.Thread(target=delete, daemon=True)
+    deletion.start()
+    while deletion.is_alive():
+        deletion.join(_POLL_S)
+        if deletion.is_alive() and not all(is_running(name) for name in _RAY_PROCESSES):
+            say("Ray was ended from outside: ending what is left of it, requests in progress included")
+            return
+    for error in failures:
+        raise error
 
 
 def _delete(file: ServeFile, say: Say) -> None:

@@ -91,7 +91,7 @@ def tables(data: Mapping[str, Any], live: Mapping[str, Any]) -> str:
     if "steady" in data:
         parts.append(_steady(data["steady"]))
     if "scaling" in data:
-        parts.append(_scaling(data["scaling"]))
+        parts += [_scaling(report) for report in data["scaling"]]
     if "paper" in data:
         parts.append(_paper(data["paper"]))
     if "minute" in live:
@@ -233,11 +233,12 @@ def _scaling(report: Mapping[str, Any]) -> str:
     saved = 100 * report["replica_hours_saved"]
     of_fp8 = report["of_what_fp8_saves"]
     facts = [
-        f"{report['violations_alone_over_joint']:.1f} times fewer violations than autoscaling alone",
+        f"{report['violations_alone_over_joint']:.3g} times fewer violations than autoscaling alone",
         f"{saved:.0f} % fewer replica-hours",
     ]
     if of_fp8 is not None:
-        facts.append(f"{100 * of_fp8:.0f} % of what static FP8 with autoscaling saves")
+        share = "more than" if of_fp8 > 1.0 else f"{100 * of_fp8:.0f} % of what"
+        facts.append(f"{share} static FP8 with autoscaling saves")
     text = f"Load: {report['load']}; a replica starts in {report['startup_s']:g} s. {', '.join(facts)}."
     return f"{markdown(head, lines)}\n\n{text}"
 

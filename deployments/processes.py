@@ -37,6 +37,18 @@ def none_left_behind(grace_s: float = _GRACE_S) -> Iterator[None]:
         _end([process for process in _descendants() if process not in before], grace_s)
 
 
+def is_running(name: str) -> bool:
+    """Whether a process of this name, started by this one or below it, has not ended."""
+    return any(_is_running(process, name) for process in _descendants())
+
+
+def _is_running(process: psutil.Process, name: str) -> bool:
+    try:
+        return bool(process.name() == name and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _descendants() -> list[psutil.Process]:
     """All of them but this process's own multiprocessing tracker, which lives as long as it does."""
     me = psutil.Process()

@@ -2,10 +2,13 @@
 
 Precision bridges the minutes until a replica has started, so replicas are added only when FP8 is not enough,
 or has carried load for so long that it is no burst, or is not to be had: for requests that demand 16 bits, by
-a pin or under a static policy. While FP8 carries load nothing is removed; and one replica leaves only when
-all are in 16 bits, none is beyond a limit of the SLO and the rest is predicted to hold it in 16 bits, for a
-while without a break. A replica in ``auto`` uses FP8 for single steps at any load; it relies on FP8 where 16
-bits alone are not predicted to hold. While one that was ordered does not serve yet nothing changes, but not
+a pin or under a static policy. Nor is FP8 enough where the load grows so that it will not be by the time a
+replica ordered now would serve; that time is measured at each order.
+
+While FP8 carries load nothing is removed; and one replica leaves only when all are in 16 bits, none is beyond
+a limit of the SLO and the rest is predicted to hold it in 16 bits, for a while without a break. A replica in
+``auto`` uses FP8 for single steps at any load; it relies on FP8 where 16 bits alone are not predicted to
+hold. While one that was ordered does not serve yet only a load that grows beyond it changes anything, but not
 for ever: it may never find a place.
 
 The facts of one replica are a flat dictionary of finite numbers (:func:`scaling_stats`), as Ray Serve's
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from nestedfp.policies import checks
@@ -24,6 +27,7 @@ from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.config import Slo
 from nestedfp.policies.latency import LatencyModel, TokenLoad
 from nestedfp.policies.protocol import AUTO, FP8, FP16, ReplicaReport
+from nestedfp.policies.trend import Trend
 
 STATS: Final = (
     "in_fp8",
@@ -52,6 +56,8 @@ class ScalingConfig:
     """How long most replicas may carry load in FP8 before one is added although FP8 holds."""
     spare_s: float = 300.0
     """How long one replica fewer must have been enough before one is removed."""
+    start_s: float = 120.0
+    """How long a replica takes from its order until it serves, before one has been seen to."""
     start_patience_s: float = 600.0
     """How long ordered replicas that do not serve hold everything; far more than a start takes. Afterwards
     those that serve are counted alone.
@@ -65,8 +71,8 @@ class ScalingConfig:
         if self.max_replicas < self.min_replicas:
             remedy = f"give at least min_replicas, {self.min_replicas}"
             raise InvalidField("max_replicas", self.max_replicas, remedy)
-        for field in ("overload_s", "fp8_patience_s", "spare_s", "start_patience_s"):
-            checks.number(field, getattr(self, field))
+        for name in ("overload_s", "fp8_patience_s", "spare_s", "start_s", "start_patience_s"):
+            checks.number(name, getattr(self, name))
         checks.number("headroom", self.headroom, above=0.0, maximum=1.0)
 
 
@@ -80,6 +86,14 @@ class ScalingState:
     """Since when most replicas have relied on FP8."""
     starting_since_s: float | None = None
     """Since when some of those ordered have not served."""
+    ordered_since_s: float | None = None
+    """When more were ordered, until all serve."""
+    start_s: float | None = None
+    """How long the latest order took until all served."""
+    demand: Trend = field(default_factory=Trend)
+    """Prompt tokens a second that arrive at all replicas."""
+    heard: int = 0
+    """How many replicas' facts ``demand`` is the sum of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +145,13 @@ def desired_replicas(
 
     ``stats`` holds :func:`scaling_stats` of the replicas that serve (unusable rows are left out),
     ``current`` the number ordered, ``starting`` how many of these do not serve yet. Without a usable row
-    nothing changes; nor does it while replicas start, until ``start_patience_s`` have passed without a moment
-    in which all served.
+    nothing changes; while replicas start only a growing load changes anything, until ``start_patience_s`` have
+    passed without a moment in which all served.
     """
     usable = [row for row in stats if _usable(row)]
     if not usable:
-        return _bounded(current, "no usable reports", config), ScalingState()
-    state = replace(state, starting_since_s=_since(starting > 0, state.starting_since_s, now))
+        return _bounded(current, "no usable reports", config), ScalingState(start_s=state.start_s)
+    state = _timed(_counted(state, usable, now), starting, now)
     absent = 0
     if state.starting_since_s is not None and now - state.starting_since_s >= config.start_patience_s:
         absent, starting = starting, 0
@@ -157,7 +171,18 @@ def desired_replicas(
         wanted = max(current + 1, absent + _smallest(mode, usable, present, config, slo, model))
         counts = {"FP8": len(strained), "16 bits": len(stuck)}
         reason = ", ".join(f"{name} too slow on {count} replicas" for name, count in counts.items() if count)
-        return _changed(wanted, reason, current, config, state)
+        return _changed(wanted, reason, current, config, state, now)
+    start_s = config.start_s if state.start_s is None else state.start_s
+    if (growth := state.demand.growth(start_s)) > 1.0:
+        mode = FP16 if 2 * sum(row["fixed"] and row["in_fp8"] == 0 for row in usable) > len(usable) else FP8
+        grown = [_grown(row, growth) for row in usable]
+        # Those that start will serve by then.
+        if not _holds(mode, grown, max(1, present), config, slo, model):
+            wanted = absent + _smallest(mode, grown, present, config, slo, model)
+            name = "16 bits" if mode == FP16 else "FP8"
+            reason = f"load grows by {growth - 1:.0%} in {start_s:.0f} s, too much for {name}"
+            if wanted > current:
+                return _changed(wanted, reason, current, config, state, now)
     if mostly_fp8 and starting == 0:
         relied_s = 0.0 if state.relied_since_s is None else now - state.relied_since_s
         long_in_fp8 = [
@@ -167,7 +192,7 @@ def desired_replicas(
         ]
         if 2 * len(long_in_fp8) > len(usable):
             reason = f"{len(long_in_fp8)} replicas in FP8 for {config.fp8_patience_s:g} s"
-            return _changed(current + 1, reason, current, config, state)
+            return _changed(current + 1, reason, current, config, state, now)
     if in_fp8 or stuck or starting > 0:
         besides = f"{len(stuck)} too slow in 16 bits, " if stuck else ""
         reason = f"{len(in_fp8)} replicas in FP8, {besides}{starting} starting: hold"
@@ -181,7 +206,7 @@ def desired_replicas(
     state = replace(state, spare_since_s=_since(spare, state.spare_since_s, now))
     if state.spare_since_s is not None and now - state.spare_since_s >= config.spare_s:
         reason = f"{max(1, present - 1)} replicas hold the SLO in 16 bits"
-        return _changed(current - 1, reason, current, config, state)
+        return _changed(current - 1, reason, current, config, state, now)
     reason = f"{slow} replicas too slow in 16 bits, FP8 may help" if slow else "16 bits hold"
     return _bounded(current, reason, config), state
 
@@ -196,6 +221,35 @@ def _relies_on_fp8(row: Mapping[str, float], config: ScalingConfig, slo: Slo, mo
     if row["in_fp8"] == UNDECIDED:
         return not _holds(FP16, [row], 1, config, slo, model)
     return row["in_fp8"] > 0
+
+
+def _counted(state: ScalingState, usable: Sequence[Mapping[str, float]], now: float) -> ScalingState:
+    """With the demand of now. A replica that falls silent, or is heard again, is no change of demand: the trend
+    begins anew. Only one that was ordered takes its part of what is there."""
+    heard = len(usable)
+    continued = heard == state.heard or (heard > state.heard and state.ordered_since_s is not None)
+    before = state.demand if continued else Trend()
+    demand = before.seen(sum(row["prompt_per_s"] for row in usable), now)
+    return replace(state, demand=demand, heard=heard)
+
+
+def _timed(state: ScalingState, starting: int, now: float) -> ScalingState:
+    """Since when some have not served, and, once all serve, how long the order took."""
+    timed = replace(
+        state,
+        starting_since_s=_since(starting > 0, state.starting_since_s, now),
+        ordered_since_s=_since(state.ordered_since_s is not None, state.ordered_since_s, now),
+    )
+    ended = state.starting_since_s is not None and starting == 0
+    if timed.ordered_since_s is None or not ended:
+        return timed
+    return replace(timed, ordered_since_s=None, start_s=now - timed.ordered_since_s)
+
+
+def _grown(row: Mapping[str, float], factor: float) -> dict[str, float]:
+    """The row of a replica with more requests of the same kind."""
+    more = {name: factor * row[name] for name in ("prompt_per_s", "decode_per_s")}
+    return {**row, **more}
 
 
 def _since(condition: bool, before: float | None, now: float) -> float | None:
@@ -244,12 +298,14 @@ def _smallest(
 
 
 def _changed(
-    replicas: int, reason: str, current: int, config: ScalingConfig, state: ScalingState
+    replicas: int, reason: str, current: int, config: ScalingConfig, state: ScalingState, now: float
 ) -> tuple[Scaling, ScalingState]:
     """Another number, and all delays anew. Those who are absent get new patience only if more are ordered."""
     scaling = _bounded(replicas, reason, config)
-    more = scaling.replicas > current
-    return scaling, ScalingState(starting_since_s=None if more else state.starting_since_s)
+    known = ScalingState(start_s=state.start_s, demand=state.demand, heard=state.heard)
+    if scaling.replicas > current:
+        return scaling, replace(known, ordered_since_s=now)
+    return scaling, replace(known, starting_since_s=state.starting_since_s)
 
 
 def _bounded(replicas: int, reason: str, config: ScalingConfig) -> Scaling:

@@ -1,12 +1,14 @@
 """No process outlives its block, orphans included."""
 
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
-from nestedfp.deployments.processes import none_left_behind
+from nestedfp.deployments.processes import is_running, none_left_behind
 
 # A parent that starts a sleeper in a session of its own, tells its pid, and exits at once.
 ORPHAN = (
@@ -41,3 +43,17 @@ def test_processes_started_before_are_left_alone() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_process_is_running_until_it_has_ended() -> None:
+    sleeping = shutil.which("sleep")
+    assert sleeping is not None
+    name = Path(sleeping).resolve().name
+    assert not is_running(name)
+    process = subprocess.Popen([sleeping, "60"])
+    assert is_running(name)
+    process.kill()
+    # A zombie until it is waited for.
+    psutil.wait_procs([psutil.Process(process.pid)], timeout=0.5)
+    assert not is_running(name)
+    process.wait()
