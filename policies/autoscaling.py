@@ -145,8 +145,8 @@ def desired_replicas(
 
     ``stats`` holds :func:`scaling_stats` of the replicas that serve (unusable rows are left out),
     ``current`` the number ordered, ``starting`` how many of these do not serve yet. Without a usable row
-    nothing changes; while replicas start only a growing load changes anything, until ``start_patience_s`` have
-    passed without a moment in which all served.
+    nothing changes; while replicas start only a growing load changes anything, until ``start_patience_s``
+    have passed without a moment in which all served.
     """
     usable = [row for row in stats if _usable(row)]
     if not usable:
@@ -224,8 +224,11 @@ def _relies_on_fp8(row: Mapping[str, float], config: ScalingConfig, slo: Slo, mo
 
 
 def _counted(state: ScalingState, usable: Sequence[Mapping[str, float]], now: float) -> ScalingState:
-    """With the demand of now. A replica that falls silent, or is heard again, is no change of demand: the trend
-    begins anew. Only one that was ordered takes its part of what is there."""
+    """With the demand of now.
+
+    A replica that falls silent, or is heard again, is no change of demand: the trend begins anew. Only one
+    that was ordered takes its part of what is there.
+    """
     heard = len(usable)
     continued = heard == state.heard or (heard > state.heard and state.ordered_since_s is not None)
     before = state.demand if continued else Trend()

@@ -21,7 +21,7 @@ class Point(NamedTuple):
 
     bucket: int
     total: float
-    count: int
+    values: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Trend:
         bucket = math.floor(now / BUCKET_S)
         last = self.points[-1] if self.points else None
         if last is not None and bucket == last.bucket:
-            return Trend((*self.points[:-1], Point(bucket, last.total + value, last.count + 1)))
+            return Trend((*self.points[:-1], Point(bucket, last.total + value, last.values + 1)))
         kept = self.points[-POINTS:] if last is not None and bucket == last.bucket + 1 else ()
         return Trend((*kept, Point(bucket, value, 1)))
 
@@ -45,7 +45,7 @@ class Trend:
         Least squares through the complete buckets; of the slope, two standard errors less count, so that a
         load which only varies is not taken for one that grows. 1 until there are enough of them.
         """
-        complete = [point.total / point.count for point in self.points[:-1]]
+        complete = [point.total / point.values for point in self.points[:-1]]
         if len(complete) < POINTS:
             return 1.0
         level, slope = _line(complete)
