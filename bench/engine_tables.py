@@ -106,7 +106,7 @@ def engine_summary(data: Mapping[str, Any]) -> str:
         + [PAPER.get((ours, theirs), "") for ours, theirs, _ in pairs]
     )
     return (
-        f"**Engine** ({measured.machine}). Output tokens/s of one engine over another's.\n\n"
+        f"**Engine**, random weights ({measured.machine}). Output tokens/s of one engine over another's.\n\n"
         + markdown(["", *measured.ratio_names], rows)
         + _flips_and_memory(data, [dtype for _, dtype in measured.runs])
     )
@@ -256,10 +256,12 @@ def live(data: Mapping[str, Any]) -> str:
     times = [f"{what} p50, p99, ms" for what in ("TTFT", "TPOT")]
     head = ["", "SLO met", "tokens in 16 bits", *times, "steps cut", "flips"]
     return (
-        f"**Bounded steps on one engine, live** ({data['model']}, {data['device']}, vllm "
+        f"**A bursty load on one engine, live, without Ray Serve** ({data['model']}, {data['device']}, vllm "
         f"{data['versions']['vllm']}, {data['date'][:10]}). {sent:,} requests, arriving by the clock: "
         f"{data['load'][0]}. SLO: TTFT {slo['ttft_s']:g} s, TPOT {slo['tpot_s'] * 1e3:g} ms; in brackets "
-        "what the simulated engine, fitted to the engine's cells, predicts.\n\n" + markdown(head, rows)
+        "what the simulated engine, fitted to the engine's cells, predicts. Cut steps take no more tokens "
+        "than the SLO leaves time for; flips are changes of precision from one step to the next.\n\n"
+        + markdown(head, rows)
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any, Final
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ReplicaState  # type: ignore[attr-defined]
 
 from nestedfp import models
@@ -176,7 +177,7 @@ def _delete_unless_ray_ends(file: ServeFile, say: Say) -> None:
     def delete() -> None:
         try:
             _delete(file, say)
-        except (RayError, RuntimeError) as error:
+        except (RayError, RayServeException, RuntimeError) as error:
             # Raised where someone waits for it.
             failures.append(error)
 

@@ -233,7 +233,8 @@ def _scaling(report: Mapping[str, Any]) -> str:
     saved = 100 * report["replica_hours_saved"]
     of_fp8 = report["of_what_fp8_saves"]
     facts = [
-        f"{report['violations_alone_over_joint']:.3g} times fewer violations than autoscaling alone",
+        f"{report['joint']['violations']:,} requests miss the SLO instead of "
+        f"{report['serve-fp16']['violations']:,} with autoscaling alone",
         f"{saved:.0f} % fewer replica-hours",
     ]
     if of_fp8 is not None:

@@ -8,10 +8,9 @@ What is used and where it lives:
 | `init_app_state` | `openai.api_server` | `launchers.api_server.app_state` |
 | `make_arg_parser` | `openai.cli_args` | `launchers.cli_args` |
 
-Run with 0.32. With 0.26, on a CPU, they were imported, arguments parsed and the application built around an
-engine without a core. The older places are tried where the newer ones do not exist, so for the versions in
-between it does not matter which of them moved what. Everything else that the deployment needs from vLLM
-(`AsyncLLM`, `AsyncEngineArgs`, `StatLoggerBase`) has kept its place.
+Run with 0.32 on CPUs and with 0.26 on an H100. The older places are tried where the newer ones do not exist,
+so for the versions in between it does not matter which of them moved what. Everything else that the
+deployment needs from vLLM (`AsyncLLM`, `AsyncEngineArgs`, `StatLoggerBase`) has kept its place.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         print("compilation:", complaint)
     print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
     operands = gate_up = None
-    down = {(shape.N, shape.K) for shape in args.shapes if shape.layer == DOWN}
+    down = {(shape.N, shape.K) for shape in (*SHAPES, *args.shapes) if shape.layer == DOWN}
     with gpu.ClockMonitor() as clocks:
         for mode, dtype, M, N, K in todo:
             if args.time_limit is not None and time.monotonic() - start > args.time_limit:
@@ -162,6 +162,7 @@ def fastest(
     for number, config in enumerate(configs):
         try:
             error = contest.error(alone(config), operands, M)
+            served(config)(0)
         # What a launch raises where a configuration does not fit; a faulting one ends the process.
         except (RuntimeError, ValueError, TritonError) as failure:
             print(f"  left out, {failure}: {dict(config)}", flush=True)

@@ -40,6 +40,9 @@ STATS: Final = (
     "context",
 )
 
+LEAST_GROWTH: Final = 1.05
+"""Less is left to what is seen of the replicas."""
+
 UNDECIDED: Final = 0.5
 """``in_fp8`` of a replica in ``auto``."""
 
@@ -78,7 +81,8 @@ class ScalingConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """What the rule remembers: since when replicas are too slow, one is spare, FP8 is relied upon."""
+    """What the rule remembers: since when replicas are too slow, one is spare, FP8 is relied upon, a start is
+    awaited; how long starts take; how the load has been."""
 
     overloaded_since_s: float | None = None
     spare_since_s: float | None = None
@@ -90,10 +94,10 @@ class ScalingState:
     """When more were ordered, until all serve."""
     start_s: float | None = None
     """How long the latest order took until all served."""
+    serving: int = 0
+    """How many replicas share the load, one that is silent for a while included."""
     demand: Trend = field(default_factory=Trend)
-    """Prompt tokens a second that arrive at all replicas."""
-    heard: int = 0
-    """How many replicas' facts ``demand`` is the sum of."""
+    """Prompt tokens a second that arrive at all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +155,13 @@ def desired_replicas(
     usable = [row for row in stats if _usable(row)]
     if not usable:
         return _bounded(current, "no usable reports", config), ScalingState(start_s=state.start_s)
-    state = _timed(_counted(state, usable, now), starting, now)
+    ordered = state.ordered_since_s is not None
+    state = _timed(state, starting, config, now)
     absent = 0
     if state.starting_since_s is not None and now - state.starting_since_s >= config.start_patience_s:
         absent, starting = starting, 0
     present = max(0, current - absent)
+    state = _counted(state, usable, present, ordered, now)
     in_fp8 = [row for row in usable if _relies_on_fp8(row, config, slo, model)]
     mostly_fp8 = 2 * len(in_fp8) > len(usable)
     state = replace(state, relied_since_s=_since(mostly_fp8, state.relied_since_s, now))
@@ -173,7 +179,7 @@ def desired_replicas(
         reason = ", ".join(f"{name} too slow on {count} replicas" for name, count in counts.items() if count)
         return _changed(wanted, reason, current, config, state, now)
     start_s = config.start_s if state.start_s is None else state.start_s
-    if (growth := state.demand.growth(start_s)) > 1.0:
+    if (growth := state.demand.growth(start_s)) >= LEAST_GROWTH:
         mode = FP16 if 2 * sum(row["fixed"] and row["in_fp8"] == 0 for row in usable) > len(usable) else FP8
         grown = [_grown(row, growth) for row in usable]
         # Those that start will serve by then.
@@ -181,7 +187,7 @@ def desired_replicas(
             wanted = absent + _smallest(mode, grown, present, config, slo, model)
             name = "16 bits" if mode == FP16 else "FP8"
             reason = f"load grows by {growth - 1:.0%} in {start_s:.0f} s, too much for {name}"
-            if wanted > current:
+            if min(wanted, config.max_replicas) > current:
                 return _changed(wanted, reason, current, config, state, now)
     if mostly_fp8 and starting == 0:
         relied_s = 0.0 if state.relied_since_s is None else now - state.relied_since_s
@@ -223,30 +229,39 @@ def _relies_on_fp8(row: Mapping[str, float], config: ScalingConfig, slo: Slo, mo
     return row["in_fp8"] > 0
 
 
-def _counted(state: ScalingState, usable: Sequence[Mapping[str, float]], now: float) -> ScalingState:
-    """With the demand of now.
+def _counted(
+    state: ScalingState, usable: Sequence[Mapping[str, float]], present: int, ordered: bool, now: float
+) -> ScalingState:
+    """With the demand of now, where all who share it are heard: a silent one may serve or not.
 
-    A replica that falls silent, or is heard again, is no change of demand: the trend begins anew. Only one
-    that was ordered takes its part of what is there.
+    One that was ``ordered`` takes its part of what is there. Any other that is new to this state brings what
+    was not counted, and the trend begins anew.
     """
     heard = len(usable)
-    continued = heard == state.heard or (heard > state.heard and state.ordered_since_s is not None)
-    before = state.demand if continued else Trend()
-    demand = before.seen(sum(row["prompt_per_s"] for row in usable), now)
-    return replace(state, demand=demand, heard=heard)
+    serving = max(min(state.serving, present), heard)
+    if heard < serving:
+        return replace(state, serving=serving)
+    known = heard <= state.serving or ordered
+    demand = (state.demand if known else Trend()).seen(sum(row["prompt_per_s"] for row in usable), now)
+    return replace(state, serving=serving, demand=demand)
 
 
-def _timed(state: ScalingState, starting: int, now: float) -> ScalingState:
-    """Since when some have not served, and, once all serve, how long the order took."""
-    timed = replace(
+def _timed(state: ScalingState, starting: int, config: ScalingConfig, now: float) -> ScalingState:
+    """Since when some have not served, and, once all serve, how long the order took.
+
+    What is beyond patience was no start, nor is what a clock that was set back or far ahead makes of one.
+    """
+    ordered_since_s = state.ordered_since_s
+    if ordered_since_s is not None and not 0.0 <= now - ordered_since_s < config.start_patience_s:
+        ordered_since_s = None
+    ended = state.starting_since_s is not None and starting == 0
+    start_s = now - ordered_since_s if ended and ordered_since_s is not None else state.start_s
+    return replace(
         state,
         starting_since_s=_since(starting > 0, state.starting_since_s, now),
-        ordered_since_s=_since(state.ordered_since_s is not None, state.ordered_since_s, now),
+        ordered_since_s=None if ended else ordered_since_s,
+        start_s=start_s,
     )
-    ended = state.starting_since_s is not None and starting == 0
-    if timed.ordered_since_s is None or not ended:
-        return timed
-    return replace(timed, ordered_since_s=None, start_s=now - timed.ordered_since_s)
 
 
 def _grown(row: Mapping[str, float], factor: float) -> dict[str, float]:
@@ -305,7 +320,7 @@ def _changed(
 ) -> tuple[Scaling, ScalingState]:
     """Another number, and all delays anew. Those who are absent get new patience only if more are ordered."""
     scaling = _bounded(replicas, reason, config)
-    known = ScalingState(start_s=state.start_s, demand=state.demand, heard=state.heard)
+    known = ScalingState(start_s=state.start_s, serving=state.serving, demand=state.demand)
     if scaling.replicas > current:
         return scaling, replace(known, ordered_since_s=now)
     return scaling, replace(known, starting_since_s=state.starting_since_s)

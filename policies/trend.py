@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 BUCKET_S: Final = 10.0
@@ -14,6 +15,7 @@ POINTS: Final = 18
 MOST_GROWTH: Final = 2.0
 """A line of three minutes says little about more than this."""
 _DEVIATIONS: Final = 2.0
+_MOST_ALIKE: Final = 0.9
 
 
 class Point(NamedTuple):
@@ -43,7 +45,7 @@ class Trend:
         """The factor, 1 to ``MOST_GROWTH``, by which the quantity will have grown in ``ahead_s``.
 
         Least squares through the complete buckets; of the slope, two standard errors less count, so that a
-        load which only varies is not taken for one that grows. 1 until there are enough of them.
+        load which only varies is seldom taken for one that grows. 1 until there are enough of them.
         """
         complete = [point.total / point.values for point in self.points[:-1]]
         if len(complete) < POINTS:
@@ -55,11 +57,18 @@ class Trend:
 
 
 def _line(values: Sequence[float]) -> tuple[float, float]:
-    """The line's last value, and its slope a point less two standard errors."""
+    """The line's last value, and its slope a point less two standard errors.
+
+    Where the deviations of neighbours are alike there is less to learn from as many: by their correlation r,
+    the error is the larger by sqrt((1 + r) / (1 - r)).
+    """
     count = len(values)
     middle, mean = (count - 1) / 2, sum(values) / count
     spread = sum((place - middle) ** 2 for place in range(count))
     slope = sum((place - middle) * (value - mean) for place, value in enumerate(values)) / spread
-    rest = sum((value - mean - slope * (place - middle)) ** 2 for place, value in enumerate(values))
-    error = math.sqrt(rest / (count - 2) / spread)
+    rest = [value - mean - slope * (place - middle) for place, value in enumerate(values)]
+    squares = sum(deviation**2 for deviation in rest)
+    alike = sum(before * after for before, after in pairwise(rest)) / squares if squares > 0.0 else 0.0
+    r = min(_MOST_ALIKE, max(0.0, alike))
+    error = math.sqrt(squares / (count - 2) / spread * (1 + r) / (1 - r))
     return mean + slope * middle, slope - _DEVIATIONS * error

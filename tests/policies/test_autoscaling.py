@@ -125,6 +125,54 @@ def test_a_replica_that_is_silent_for_a_minute_is_no_growth() -> None:
         assert scaling.replicas == 4, (second, scaling.reason)
 
 
+def test_a_replica_that_returns_while_another_starts_is_no_growth() -> None:
+    rule, rows = Rule(), [{**FP8, "mode_s": 1.0, "prompt_per_s": 48_000.0}] * 5
+    rule.state = ScalingState(ordered_since_s=0.0)
+    for second in range(400):
+        heard = rows[:3] if 100 <= second < 170 else rows[:4]
+        scaling = rule.at(float(second), heard, current=5, starting=5 - len(heard))
+        assert scaling.replicas == 5, (second, scaling.reason)
+
+
+def test_a_replica_silent_for_some_seconds_does_not_hide_growth() -> None:
+    rule, scaling = Rule(), Scaling(4, "")
+    for second in range(300):
+        rows = [{**FP8, "mode_s": 1.0, "prompt_per_s": 40_000.0 + 100.0 * second}] * 4
+        heard = rows[:3] if second % 50 < 7 else rows
+        scaling = rule.at(float(second), heard, current=4, starting=4 - len(heard))
+        if scaling.replicas > 4:
+            break
+    assert scaling.replicas > 4
+    assert "load grows" in scaling.reason
+
+
+def test_a_load_that_hardly_grows_is_left_to_what_replicas_say() -> None:
+    rule, row = Rule(), {**FP8, "mode_s": 1.0, "prompt_per_s": 65_000.0}
+    for second in range(300):
+        row = {**row, "prompt_per_s": row["prompt_per_s"] + 0.05}
+        assert rule.at(float(second), [row] * 2).replicas == 2
+
+
+def test_at_the_most_replicas_growth_changes_nothing() -> None:
+    rule = Rule()
+    for second in range(300):
+        row = {**FP8, "mode_s": float(second), "prompt_per_s": 55_000.0 + 100.0 * second}
+        scaling = rule.at(float(second), [row] * 8)
+        assert scaling.replicas == 8
+        assert "grows" not in scaling.reason
+    assert rule.state.ordered_since_s is None
+
+
+@pytest.mark.parametrize("later_s", [3995.0, 400.0, -3600.0])
+def test_what_was_no_start_is_not_timed(later_s: float) -> None:
+    rule = Rule()
+    rule.at(0.0, [OVER])
+    ordered = rule.at(5.0, [OVER]).replicas
+    rule.at(6.0, [OVER], current=ordered, starting=ordered - 1)
+    rule.at(6.0 + later_s, [FP8] * ordered, current=ordered)
+    assert rule.state.start_s is None
+
+
 def test_a_replica_that_has_started_does_not_end_a_trend() -> None:
     rule = Rule()
     grow(rule, per_s=100.0)
