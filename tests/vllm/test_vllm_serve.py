@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 START_S, ANSWER_S, END_S = 240.0, 120.0, 60.0
-# The command asks for the version of a distribution called vllm, and by it whether that is for CPUs; theirs has
-# another name.
+# The command asks for the version of a distribution called vllm, and by it whether that is for CPUs; the one
+# that is has another name.
 VLLM = """
 import importlib.metadata as metadata
 found = metadata.version
