@@ -1,7 +1,7 @@
 """Tables of the engine: throughput and what else was seen, its live load, and its tests on a GPU."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nestedfp.loadtests.markdown import markdown
@@ -113,11 +113,15 @@ def engine_summary(data: Mapping[str, Any]) -> str:
 
 
 def _dates(data: Mapping[str, Any]) -> str:
-    """The days of what was measured; that of the last run where nothing has a date of its own."""
     entries = [entry for name in ("rows", "engines", "solo", "profiles") for entry in data.get(name, [])]
+    return dates(entries, data["date"])
+
+
+def dates(entries: Sequence[Mapping[str, Any]], last: str) -> str:
+    """The days of what was measured; that of the last run where nothing has a date of its own."""
     days = sorted({entry["date"][:10] for entry in entries if "date" in entry})
     if not days:
-        return str(data["date"][:10])
+        return last[:10]
     first_to_last = " to ".join(dict.fromkeys((days[0], days[-1])))
     return f"{first_to_last} and before" if any("date" not in entry for entry in entries) else first_to_last
 

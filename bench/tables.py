@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_tables import engine, engine_summary, engine_tests, live
+from engine_tables import dates, engine, engine_summary, engine_tests, live
 
 from nestedfp.kernels.shapes import SHAPES, TOKEN_GROUPS, TOKENS
 from nestedfp.loadtests.markdown import markdown
@@ -79,7 +79,8 @@ def kernels(data: Mapping[str, Any]) -> str:
             barred = zip(cells, contest.bars, strict=True)
             rows.append([contest.title, *(_with_bar(cell or "not measured", bar) for cell, bar in barred)])
     header = data["header"]
-    machine = f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['date'][:10]}"
+    days = dates(data["rows"], header["date"])
+    machine = f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {days}"
     return (
         f"**GEMM kernels** ({machine}). Geometric mean (worst) over the layers of four models, beside the "
         f"bar; FP8 times include quantising the activations. {header['method']}\n\n"
@@ -92,7 +93,8 @@ def by_shape(data: Mapping[str, Any]) -> str:
     header = data["header"]
     name = "-".join(header["device"].lower().split())
     parts = [
-        f"**Every product** ({header['device']}, {header['date'][:10]}). Weights N x K down, M across.",
+        f"**Every product** ({header['device']}, {dates(data['rows'], header['date'])}). Weights N x K down, "
+        "M across.",
         f"![Time over the floor of each product, by M](kernels-{name}-floor.svg)",
         f"![TFLOP/s and TB/s of each product, by M](kernels-{name}-rates.svg)",
     ]

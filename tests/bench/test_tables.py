@@ -36,6 +36,8 @@ def test_kernel_ratios_are_geometric_means_of_a_column(module: ModuleType) -> No
     table = module.kernels({"header": HEADER, "rows": rows})
     assert "| 1.00 (2.00); bar ≤ 1.00 (1.10) | 1.10 (1.10); bar ≤ 1.03 (1.12) | not measured;" in table
     assert "2026-01-01)" in table
+    dated = [{**row, "date": f"2026-01-0{day}T00:00:00"} for day, row in enumerate(rows, 2)]
+    assert "2026-01-02 to 2026-01-04)" in module.kernels({"header": HEADER, "rows": dated})
 
 
 def test_fp8_is_held_against_the_better_baseline_of_each_cell(module: ModuleType) -> None:
