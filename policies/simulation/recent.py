@@ -12,7 +12,7 @@ from nestedfp.policies.simulation.state import TPOT, TPOT_AT, TTFT, TTFT_AT, Eng
 def miss_shares(
     now: float, window_s: float, ttft_s: float, tpot_s: float, cluster: Engines, share: Floats
 ) -> None:
-    """Fill in each replica's share of requests over a limit in the last ``window_s``; NaN without any."""
+    """Fill in each replica's ``slo_miss_share`` of the last ``window_s``; NaN without requests."""
     for i in range(cluster.replicas.shape[0]):
         recent = cluster.recent[i]
         first = recent[TTFT][recent[TTFT_AT] > now - window_s]
