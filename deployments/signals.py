@@ -89,8 +89,8 @@ class RequestWindow:
         return max(known, default=None)
 
     def miss_share(self, slo: Slo) -> float | None:
-        """`slo_miss_share` of a report: the shares of the window's first tokens and of its ends over a limit of
-        `slo`, together at most 1; None where there were none."""
+        """`slo_miss_share` of a report: the shares of the window's first tokens and of its ends over a
+        limit of `slo`, together at most 1; None where there were none."""
         ttft_s, tpot_s = self._recent(self._ttft_s), self._recent(self._tpot_s)
         if not ttft_s and not tpot_s:
             return None

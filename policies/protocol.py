@@ -108,8 +108,8 @@ class ReplicaReport:
     """Prompt tokens arriving per second, over the short window; None where unknown."""
 
     slo_miss_share: float | None = None
-    """Share of the requests of the short window (10 s) whose first token was late, and of those that were slow
-    when they ended, together at most 1: one that was both counts twice. None where unknown."""
+    """Share of the requests of the short window (10 s) whose first token was late, and of those that were
+    slow when they ended, together at most 1: one that was both counts twice. None where unknown."""
     applied_epoch: int = 0
     """Epoch of the last target that the engine has taken; 0 before the first."""
     applied_s_ago: float | None = None
