@@ -160,15 +160,16 @@ def fastest(
     where none runs and is right."""
     contenders: dict[str, Contender] = {}
     for number, config in enumerate(configs):
+        contender = served(config)
         try:
             error = contest.error(alone(config), operands, M)
-            served(config)(0)
+            contender(0)
         # What a launch raises where a configuration does not fit; a faulting one ends the process.
         except (RuntimeError, ValueError, TritonError) as failure:
             print(f"  left out, {failure}: {dict(config)}", flush=True)
             continue
         if error < contest.tolerance(mode, operands.dtype):
-            contenders[str(number)] = served(config)
+            contenders[str(number)] = contender
         else:
             print(f"  WRONG, relative error {error:.2g}: {dict(config)}", flush=True)
     if not contenders:

@@ -1,16 +1,20 @@
-"""Facts to decide on, and a clock the test moves."""
+"""Facts to decide on, and a clock the test moves; the helpers beside the tests are importable."""
 
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nestedfp.policies.protocol import ReplicaReport
 from nestedfp.policies.snapshot import ReplicaView
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 IDLE: dict[str, Any] = {
     "running": 0,

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from vllm.utils.network_utils import get_open_port
 
 START_S, ANSWER_S, END_S = 240.0, 120.0, 60.0
 # The command asks for the version of a distribution called vllm, and by it whether that is for CPUs; the one
@@ -32,18 +32,11 @@ main()
 SETTINGS = {"quantization_config": {"quant_method": "nestedfp", "target": "fp8"}}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Where a server listens that computes in FP8, and its log."""
     log = tmp_path_factory.mktemp("serve") / "log"
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{get_open_port()}"
     host, _, port = url.removeprefix("http://").partition(":")
     command = [sys.executable, "-c", VLLM, "serve", model_path, "--quantization", "nestedfp"]
     command += ["--worker-cls", "nestedfp.vllm.cpu_worker.PrecisionCPUWorker"]
