@@ -26,14 +26,16 @@ class Consumer {
   __device__ __forceinline__ Consumer(const Arguments& arguments, const Schedule& schedule, u32 base, u32 warpgroup)
       : arguments_(arguments), schedule_(schedule), base_(base), warpgroup_(warpgroup) {}
 
-  // The tokens of the first tiles, by teams of one warp, one warpgroup or all, as many as there is work for.
+  // The tokens of the first tiles, by teams of one warp, a pair, one warpgroup or all.
   __device__ __forceinline__ void quantise_front() const {
     const Arguments& a = arguments_;
     const u32 cta_warp = warpgroup_ * 4 + self::warp(), team = cta_warp / a.team_warps;
     const u32 team_lane = cta_warp % a.team_warps * 32 + self::lane(), lanes = a.team_warps * 32;
     u32 turn = 0;
     auto meet = [&] {
-      if (a.team_warps == 4)
+      if (a.team_warps == 2)
+        ptx::threads_sync<64>(PAIRS + ptx::thread() / 64);
+      else if (a.team_warps == 4)
         self::sync();
       else if (a.team_warps > 4)
         ptx::threads_sync<CONSUMERS * 128>(ALL_CONSUMERS);
@@ -58,7 +60,7 @@ class Consumer {
       return magnitude;
     };
     for (int row = blockIdx.x + team * gridDim.x; row < a.front; row += CONSUMERS * 4 / a.team_warps * gridDim.x) {
-      quantise<FRONT_HOLD>(a.x + size_t(row) * a.x_pitch, a.codes + size_t(row) * a.K, a.x_scale + row, a.K, team_lane,
+      quantise<HELD, 1>(a.x + size_t(row) * a.x_pitch, a.codes + size_t(row) * a.K, a.x_scale + row, a.K, team_lane,
                            lanes, a.panels, largest);
       meet();
       count_row(a.flags, row, team_lane);

@@ -106,7 +106,7 @@ __device__ __forceinline__ void quantise_background(const Arguments& a, int warp
   ptx::wait_for_previous_kernel();
   auto largest = [](u32 magnitude) { return __reduce_max_sync(0xFFFFFFFF, magnitude); };
   for (int row = a.front + blockIdx.x + warp * gridDim.x; row < a.M; row += 3 * gridDim.x) {
-    quantise<BACKGROUND_HOLD>(a.x + size_t(row) * a.x_pitch, a.codes + size_t(row) * a.K, a.x_scale + row, a.K, lane,
+    quantise<0, BACKGROUND_BATCH>(a.x + size_t(row) * a.x_pitch, a.codes + size_t(row) * a.K, a.x_scale + row, a.K, lane,
                               32, a.panels, largest);
     count_row(a.flags, row, lane);
   }

@@ -23,11 +23,12 @@ constexpr int BARRIER_OFFSET = SCRATCH_OFFSET + CONSUMERS * 4 * 2 * 4;
 constexpr int WAITS = CLUSTER_M + CLUSTER_N - 1;  // CTAs that a panel of this one goes to
 // Of `flags`: counts of quantised rows by token tile, then CTAs that are through with them, then parts of split tiles.
 constexpr int DONE = 1024, PART_FLAGS = 1025;
-// Turns of a token that the quantiser holds; beside so many sums the producer's warps have registers for none.
-constexpr int FRONT_HOLD = 8, BACKGROUND_HOLD = BLOCKS * BLOCK_N > 256 ? 0 : 1;
+// Turns of a token that a thread in the background asks for at once; beside so many sums the producer's warps have
+// registers for one.
+constexpr int BACKGROUND_BATCH = BLOCKS * BLOCK_N > 256 ? 1 : 3;
 constexpr int SUMS = BLOCK_N / 2;  // of a thread in 64 tokens
-// Named barriers: 1 + w inside warpgroup w; among all consumers.
-constexpr int ALL_CONSUMERS = 4;
+// Named barriers: 1 + w inside warpgroup w; among all consumers; the first of those inside pairs of warps.
+constexpr int ALL_CONSUMERS = 4, PAIRS = 5;
 
 // Parts of a tile share it by pieces, a slice of 64 tokens each.
 constexpr int PIECE_SUMS = SLICE / 2, VECTORS = PIECE_SUMS / 4, PIECE_WORDS = PIECE_SUMS / 2;

@@ -37,8 +37,8 @@ _CHUNK = 128
 _MOST_STAGES = 16
 # Of each 64 that a warpgroup multiplies.
 _ROWS_A_WARP = 16
-# Columns of a token that a warp keeps in registers while it quantises: eight times sixteen a thread.
-_HELD_A_WARP = 8 * 16 * 32
+# Columns that a warp's threads take in a turn while they quantise.
+_TURN = 16 * 32
 # Of a warpgroup's two blocks together; with more, whole lines spill.
 _MOST_COLUMNS_WHOLE_LINES = 320
 # As gemm_fp8.cu lays out its flags: counts of token tiles, of CTAs, of parts of split tiles.
@@ -127,6 +127,16 @@ class Config:
         return not self.promote and self.ctas == 1 and self.blocks * self.rows <= 256
 
     @property
+    def held(self) -> int:
+        """Turns of a token, sixteen columns each, that a thread keeps in registers while it quantises."""
+        return 14 if self._reshares_registers else 8
+
+    @property
+    def _reshares_registers(self) -> bool:
+        """Whether the producer's warps leave registers to the consumers."""
+        return self.ctas == 1 and self.warpgroups == 2
+
+    @property
     def shared_memory(self) -> int:
         return self._fixed_bytes + self.stages * self._stage_bytes + self.slices * self._slice_bytes
 
@@ -134,7 +144,7 @@ class Config:
         """The macros of gemm_fp8.cu."""
         producer, consumer = 0, 0
         # Of the 168 that each of 384 threads is launched with.
-        if self.ctas == 1 and self.warpgroups == 2:
+        if self._reshares_registers:
             producer, consumer = (56, 224) if self.blocks * self.rows <= 256 else (40, 232)
         return {
             "CONSUMERS": self.warpgroups,
@@ -147,6 +157,8 @@ class Config:
             "CLUSTER_M": self.cluster_tokens,
             "CLUSTER_N": self.cluster_rows,
             "CTAS": self.ctas,
+            # A gate leaves registers for fewer; what is not held is read twice.
+            "HELD": min(self.held, 12) if gated else self.held,
             "PROMOTE": self.promote,
             "DEFERRED": self.deferred,
             "SPLITS": int(self.split > 1),
@@ -206,14 +218,16 @@ def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
 
 
 def _team_warps(config: Config, front: int, K: int, ctas: int) -> int:
-    """Warps that quantise a token together: few where there are many tokens, but enough to hold the token in
-    registers, since what they do not hold is read twice and a load at a time."""
-    tokens_a_warpgroup = front / (ctas * config.warpgroups)
-    if tokens_a_warpgroup >= 3 and K <= _HELD_A_WARP:
-        return 1
-    if tokens_a_warpgroup >= 0.75 and K <= 4 * _HELD_A_WARP:
-        return 4
-    return 4 * config.warpgroups
+    """Warps that quantise a token together: enough to hold the token in registers, since what they do not hold
+    is read twice and a load at a time; of these, as many as leave the fewest tokens one after another."""
+    warps = 4 * config.warpgroups
+    tokens_a_cta = -(-front // ctas)
+
+    def rounds(team: int) -> int:
+        return -(-tokens_a_cta // (warps // team))
+
+    teams = [team for team in (1, 2, 4, warps) if K <= team * config.held * _TURN] or [warps]
+    return min(teams, key=lambda team: (rounds(team), -team))
 
 
 def code(config: Config, dtype: torch.dtype, gated: bool = False) -> bytes:

@@ -39,10 +39,10 @@ __device__ __forceinline__ uint4 transpose(uint4 words, u32 lane) {
   return odd ? make_uint4(q0, a01, q1, a11) : make_uint4(a00, q0, a10, q1);
 }
 
-// A team of `lanes` threads, of which this is `lane`, takes 16 columns each in turn; HOLD of a thread's turns stay in
-// registers between finding amax and writing, the others are read twice. `largest` makes a thread's magnitude the
-// team's.
-template <int HOLD, class Largest>
+// A team of `lanes` threads, of which this is `lane`, takes 16 columns each in turn; HOLD of a thread's turns, asked for
+// at once, stay in registers between finding amax and writing, the others are read twice, BATCH at once. `largest`
+// makes a thread's magnitude the team's.
+template <int HOLD, int BATCH, class Largest>
 __device__ __forceinline__ void quantise(const u8* x, u8* codes, float* scale, int K, u32 lane, u32 lanes, bool permute,
                                          Largest largest) {
   const int chunks = K / 16;
@@ -63,10 +63,15 @@ __device__ __forceinline__ void quantise(const u8* x, u8* codes, float* scale, i
   for (int i = 0; i < HOLD; ++i) load(held[i], lane + i * lanes);
 #pragma unroll
   for (int i = 0; i < HOLD; ++i) visit(held[i]);
-  for (int chunk = lane + HOLD * lanes; chunk < chunks; chunk += lanes) {
-    u32 words[8];
-    load(words, chunk);
-    visit(words);
+  auto load_batch = [&](u32 (&words)[BATCH][8], int chunk) {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) load(words[i], chunk + i * lanes);
+  };
+  for (int chunk = lane + HOLD * lanes; chunk < chunks; chunk += BATCH * lanes) {
+    u32 words[BATCH][8];
+    load_batch(words, chunk);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) visit(words[i]);
   }
   float amax = widen(u16(largest(max(magnitudes & 0xFFFF, magnitudes >> 16))));
   amax = amax < 0x1p-100f ? 0x1p-100f : amax;
@@ -82,10 +87,12 @@ __device__ __forceinline__ void quantise(const u8* x, u8* codes, float* scale, i
 #pragma unroll
   for (int i = 0; i < HOLD; ++i)
     if (i * lanes < chunks) write(held[i], lane + i * lanes);
-  for (int first = HOLD * lanes; first < chunks; first += lanes) {
-    u32 words[8];
-    load(words, first + lane);
-    write(words, first + lane);
+  for (int first = HOLD * lanes; first < chunks; first += BATCH * lanes) {
+    u32 words[BATCH][8];
+    load_batch(words, first + lane);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i)
+      if (first + i * int(lanes) < chunks) write(words[i], first + lane + i * lanes);
   }
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }

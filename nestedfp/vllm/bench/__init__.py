@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=int, default=4096, help="KV-cache blocks (of 16 tokens on a GPU) of every engine"
     )
     parser.add_argument(
+        "--max-model-len", type=int, default=2048, help="of every engine: more, for cells of longer prompts"
+    )
+    parser.add_argument(
         "--share-kv", action="store_true", help="KV-cache memory exists only for the engine whose turn it is"
     )
     parser.add_argument(

@@ -283,7 +283,7 @@ class Engine:
 def engine_settings(task: dict[str, Any]) -> dict[str, Any]:
     """vLLM's arguments that all contenders share."""
     settings: dict[str, Any] = {
-        "max_model_len": 2048,
+        "max_model_len": task.get("max_model_len", 2048),
         "max_num_seqs": 512,
         "max_num_batched_tokens": 8192,
         "gpu_memory_utilization": 0.9,

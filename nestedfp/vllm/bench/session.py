@@ -177,6 +177,7 @@ class Session:
             "dtype": self._args.dtype,
             "device": self._args.device,
             "blocks": blocks,
+            "max_model_len": self._args.max_model_len,
             "share_kv": self._args.share_kv and blocks is not None,
             "capture_sizes": self._args.capture_sizes,
             "tensor_parallel": self._args.tensor_parallel,

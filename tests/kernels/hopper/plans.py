@@ -35,6 +35,6 @@ def assert_covers_fp8(config: gemm_fp8.Config, M: int, N: int, K: int) -> None:
     # Parts of a tile wait for one another: a worker has at most one, after its whole tiles.
     assert cut.split == 1 or (cut.whole % resident == 0 and 0 < left * cut.split <= resident)
     assert 1 <= cut.front <= M
-    assert cut.team_warps in (1, 4, 4 * config.warpgroups)
+    assert cut.team_warps in (1, 2, 4, 4 * config.warpgroups)
     if cut.units <= resident:
         assert cut.front == M

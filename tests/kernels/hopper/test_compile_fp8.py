@@ -125,5 +125,13 @@ def test_parts_fill_the_last_wave() -> None:
 @pytest.mark.parametrize("K", [4096, 5120, 14336, 32768])
 def test_tokens_are_held_in_registers_while_they_are_quantised(K: int) -> None:
     for M in (1024, 4096):
-        cut = plan(Config(256, cluster_tokens=2, group=4), M, 5120, K, 66)
-        assert cut.team_warps * 4096 >= K
+        config = Config(256, cluster_tokens=2, group=4)
+        cut = plan(config, M, 5120, K, 66)
+        assert cut.team_warps * 32 * 16 * config.held >= K
+
+
+def test_all_tokens_of_a_program_are_quantised_at_once_where_registers_hold_them() -> None:
+    config = Config(80, cluster_tokens=2)
+    for M, K, team_warps in ((1024, 4096, 1), (1024, 5120, 1), (512, 5120, 2), (256, 5120, 4), (64, 5120, 8)):
+        assert plan(config, M, 5120, K, 66).team_warps == team_warps
+    assert plan(config, 1024, 5120, 14336, 66).team_warps == 2, "in two rounds"
