@@ -60,8 +60,12 @@ class Consumer {
       return magnitude;
     };
     for (int row = blockIdx.x + team * gridDim.x; row < a.front; row += CONSUMERS * 4 / a.team_warps * gridDim.x) {
-      quantise<HELD, 1>(a.x + size_t(row) * a.x_pitch, a.codes + size_t(row) * a.K, a.x_scale + row, a.K, team_lane,
-                           lanes, a.panels, largest);
+      const u8* x = a.x + size_t(row) * a.x_pitch;
+      u8* codes = a.codes + size_t(row) * a.K;
+      if (a.K <= FEW_TURNS * 16 * int(lanes))
+        quantise<FEW_TURNS, 1>(x, codes, a.x_scale + row, a.K, team_lane, lanes, a.panels, largest);
+      else
+        quantise<HELD, 1>(x, codes, a.x_scale + row, a.K, team_lane, lanes, a.panels, largest);
       meet();
       count_row(a.flags, row, team_lane);
     }

@@ -82,10 +82,10 @@ extern "C" __global__ void __launch_bounds__((CONSUMERS + 1) * 128, CTAS)
 #if CONSUMER_REGISTERS
     ptx::registers_more<CONSUMER_REGISTERS>();
 #endif
-    Consumer consumer(arguments, schedule, base, warpgroup);
     ptx::wait_for_previous_kernel();
-    consumer.quantise_front();
-    consumer.run();
+    Consumer(arguments, schedule, base, warpgroup).quantise_front();
+    // The warpgroup is asked for anew: while a token is held, no register is left to keep it in.
+    Consumer(arguments, schedule, base, __shfl_sync(0xFFFFFFFF, ptx::thread() / 128, 0)).run();
   }
   // Others of the cluster still signal here until they are through.
   __syncwarp();

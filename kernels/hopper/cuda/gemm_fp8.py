@@ -218,15 +218,15 @@ def plan(config: Config, M: int, N: int, K: int, resident: int) -> Plan:
 
 
 def _team_warps(config: Config, front: int, K: int, ctas: int) -> int:
-    """Warps that quantise a token together: enough to hold the token in registers, since what they do not hold
-    is read twice and a load at a time; of these, as many as leave the fewest tokens one after another."""
+    """Warps that quantise a token together: enough to hold it, since what registers do not hold is read
+    twice and a load at a time; of these, as many as leave the fewest tokens one after another."""
     warps = 4 * config.warpgroups
     tokens_a_cta = -(-front // ctas)
 
     def rounds(team: int) -> int:
         return -(-tokens_a_cta // (warps // team))
 
-    teams = [team for team in (1, 2, 4, warps) if K <= team * config.held * _TURN] or [warps]
+    teams = [team for team in (1, 2, 4, warps) if team * config.held * _TURN >= K] or [warps]
     return min(teams, key=lambda team: (rounds(team), -team))
 
 

@@ -86,7 +86,7 @@ __device__ __forceinline__ void quantise(const u8* x, u8* codes, float* scale, i
   };
 #pragma unroll
   for (int i = 0; i < HOLD; ++i)
-    if (i * lanes < chunks) write(held[i], lane + i * lanes);
+    if (i * int(lanes) < chunks) write(held[i], lane + i * lanes);
   for (int first = HOLD * lanes; first < chunks; first += BATCH * lanes) {
     u32 words[BATCH][8];
     load_batch(words, first + lane);
