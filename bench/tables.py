@@ -243,14 +243,15 @@ def _with_spread(ratio: Mapping[str, float]) -> str:
 def demo(data: Mapping[str, Any]) -> str:
     """The demonstration under the policy beside static FP16, kept by `bench/demo.py`."""
     runs = {"static FP16": data["static_fp16"], "policy": data}
+    device = data["machine"].get("device", data["machine"]["processor"])
     rows = [
         [row.label.strip(), *row.values, "" if row.ratio is None else f"{row.ratio:.2f}"]
         for row in run_rows(runs)
         if row.label.strip() in DEMO_ROWS
     ]
     return (
-        f"**The demonstration** ({data['model']}, {data['engine']}, {data['replicas']} replicas, "
-        f"{data['machine']['processor']}, {data['date']}). One trace, once in static FP16 and once under the "
+        f"**The demonstration** ({data['model']}, {data['engine']}, replicas: {data['replicas']}, {device}, "
+        f"{data['date']}). Trace: {data['trace']['history'][0]}; once in static FP16 and once under the "
         f"policy; SLO: TTFT {data['slo']['ttft_s']:g} s, TPOT {data['slo']['tpot_s'] * 1e3:g} ms.\n\n"
         + markdown(["", *runs, "ratio"], rows)
     )

@@ -39,15 +39,17 @@ def picture(
     timeline: Timeline,
     slo: Slo,
     baseline: Sequence[RequestRecord] = (),
+    most_dots: int = _MOST_DOTS,
 ) -> str:
-    """The SVG. ``baseline`` are the requests of another run of the same trace, drawn grey behind."""
+    """The SVG. ``baseline`` are the requests of another run of the same trace, drawn grey behind. Of more
+    than ``most_dots`` requests every n-th is drawn."""
     end_s = max([1.0, *(r.ended_s for r in records), *(s.t for s in timeline.samples)])
     view = View(Axis(0.0, end_s, _LEFT, _RIGHT), end_s, timeline.flips)
     panels = [
         _arrivals(view, records),
         _in_engines(view, timeline),
-        _latency(view, "TTFT", "ttft_s", slo.ttft_s, records, baseline, 176),
-        _latency(view, "TPOT", "tpot_s", slo.tpot_s, records, baseline, 150),
+        _latency(view, "TTFT", "ttft_s", slo.ttft_s, records, baseline, 176, most_dots),
+        _latency(view, "TPOT", "tpot_s", slo.tpot_s, records, baseline, 150, most_dots),
         _lanes(view, timeline),
     ]
     y = 4.0
@@ -149,13 +151,14 @@ def _latency(
     records: Sequence[RequestRecord],
     baseline: Sequence[RequestRecord],
     height: float,
+    most_dots: int,
 ) -> Panel:
     def points(of: Sequence[RequestRecord]) -> list[tuple[RequestRecord, float]]:
         return [(r, 1e3 * getattr(r, field)) for r in of if r.ok and getattr(r, field) is not None]
 
     measured, behind = points(records), points(baseline)
     # A dot is 150 bytes and a node of the page: a long run shows every n-th request, and says so.
-    every = math.ceil(max(len(measured), len(behind)) / _MOST_DOTS) or 1
+    every = math.ceil(max(len(measured), len(behind)) / most_dots) or 1
     shown, behind = measured[::every], behind[::every]
     limit_ms = [] if limit_s is None else [1e3 * limit_s]
     failed = [record for record in records if not record.ok] if field == "ttft_s" else []

@@ -35,6 +35,8 @@ _TILES = (
 # What was measured is shown as such; the rest of a summary are the conditions it was measured under.
 _MEASURED = {*summarize_records([], Slo()), *summarize_timeline(Timeline(), 0.0)} - {"slo", "replicas"}
 _NOT_SETTINGS = {BASELINE, "comparison", *_MEASURED}
+# A file that pages show: half a megabyte holds ten times as many, and nobody sees the difference.
+_DOTS_IN_A_FILE = 500
 _FLIP_HEAD = ("at", "replica", "change", "signal", "reason")
 
 
@@ -68,7 +70,8 @@ def write_picture(
 ) -> None:
     """Write the report's picture alone, an SVG file that brings its own style. Errors as `write_report`."""
     behind = read_requests(baseline_requests) if baseline_requests else []
-    drawn = picture(read_requests(requests_path), read_timeline(timeline_path), slo, behind)
+    records, timeline = read_requests(requests_path), read_timeline(timeline_path)
+    drawn = picture(records, timeline, slo, behind, _DOTS_IN_A_FILE)
     start, _, rest = drawn.partition(">")
     style = element("style", _asset("report.css"))
     path.write_text(f'{start} xmlns="http://www.w3.org/2000/svg">{style}{rest}\n', encoding="utf-8")

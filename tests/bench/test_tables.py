@@ -71,12 +71,14 @@ def test_the_demonstration_is_shown_beside_static_fp16(module: ModuleType) -> No
         **run,
         "static_fp16": {**run, "ttft_ms": {"p90": 200.0}, "tokens": {"fp16": 12, "fp8": 0}},
         "model": "m", "engine": "vllm 0", "replicas": 2, "machine": {"processor": "P"}, "date": "2026-01-01",
-        "slo": {"ttft_s": 3.0, "tpot_s": 0.25},
+        "slo": {"ttft_s": 3.0, "tpot_s": 0.25}, "trace": {"history": ["square: 5/s"]},
     }  # fmt: skip
     table = module.demo(data)
     assert "| TTFT p90 | 200 ms | 100 ms | 0.50 |" in table
     assert "| tokens in FP8 | 0 | 7 |  |" in table
     assert "TTFT 3 s, TPOT 250 ms" in table
+    assert "replicas: 2, P, 2026-01-01). Trace: square: 5/s;" in table
+    assert "GPU, 2026" in module.demo({**data, "machine": {"processor": "P", "device": "GPU"}})
 
 
 def engine_data(*contenders: str) -> dict[str, Any]:
