@@ -223,8 +223,14 @@ class HttpSettings:
     one that waited for all of it would be let in only to miss it, as queue and prefill are still to come.
     """
 
+    events_per_second: int = 500
+    """Most messages that the streams of a replica send a second, all together. With more to say they join
+    events.
+    """
+
     def __post_init__(self) -> None:
         checks.take_integer(self, "max_body_bytes", place="http", minimum=1024)
+        checks.take_integer(self, "events_per_second", place="http", minimum=1)
         checks.take_integer(self, "retry_after_s", place="http", minimum=1)
         checks.take_integer(self, "max_strict_requests", place="http")
         checks.text("http.api_keys_variable", self.api_keys_variable)

@@ -8,13 +8,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from nestedfp.deployments.admission import ApiKeys, BodyLimit, KnownRoutes, PrecisionClass
 from nestedfp.deployments.asgi import App
 from nestedfp.deployments.config import DeploymentSettings
+from nestedfp.deployments.event_pace import EventPace
 from nestedfp.deployments.precision_report import PrecisionReport, Served
 from nestedfp.deployments.signals import RequestWindow
 from nestedfp.policies.checks import InvalidField
 
 
 class Door:
-    """`app` serves `openai` behind routes, keys, size and precision class, and says what served an answer."""
+    """`app` serves `openai` behind routes, keys, size and precision class, says what served an answer, and
+    bounds the events of all streams."""
 
     def __init__(
         self,
@@ -38,7 +40,7 @@ class Door:
             served=served,
         )
         self._classes = PrecisionClass(
-            report,
+            EventPace(report, http.events_per_second),
             limit=http.max_strict_requests,
             wait_s=settings.strict_wait_s,
             retry_after_s=http.retry_after_s,

@@ -1,0 +1,127 @@
+"""Streams are joined where they are many, and never lose, reorder or keep what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, send_json
+from nestedfp.deployments.event_pace import EventPace
+
+from .asgi_client import scope_of
+
+SCOPE = scope_of("POST", "/v1/chat/completions")
+
+
+async def nothing() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+class Client:
+    """Takes the messages of one response, and when each came."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[float, Message]] = []
+
+    async def send(self, message: Message) -> None:
+        self.messages.append((time.monotonic(), message))
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [m["body"] for _, m in self.messages if m["type"] == "http.response.body"]
+
+
+def streaming(events: Callable[[], AsyncIterator[bytes]]) -> App:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async for event in events():
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return app
+
+
+async def numbers(count: int, every_s: float) -> AsyncIterator[bytes]:
+    for number in range(count):
+        yield b"data: %d\n\n" % number
+        await asyncio.sleep(every_s)
+
+
+ALL = b"".join(b"data: %d\n\n" % number for number in range(40))
+
+
+async def test_a_stream_alone_is_not_touched() -> None:
+    client = Client()
+    pace = EventPace(streaming(lambda: numbers(40, 0.004)), per_second=1000)
+    await pace(SCOPE, nothing, client.send)
+    assert b"".join(client.bodies) == ALL
+    assert len(client.bodies) == 41
+
+
+async def test_many_streams_send_no_more_than_all_may() -> None:
+    clients = [Client() for _ in range(20)]
+    pace = EventPace(streaming(lambda: numbers(40, 0.01)), per_second=100)
+    start = time.monotonic()
+    await asyncio.gather(*(pace(SCOPE, nothing, client.send) for client in clients))
+    took_s = time.monotonic() - start
+    for client in clients:
+        assert b"".join(client.bodies) == ALL, "all of it, in order"
+        assert client.messages[-1][1]["more_body"] is False
+        assert all(event.endswith(b"\n\n") for event in client.bodies[:-1])
+        first_s = client.messages[1][0] - start
+        assert first_s < 0.15, "the first event waits for nobody"
+    between = sum(len(client.bodies) - 2 for client in clients)
+    assert between <= 100 * took_s + 20
+    assert between >= 20, "joined, and not kept to the end"
+
+
+async def test_what_was_held_back_leaves_though_nothing_follows() -> None:
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"data: a\n\n"
+        yield b"data: b\n\n"
+        yield b"data: c\n\n"
+        await asyncio.sleep(0.5)
+
+    client = Client()
+    start = time.monotonic()
+    await EventPace(streaming(stalls), per_second=10)(SCOPE, nothing, client.send)
+    assert client.bodies == [b"data: a\n\n", b"data: b\n\ndata: c\n\n", b""]
+    assert 0.08 < client.messages[2][0] - start < 0.4
+
+
+async def test_a_stream_that_fails_or_is_cut_off_counts_no_more() -> None:
+    async def fails() -> AsyncIterator[bytes]:
+        yield b"data: a\n\n"
+        yield b"data: b\n\n"
+        raise ValueError("engine")
+
+    client = Client()
+    pace = EventPace(streaming(fails), per_second=10)
+    with pytest.raises(ValueError, match="engine"):
+        await pace(SCOPE, nothing, client.send)
+    cut = asyncio.create_task(
+        EventPace(streaming(lambda: numbers(40, 1.0)), per_second=10)(SCOPE, nothing, client.send)
+    )
+    await asyncio.sleep(0.01)
+    cut.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cut
+    assert pace.interval_s == 0
+    sent = len(client.messages)
+    await asyncio.sleep(0.2)
+    assert len(client.messages) == sent, "nothing is sent after the end"
+
+
+async def test_other_answers_pass_as_they_are() -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send_json(send, 200, b"{}")
+
+    client = Client()
+    pace = EventPace(app, per_second=1)
+    await pace(SCOPE, nothing, client.send)
+    assert client.bodies == [b"{}"]
+    assert pace.interval_s == 0
