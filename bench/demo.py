@@ -2,7 +2,7 @@
 
     make demo && python bench/demo.py [FOLDER] [--device "NVIDIA H100 80GB HBM3"]
 
-`make tables` shows the summary in docs/measured.md. `--device` names the GPU that served, where it was one.
+`make tables` shows the summary in docs/measured.md. `--device` names the GPU, if one served.
 """
 
 import argparse

@@ -133,10 +133,17 @@ def other_shapes(data: Mapping[str, Any]) -> str:
     header = data["header"]
     return (
         f"**Products outside the kernels' table** ({header['device']}, torch {header['torch']}, "
-        f"{header['date'][:10]}). Geometric mean (worst) over weights of N x K = "
+        f"{dates(data['rows'], header['date'])}; passes: {_passes(data['rows'])}). "
+        f"Geometric mean (worst) over weights of N x K = "
         f"{', '.join(f'{N} x {K}' for N, K in weights)} at M = {', '.join(map(str, counts))}; of the weights "
         f"that the table holds, other M alone. {header['method']}\n\n" + markdown(["", *OTHER_TOKENS], shown)
     )
+
+
+def _passes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many of them the rows of each mode are the median of."""
+    found = sorted({(row["mode"], row["passes"]) for row in rows})
+    return ", ".join(f"{passes} ({mode})" for mode, passes in found)
 
 
 def gated(data: Mapping[str, Any]) -> str:
@@ -252,8 +259,9 @@ def demo(data: Mapping[str, Any]) -> str:
     return (
         f"**The demonstration** ({data['model']}, {data['engine']}, replicas: {data['replicas']}, {device}, "
         f"{data['date']}). Trace: {data['trace']['history'][0]}; once in static FP16 and once under the "
-        f"policy; SLO: TTFT {data['slo']['ttft_s']:g} s, TPOT {data['slo']['tpot_s'] * 1e3:g} ms.\n\n"
-        + markdown(["", *runs, "ratio"], rows)
+        f"policy; SLO: TTFT {data['slo']['ttft_s']:g} s, TPOT {data['slo']['tpot_s'] * 1e3:g} ms. Flips are "
+        "changes of a replica's mode; within `auto` the engine changes precision from step to step, which "
+        "they do not count.\n\n" + markdown(["", *runs, "ratio"], rows)
     )
 
 

@@ -224,8 +224,8 @@ class HttpSettings:
     """
 
     events_per_second: int = 500
-    """Most messages that the streams of a replica send a second, all together. With more to say they join
-    events.
+    """Messages a second of a replica's streams, all together, beside each one's first and last. With more to
+    say they join events.
     """
 
     def __post_init__(self) -> None:

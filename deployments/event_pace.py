@@ -14,10 +14,10 @@ from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, header
 
 
 class EventPace:
-    """ASGI middleware: the event streams of `app` send `per_second` messages a second at most, all together.
+    """ASGI middleware: the event streams of `app` send some `per_second` messages a second, all together.
 
-    A stream's first message leaves at once, and so does its end with all that was held back before it. One
-    that says nothing more does not keep what it has said: it leaves when it is the stream's turn.
+    Beside them a stream's first message leaves at once, and so does its end with all that was held back
+    before it. What a stream has said leaves when its turn comes, though it says nothing more.
     """
 
     def __init__(self, app: App, per_second: int) -> None:
@@ -69,6 +69,9 @@ class _Stream:
         if not self._streams or message["type"] != "http.response.body":
             await self._client(message)
             return
+        if self._turn is not None and self._turn.done():
+            turn, self._turn = self._turn, None
+            turn.result()  # where the client could not be sent to, the application hears of it now
         self._held += message.get("body", b"")
         if not message.get("more_body", False):
             await self._release(more_body=False)
@@ -86,9 +89,9 @@ class _Stream:
             self._pace.closed()
 
     async def _await_turn(self) -> None:
-        await asyncio.sleep(self._due_s - asyncio.get_running_loop().time())
-        self._turn = None
-        await self._release(more_body=True)
+        while self._held:
+            await asyncio.sleep(self._due_s - asyncio.get_running_loop().time())
+            await self._release(more_body=True)
 
     async def _release(self, *, more_body: bool) -> None:
         async with self._sending:

@@ -35,7 +35,7 @@ _TILES = (
 # What was measured is shown as such; the rest of a summary are the conditions it was measured under.
 _MEASURED = {*summarize_records([], Slo()), *summarize_timeline(Timeline(), 0.0)} - {"slo", "replicas"}
 _NOT_SETTINGS = {BASELINE, "comparison", *_MEASURED}
-# A file that pages show: half a megabyte holds ten times as many, and nobody sees the difference.
+# Of a picture in the docs: so many requests a panel make 0.2 MB, and more would look the same.
 _DOTS_IN_A_FILE = 500
 _FLIP_HEAD = ("at", "replica", "change", "signal", "reason")
 

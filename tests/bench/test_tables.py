@@ -294,7 +294,9 @@ def test_other_shapes_leave_out_what_the_kernels_table_holds(module: ModuleType)
         {**tabled, "N": 3584, "layer": "3584x4096", "M": 64, "us": 8.0},
         {**tabled, "M": 600, "us": 15.0},
     ]
+    rows = [{**row, "passes": 3, "date": "2026-01-02T00:00:00"} for row in rows]
     table = module.other_shapes({"header": HEADER, "rows": rows})
+    assert "2026-01-02; passes: 3 (16-bit))" in table
     assert "| 16-bit mode, FP16: time over cuBLAS FP16 | 0.98 (1.20) |  | 1.50 (1.50) |  |" in table
     assert "N x K = 3584 x 4096, 4096 x 4096 at M = 48, 64, 600;" in table
 

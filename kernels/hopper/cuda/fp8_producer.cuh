@@ -106,8 +106,9 @@ __device__ __forceinline__ void quantise_background(const Arguments& a, int warp
   ptx::wait_for_previous_kernel();
   auto largest = [](u32 magnitude) { return __reduce_max_sync(0xFFFFFFFF, magnitude); };
   for (int row = a.front + blockIdx.x + warp * gridDim.x; row < a.M; row += 3 * gridDim.x) {
-    quantise<0, BACKGROUND_BATCH>(a.x + size_t(row) * a.x_pitch, a.codes + size_t(row) * a.K, a.x_scale + row, a.K, lane,
-                              32, a.panels, largest);
+    const u8* x = a.x + size_t(row) * a.x_pitch;
+    u8* codes = a.codes + size_t(row) * a.K;
+    quantise<0, BACKGROUND_BATCH>(x, codes, a.x_scale + row, a.K, lane, 32, a.panels, largest);
     count_row(a.flags, row, lane);
   }
 }

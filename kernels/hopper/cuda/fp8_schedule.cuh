@@ -23,7 +23,8 @@ constexpr int BARRIER_OFFSET = SCRATCH_OFFSET + CONSUMERS * 4 * 2 * 4;
 constexpr int WAITS = CLUSTER_M + CLUSTER_N - 1;  // CTAs that a panel of this one goes to
 // Of `flags`: counts of quantised rows by token tile, then CTAs that are through with them, then parts of split tiles.
 constexpr int DONE = 1024, PART_FLAGS = 1025;
-// Turns of a token, 16 columns of a thread each, that are held where they are few: those without columns take time, too.
+// Tokens of at most so many turns (16 columns of each thread) have code of their own: a turn without columns costs
+// time, too.
 constexpr int FEW_TURNS = 3;
 // Turns of a token that a thread in the background asks for at once; beside so many sums the producer's warps have
 // registers for one.

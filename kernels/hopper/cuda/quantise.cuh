@@ -39,8 +39,8 @@ __device__ __forceinline__ uint4 transpose(uint4 words, u32 lane) {
   return odd ? make_uint4(q0, a01, q1, a11) : make_uint4(a00, q0, a10, q1);
 }
 
-// A team of `lanes` threads, of which this is `lane`, takes 16 columns each in turn; HOLD of a thread's turns, asked for
-// at once, stay in registers between finding amax and writing, the others are read twice, BATCH at once. `largest`
+// A team of `lanes` threads, of which this is `lane`, takes 16 columns each in turn; HOLD of a thread's turns, asked
+// for at once, stay in registers between finding amax and writing, the others are read twice, BATCH at once. `largest`
 // makes a thread's magnitude the team's.
 template <int HOLD, int BATCH, class Largest>
 __device__ __forceinline__ void quantise(const u8* x, u8* codes, float* scale, int K, u32 lane, u32 lanes, bool permute,
