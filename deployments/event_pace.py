@@ -90,8 +90,11 @@ class _Stream:
 
     async def _await_turn(self) -> None:
         while self._held:
-            await asyncio.sleep(self._due_s - asyncio.get_running_loop().time())
-            await self._release(more_body=True)
+            wait_s = self._due_s - asyncio.get_running_loop().time()
+            if wait_s > 0.0:
+                await asyncio.sleep(wait_s)  # the application may have sent meanwhile, and so moved the turn
+            else:
+                await self._release(more_body=True)
 
     async def _release(self, *, more_body: bool) -> None:
         async with self._sending:

@@ -93,6 +93,23 @@ async def test_what_was_held_back_leaves_though_nothing_follows() -> None:
     assert 0.08 < client.messages[2][0] - start < 0.4
 
 
+async def test_a_client_that_cannot_be_sent_to_is_heard_of() -> None:
+    async def bursts() -> AsyncIterator[bytes]:
+        yield b"data: 0\n\n"
+        yield b"data: 1\n\n"  # held back: it is sent at its turn, beside the application
+        await asyncio.sleep(0.3)
+        yield b"data: 2\n\n"
+
+    async def gone(message: Message) -> None:
+        if message.get("body") == b"data: 1\n\n":
+            raise ConnectionResetError("client")
+
+    pace = EventPace(streaming(bursts), per_second=10)
+    with pytest.raises(ConnectionResetError, match="client"):
+        await pace(SCOPE, nothing, gone)
+    assert pace.interval_s == 0
+
+
 async def test_a_stream_that_fails_or_is_cut_off_counts_no_more() -> None:
     async def fails() -> AsyncIterator[bytes]:
         yield b"data: a\n\n"
