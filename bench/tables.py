@@ -19,6 +19,7 @@ from engine_tables import dates, engine, engine_summary, engine_tests, live
 
 from nestedfp.kernels.shapes import SHAPES, TOKEN_GROUPS, TOKENS
 from nestedfp.loadtests.markdown import markdown
+from nestedfp.loadtests.report import beside_static
 from nestedfp.loadtests.table import rows as run_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,9 +249,11 @@ def _with_spread(ratio: Mapping[str, float]) -> str:
 
 
 def demo(data: Mapping[str, Any]) -> str:
-    """The demonstration under the policy beside static FP16, kept by `bench/demo.py`."""
-    runs = {"static FP16": data["static_fp16"], "policy": data}
+    """The demonstration under the policy beside static precisions, kept by `bench/demo.py`."""
+    runs = beside_static(data, "policy")
+    *static, _ = runs
     device = data["machine"].get("device", data["machine"]["processor"])
+    slo = f"TTFT {data['slo']['ttft_s']:g} s, TPOT {data['slo']['tpot_s'] * 1e3:g} ms"
     rows = [
         [row.label.strip(), *row.values, "" if row.ratio is None else f"{row.ratio:.2f}"]
         for row in run_rows(runs)
@@ -258,10 +261,11 @@ def demo(data: Mapping[str, Any]) -> str:
     ]
     return (
         f"**The demonstration** ({data['model']}, {data['engine']}, replicas: {data['replicas']}, {device}, "
-        f"{data['date']}). Trace: {data['trace']['history'][0]}; once in static FP16 and once under the "
-        f"policy; SLO: TTFT {data['slo']['ttft_s']:g} s, TPOT {data['slo']['tpot_s'] * 1e3:g} ms. Flips are "
-        "changes of a replica's mode; within `auto` the engine changes precision from step to step, which "
-        "they do not count.\n\n" + markdown(["", *runs, "ratio"], rows)
+        f"{data['date']}). Trace: {data['trace']['history'][0]}; once in {', once in '.join(static)} and "
+        f"once under the policy; SLO: {slo}. "
+        "The ratio is the policy's over static FP16's. Flips are changes of a replica's mode; within `auto` "
+        "the engine changes precision from step to step, which they do not count.\n\n"
+        + markdown(["", *runs, "ratio"], rows)
     )
 
 

@@ -1,4 +1,4 @@
-"""`nestedfp demo`: one bursty trace, twice, on one application: pinned to FP16, then under the policy.
+"""`nestedfp demo`: a bursty trace on one application: pinned to FP16, to FP8 if asked, then under the policy.
 
 Everything is real: vLLM engines with nested weights, Ray Serve, the policy actor, Locust. The settings, SLO
 and thresholds included, stand in the configuration file before the run; nothing is tuned while it goes.
@@ -29,17 +29,17 @@ from nestedfp.loadtests.metrics import summarize, summarize_timeline
 from nestedfp.loadtests.outcome import Outcome
 from nestedfp.loadtests.records import read_timeline
 from nestedfp.loadtests.replay import ReplayError, replay
-from nestedfp.loadtests.report import write_report
+from nestedfp.loadtests.report import BASELINE, STATIC, beside_static, write_report
 from nestedfp.loadtests.settings import ReplaySettings
 from nestedfp.loadtests.synthetic import Lengths, square_wave
 from nestedfp.loadtests.table import run_table
 from nestedfp.loadtests.traces import Trace
 from nestedfp.policies import checks
 from nestedfp.policies.checks import InvalidField
-from nestedfp.policies.protocol import FP16
+from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.policies.roofline import LABEL
 
-STATIC: Final = "static-fp16"
+_PINNED: Final = dict(zip(STATIC, (FP16, FP8), strict=True))
 _PIN_S: Final = 3600.0
 _QUIET_WITHIN_S: Final = 30.0
 _POLL_S: Final = 0.25
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="HTTP port, instead of the file's")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the results")
     parser.add_argument("--calm", action="store_true", help="the same length without the burst")
+    parser.add_argument("--static-fp8", action="store_true", help="replay the trace pinned to FP8, too")
     parser.add_argument("--calm-rps", type=float, default=0.6, help="arrivals/s outside the burst")
     parser.add_argument("--burst-rps", type=float, default=5.5, help="arrivals/s in the burst")
     parser.add_argument("--calm-s", type=float, default=22.0, help="seconds before the burst, and after")
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. 0: both replays ran and no request failed; 1 otherwise; 130 where interrupted."""
+    """The command. 0: every replay ran and no request failed; 1 otherwise; 130 where interrupted."""
     raise_on_signals()
     try:
         file = with_overrides(ServeFile.load(args.config), args.model, args.port)
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted:
         print("interrupted; everything was stopped", file=sys.stderr)
         return 130
-    return 1 if summary["requests"]["failed"] or summary["static_fp16"]["requests"]["failed"] else 0
+    return 1 if any(side["requests"]["failed"] for side in beside_static(summary, "policy").values()) else 0
 
 
 def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
@@ -90,14 +91,19 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
     _say(f"trace: {trace.history[0]}; {len(trace)} requests")
 
     with running(file, say=_say) as app:
-        _say(f"serving at {app.url}; first replay: pinned to FP16")
-        app.pin(FP16, _PIN_S)
-        static = _replay(app, trace, out / STATIC, args.seed, slo)
+        _say(f"serving at {app.url}")
+        static = {}
+        # FP16 last: the policy begins in it.
+        for name in reversed(STATIC):
+            if name == BASELINE or args.static_fp8:
+                _say(f"replay in {STATIC[name]}")
+                app.pin(_PINNED[name], _PIN_S)
+                static[name] = _replay(app, trace, _folder(out, name), args.seed, slo, _PINNED[name])
         app.unpin()
-        _say("second replay: the policy decides")
-        policy = _replay(app, trace, out, args.seed, slo)
+        _say("replay under the policy")
+        policy = _replay(app, trace, out, args.seed, slo, FP16)
 
-    comparison = compare(static, policy)
+    comparison = compare(static[BASELINE], policy)
     summary = {
         "engine": _engine_name(engine.device),
         "model": engine.served_model_name,
@@ -106,7 +112,7 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
         "slo": slo,
         "policy": file.settings.policy.to_dict(),
         "trace": trace.describe(),
-        "static_fp16": static,
+        **static,
         "comparison": comparison,
         "machine": {"processor": _processor(), "system": platform.platform()},
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -118,9 +124,9 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
         out / "timeline.jsonl",
         summary,
         out / "report.html",
-        baseline_requests=out / STATIC / "requests.jsonl",
+        baseline_requests=_folder(out, BASELINE) / "requests.jsonl",
     )
-    print(run_table({"static FP16": static, "policy": policy}))
+    print(run_table(beside_static(summary, "policy")))
     for sentence in comparison["sentences"]:
         print(sentence)
     for name in ("summary.json", "requests.jsonl", "report.html"):
@@ -152,12 +158,18 @@ def _trace(args: argparse.Namespace) -> Trace:
         raise InvalidField("--calm-rps", args.calm_rps, remedy) from None
 
 
+def _folder(out: Path, side: str) -> Path:
+    return out / side.replace("_", "-")
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _replay(app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, float]) -> dict[str, Any]:
-    """Replay once, record the timeline until the replicas are quiet again, and summarise."""
+def _replay(
+    app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, float], rest: str
+) -> dict[str, Any]:
+    """Replay once, record the timeline until the replicas are quiet, in mode `rest`, and summarise."""
     out.mkdir(parents=True, exist_ok=True)
     before = app.policy_status()
     settings = ReplaySettings(url=app.url, model=app.model, seed=seed)
@@ -167,7 +179,7 @@ def _replay(app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, 
             recorder.start(outcome.started_monotonic, outcome.started_unix)
 
         replay(trace, settings, out / "requests.jsonl", on_start=on_start)
-        status = _await_quiet(app)
+        status = _await_quiet(app, rest)
     run = summarize(out / "requests.jsonl", slo)
     run |= summarize_timeline(read_timeline(out / "timeline.jsonl"), run["duration_s"])
     # The engines' own count of executed steps; `usage` counts the same tokens request by request.
@@ -175,12 +187,13 @@ def _replay(app: RunningApp, trace: Trace, out: Path, seed: int, slo: dict[str, 
     return run
 
 
-def _await_quiet(app: RunningApp) -> dict[str, Any]:
-    """The policy's status once every replica is idle and back in FP16, or after a while in any case."""
+def _await_quiet(app: RunningApp, rest: str) -> dict[str, Any]:
+    """The policy's status once every replica is idle and in mode `rest`, or after a while in any case."""
     deadline_s = time.monotonic() + _QUIET_WITHIN_S
+    replicas = app.file.settings.replicas_at_start
     while True:
         status = app.policy_status()
-        if timeline.is_quiet(status, app.file.settings.replicas_at_start) or time.monotonic() > deadline_s:
+        if timeline.is_quiet(status, replicas, rest) or time.monotonic() > deadline_s:
             return status
         time.sleep(_POLL_S)
 

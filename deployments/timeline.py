@@ -42,11 +42,11 @@ def tokens_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[
     return counts
 
 
-def is_quiet(status: Mapping[str, Any], replicas: int) -> bool:
-    """Whether `replicas` report, none of them has a request, and all are back in 16 bits."""
+def is_quiet(status: Mapping[str, Any], replicas: int, mode: str = FP16) -> bool:
+    """Whether `replicas` report, none of them has a request, and all are in `mode`."""
     seen = reports(status).values()
     return len(seen) >= replicas and all(
-        report["mode"] == FP16 and not report["running"] and not report["waiting"] for report in seen
+        report["mode"] == mode and not report["running"] and not report["waiting"] for report in seen
     )
 
 

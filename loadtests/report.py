@@ -24,6 +24,8 @@ from nestedfp.loadtests.table import Metric, rows
 
 BASELINE = "static_fp16"
 """Where a summary keeps the summary of the same trace served in FP16 throughout."""
+STATIC = {BASELINE: "static FP16", "static_fp8": "static FP8"}
+"""Where a summary keeps those of the same trace in one precision throughout, and what they are called."""
 
 _TILES = (
     Metric(("goodput_rps",), "goodput under the SLO", "req/s"),
@@ -34,7 +36,7 @@ _TILES = (
 )
 # What was measured is shown as such; the rest of a summary are the conditions it was measured under.
 _MEASURED = {*summarize_records([], Slo()), *summarize_timeline(Timeline(), 0.0)} - {"slo", "replicas"}
-_NOT_SETTINGS = {BASELINE, "comparison", *_MEASURED}
+_NOT_SETTINGS = {*STATIC, "comparison", *_MEASURED}
 # Of a picture in the docs: so many requests a panel make 0.2 MB, and more would look the same.
 _DOTS_IN_A_FILE = 500
 _FLIP_HEAD = ("at", "replica", "change", "signal", "reason")
@@ -51,8 +53,8 @@ def write_report(
     """Write the report of a run to ``path``.
 
     ``summary`` is what :func:`~nestedfp.loadtests.metrics.summarize` gives, with whatever else is to be shown
-    (engine, model, policy, machine, versions, ...); under ``static_fp16`` it may hold the summary of the same
-    trace in static FP16, whose records ``baseline_requests`` then puts into the picture.
+    (engine, model, policy, machine, versions, ...); under the names of `STATIC` it may hold the summaries of
+    the same trace in one precision. ``baseline_requests``, the records in static FP16, come into the picture.
     OSError where a file cannot be read, :class:`~nestedfp.loadtests.records.RecordError` on a broken line.
     """
     timeline = read_timeline(timeline_path) if timeline_path.exists() else Timeline()
@@ -110,6 +112,12 @@ def render(
     )
 
 
+def beside_static(summary: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    """The run's summary under ``name``, behind those of the same trace in one precision that it holds."""
+    static = {title: summary[key] for key, title in STATIC.items() if isinstance(summary.get(key), Mapping)}
+    return {**static, name: summary}
+
+
 def _asset(name: str) -> str:
     return resources.files("nestedfp.loadtests").joinpath("assets", name).read_text(encoding="utf-8")
 
@@ -144,10 +152,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
 
 
 def _numbers(summary: Mapping[str, Any]) -> str:
-    baseline = summary.get(BASELINE)
-    runs = {"this run": summary}
-    if isinstance(baseline, Mapping):
-        runs = {"static FP16": baseline, **runs}
+    runs = beside_static(summary, "this run")
     lines = []
     for row in rows(runs):
         ratio = None if row.ratio is None else f"{row.ratio:.2f}"

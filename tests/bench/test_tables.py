@@ -79,6 +79,9 @@ def test_the_demonstration_is_shown_beside_static_fp16(module: ModuleType) -> No
     assert "TTFT 3 s, TPOT 250 ms" in table
     assert "replicas: 2, P, 2026-01-01). Trace: square: 5/s;" in table
     assert "GPU, 2026" in module.demo({**data, "machine": {"processor": "P", "device": "GPU"}})
+    with_fp8 = module.demo({**data, "static_fp8": {**run, "ttft_ms": {"p90": 80.0}}})
+    assert "| TTFT p90 | 200 ms | 80.0 ms | 100 ms | 0.50 |" in with_fp8
+    assert "once in static FP16, once in static FP8 and once under the policy" in with_fp8
 
 
 def engine_data(*contenders: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_the_demonstration_leaves_its_results_and_no_process(tmp_path: Path, mod
     before = {process.pid for process in psutil.process_iter()}
     ended = demo(
         *("--config", str(config), "--out", str(out), "--port", "8123", "--model", model_path),
-        *("--calm-s", "3", "--burst-s", "8", "--burst-rps", "5", "--output-tokens", "8"),
+        *("--calm-s", "3", "--burst-s", "8", "--burst-rps", "5", "--output-tokens", "8", "--static-fp8"),
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
 
@@ -106,9 +107,11 @@ def test_the_demonstration_leaves_its_results_and_no_process(tmp_path: Path, mod
     used = [json.loads(line) for line in lines]
     assert sum(summary["tokens"].values()) >= sum(record["output_tokens"] for record in used)
     assert summary["static_fp16"]["tokens"]["fp8"] == 0
+    assert summary["static_fp8"]["tokens"]["fp16"] == 0
+    assert summary["static_fp8"]["requests"] == summary["requests"]
     for name in ("ttft_ms", "tpot_ms"):
         assert 0 < summary[name]["p50"] <= summary[name]["p90"] <= summary[name]["p99"]
-    assert "static FP16" in ended.stdout
+    assert re.search("^ +static FP16 +static FP8 +policy +ratio$", ended.stdout, re.MULTILINE)
     assert "<svg" in (out / "report.html").read_text()
 
     left = [process for process in psutil.process_iter(["cmdline"]) if process.pid not in before]

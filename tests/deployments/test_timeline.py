@@ -34,6 +34,7 @@ def test_quiet_is_every_replica_idle_and_in_16_bits() -> None:
     assert not timeline.is_quiet(status(a=report()), 2)
     assert not timeline.is_quiet(status(), 1)
     assert not timeline.is_quiet(status(a=report(), b=report("fp8")), 2)
+    assert timeline.is_quiet(status(a=report("fp8")), 1, "fp8")
     assert not timeline.is_quiet(status(a=report(running=1)), 1)
     assert not timeline.is_quiet(status(a=report(waiting=1)), 1)
 

@@ -231,13 +231,16 @@ class Engine:
         }
 
     def profile(self) -> dict[str, Any]:
-        """What kernels add (`added_time`) to a decode step of 32 and of 256 requests, and to a prefill of
-        8 x 1024 tokens."""
+        """What kernels add (`added_time`) to a decode step of 32, of 256 and of 512 requests, and to a
+        prefill of 8 x 1024 tokens."""
         if self._parking is not None:
             self._parking.unpark()
         return {
             "decode": self._profiled(16, FLIPPED_BATCH, tokens=32, skipped=8, steps=8),
-            "decode of 256": self._profiled(16, 256, tokens=32, skipped=8, steps=8),
+            **{
+                f"decode of {batch}": self._profiled(16, batch, tokens=32, skipped=8, steps=8)
+                for batch in (256, 512)
+            },
             "prefill": self._profiled(1024, 8, tokens=1, skipped=0, steps=1),
         }
 
