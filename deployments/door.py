@@ -6,6 +6,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 
 from nestedfp.deployments.admission import ApiKeys, BodyLimit, KnownRoutes, PrecisionClass
+from nestedfp.deployments.arrival import Arrival
 from nestedfp.deployments.asgi import App
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.event_pace import EventPace
@@ -15,8 +16,8 @@ from nestedfp.policies.checks import InvalidField
 
 
 class Door:
-    """`app` serves `openai` behind routes, keys, size and precision class, says what served an answer, and
-    bounds the events of all streams."""
+    """`app` serves `openai` behind routes, keys, size and precision class, says what served an answer, tells
+    the engine when a request arrived, and bounds the events of all streams."""
 
     def __init__(
         self,
@@ -28,11 +29,12 @@ class Door:
         tokens: Callable[[str], Awaitable[Mapping[str, int] | None]],
         window: RequestWindow,
         served: Served,
+        delayed: Callable[[float], None],
     ) -> None:
         http = settings.http
         keys = api_keys(http.api_keys_variable)
         report = PrecisionReport(
-            openai,
+            Arrival(openai, delayed),
             replica=replica,
             precision=precision,
             tokens=tokens,

@@ -58,6 +58,7 @@ class EngineApp:
         *,
         replica: str,
         served: Served,
+        delayed: Callable[[float], None],
         stat_loggers: list[Callable[..., Any]],
     ) -> EngineApp:
         """Load the model and build the application; takes from half a minute to many minutes."""
@@ -66,14 +67,23 @@ class EngineApp:
         engine = vllm_openai.start_engine(arguments, [vllm_openai.stat_logger(window.record), *stat_loggers])
         try:
             app = cls(engine, settings, window)
-            app.open(await vllm_openai.build_openai_app(engine, arguments), settings, replica, served)
+            app.open(
+                await vllm_openai.build_openai_app(engine, arguments), settings, replica, served, delayed
+            )
             await app.refresh()
         except BaseException:
             engine.shutdown()
             raise
         return app
 
-    def open(self, openai: App, settings: DeploymentSettings, replica: str, served: Served) -> None:
+    def open(
+        self,
+        openai: App,
+        settings: DeploymentSettings,
+        replica: str,
+        served: Served,
+        delayed: Callable[[float], None],
+    ) -> None:
         """Put the door before `openai`, the engine's own application."""
         bounded = QueueBound(
             openai,
@@ -89,6 +99,7 @@ class EngineApp:
             tokens=self.request_tokens,
             window=self._window,
             served=served,
+            delayed=delayed,
         )
 
     def adopt(self, settings: DeploymentSettings) -> None:

@@ -1,9 +1,10 @@
 """What every request passes in the HTTP proxy, before and after Serve itself.
 
 Serve answers some requests without a replica: no such route, queues full, a replica died, timed out. It does
-so in plain text. This middleware puts these answers into OpenAI's shape and takes away the request headers
-with which a client could change Serve's own behaviour. Ray loads :func:`middlewares` into each proxy that has
-`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` set to :data:`CALLBACK`.
+so in plain text. This middleware puts these answers into OpenAI's shape, takes away the request headers with
+which a client could change Serve's own behaviour, and stamps each request with its arrival. Ray loads
+:func:`middlewares` into each proxy that has `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` set to
+:data:`CALLBACK`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 
 from starlette.middleware import Middleware
 
+from nestedfp.deployments.arrival import RECEIVED_HEADER, Stamp
 from nestedfp.deployments.asgi import (
     App,
     Message,
@@ -49,12 +51,14 @@ class FrontDoor:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._stamp = Stamp()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["headers"] = without(scope["headers"], *SERVE_HEADERS)
+        given = without(scope["headers"], *SERVE_HEADERS, RECEIVED_HEADER)
+        scope["headers"] = [*given, self._stamp.now()]
         answer = _Answer(send)
         try:
             await self._app(scope, receive, answer.send)

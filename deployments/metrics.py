@@ -13,6 +13,7 @@ from nestedfp.policies.replica import Order
 from nestedfp.vllm.status import EngineStatus
 
 _WAIT_BUCKETS_S: Final = [0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0]
+_DELAY_BUCKETS_S: Final = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 _LAG_BUCKETS_S: Final = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0]
 
 
@@ -32,6 +33,9 @@ class ReplicaMetrics:
         self._requests = Counter("nestedfp_requests_total", tag_keys=("replica", "class", "served"))
         self._strict_wait = Histogram(
             "nestedfp_strict_wait_seconds", boundaries=_WAIT_BUCKETS_S, tag_keys=("replica",)
+        )
+        self._delay = Histogram(
+            "nestedfp_delay_to_engine_seconds", boundaries=_DELAY_BUCKETS_S, tag_keys=("replica",)
         )
         self._layers = Gauge("nestedfp_layers", tag_keys=("replica", "state"))
         self._fused = Gauge("nestedfp_fused_mlps", tag_keys=("replica",))
@@ -78,6 +82,10 @@ class ReplicaMetrics:
             self._strict_wait.observe(waited_s, self._replica)
         tags = {"class": "fp16" if strict else "any", "served": served_by(status, tokens)}
         self._requests.inc(1, self._tags(**tags))
+
+    def delayed(self, delay_s: float) -> None:
+        """One request that took so long from the proxy to the engine."""
+        self._delay.observe(delay_s, self._replica)
 
     def _count(self, counter: Counter, total: int, **tags: str) -> None:
         """Bring a counter to the engine's own count."""

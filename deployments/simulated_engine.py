@@ -144,14 +144,16 @@ class SimulatedEngine:
             await asyncio.sleep(max(0.0, end_s - self.now))
             self.catch_up()
 
-    def submit(self, prompt_tokens: int, output_tokens: int, *, strict: bool) -> Generation:
-        """Queue a request. Raises :class:`Refused` and :class:`NeverFits`."""
+    def submit(
+        self, prompt_tokens: int, output_tokens: int, *, strict: bool, age_s: float = 0.0
+    ) -> Generation:
+        """Queue a request that arrived `age_s` ago. Raises :class:`Refused` and :class:`NeverFits`."""
         if not self._free:
             raise Refused(f"all {len(self._requests)} places of the engine are taken")
         now = self.catch_up()
         row = self._free.pop()
         request = self._requests[row]
-        request["arrival_s"] = now
+        request["arrival_s"] = now - age_s
         request["prompt"], request["output"], request["strict"] = prompt_tokens, output_tokens, strict
         for column in ("computed", "generated", "fp16", "fp8"):
             request[column] = 0
@@ -165,7 +167,7 @@ class SimulatedEngine:
             raise Refused("the policy bounds the queue: FP8 is not fast enough either")
         if math.isinf(self._replica["step_end_s"]):
             engine.start_step(replica, now, self._requests, self._engines, self._costs)
-        generation = self._live[row] = Generation(row, now, prompt_tokens, output_tokens)
+        generation = self._live[row] = Generation(row, now - age_s, prompt_tokens, output_tokens)
         self._arrived(prompt_tokens)
         self._wake.set()
         return generation

@@ -2,7 +2,7 @@
 
 There is no tokenizer and no text: a prompt of token ids counts as it is, a text counts its words, and every
 output token is the same word. An answer is as long as `max_tokens` says. Each answer names the simulation in
-`system_fingerprint`, and `usage.simulated` holds its times on the engine's clock; with `"token_times": true`
+`system_fingerprint`, and `usage.simulated` holds its times from the arrival on; with `"token_times": true`
 in the request also those of every token and the precision of its step.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nestedfp.deployments.admission import HEALTH, is_strict, route
+from nestedfp.deployments.arrival import arrived_at
 from nestedfp.deployments.asgi import Receive, Scope, Send, retry_after, send_error, send_json
 from nestedfp.deployments.simulated_engine import Generation, NeverFits, Refused, SimulatedEngine
 
@@ -98,8 +99,12 @@ class SimulatedOpenAI:
     async def _generate(self, scope: Scope, receive: Receive, send: Send, *, chat: bool) -> None:
         try:
             request = self._read((await receive()).get("body", b""), chat=chat)
+            now_s = time.time()
             generation = self._engine.submit(
-                request.prompt_tokens, request.output_tokens, strict=is_strict(scope)
+                request.prompt_tokens,
+                request.output_tokens,
+                strict=is_strict(scope),
+                age_s=now_s - (arrived_at() or now_s),
             )
         except BadRequest as error:
             await send_error(send, error.status, str(error), error.kind, param=error.param)

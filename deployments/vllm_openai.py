@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, Final
 
+from nestedfp.deployments.arrival import arrived_at
 from nestedfp.deployments.asgi import App
 from nestedfp.policies.checks import InvalidField
 from nestedfp.vllm import compat
@@ -69,11 +70,27 @@ def server_arguments(model: str, served_model_name: str, arguments: Mapping[str,
 
 
 def start_engine(arguments: argparse.Namespace, stat_loggers: list[Callable[..., Any]]) -> Any:
-    """Start an `AsyncLLM` in the running event loop; returns when the weights are loaded."""
+    """Start an `AsyncLLM` in the running event loop; returns when the weights are loaded.
+
+    Its requests count as arrived when they reached the proxy.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(arguments), stat_loggers=stat_loggers)
+    class ServedLLM(AsyncLLM):  # type: ignore[misc]
+        async def add_request(
+            self,
+            request_id: str,
+            prompt: Any,
+            params: Any,
+            arrival_time: float | None = None,
+            *rest: Any,
+            **more: Any,
+        ) -> Any:
+            known = arrived_at() if arrival_time is None else arrival_time
+            return await super().add_request(request_id, prompt, params, known, *rest, **more)
+
+    return ServedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(arguments), stat_loggers=stat_loggers)
 
 
 async def build_openai_app(engine: Any, arguments: argparse.Namespace) -> App:

@@ -198,7 +198,9 @@ def settings_of(**changes: Any) -> DeploymentSettings:
 async def started(
     served: Callable[..., None] = lambda **_: None, **changes: Any
 ) -> AsyncIterator[SimulatedApp]:
-    app = await SimulatedApp.start(settings_of(**changes), replica="simulated-r", served=served)
+    app = await SimulatedApp.start(
+        settings_of(**changes), replica="simulated-r", served=served, delayed=lambda _: None
+    )
     try:
         yield app
     finally:

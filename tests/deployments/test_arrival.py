@@ -1,0 +1,172 @@
+"""When a request reached the proxy: stamped there, read at the engine."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nestedfp.deployments.admission import WAITED
+from nestedfp.deployments.arrival import RECEIVED_HEADER, Arrival, Delays, arrived_at
+from nestedfp.deployments.asgi import header
+from nestedfp.deployments.front_door import FrontDoor
+from nestedfp.deployments.vllm_openai import start_engine
+
+CHAT = "/v1/chat/completions"
+ways = st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 5.0)), min_size=1, max_size=60)
+
+
+def scope(*headers: tuple[bytes, bytes], path: str = CHAT) -> dict[str, Any]:
+    return {"type": "http", "path": path, "headers": list(headers)}
+
+
+async def receive() -> dict[str, Any]:
+    return {}
+
+
+async def send(message: Any) -> None:
+    pass
+
+
+def passed(
+    request: dict[str, Any], now_s: float = 100.0, arrival: Any = None
+) -> tuple[float | None, list[float]]:
+    """What the application learned of `request` at `now_s`, and the delays that were told."""
+    learned: list[float | None] = []
+    told: list[float] = []
+
+    async def app(*_: Any) -> None:
+        learned.append(arrived_at())
+
+    arrival = arrival or Arrival(app, told.append, wall=lambda: now_s)
+    asyncio.run(arrival(request, receive, send))
+    assert arrived_at() is None
+    return learned[0], told
+
+
+@given(ways, st.floats(-1e4, 1e4))
+def test_a_delay_is_that_beyond_the_shortest_way_whatever_the_clocks(
+    seen: list[tuple[float, float]], skew_s: float
+) -> None:
+    delays, now_s, history = Delays(), 1e6, []
+    for gap_s, way_s in seen:
+        now_s += gap_s
+        history.append((now_s, way_s))
+        shortest_s = min(way for at, way in history if at >= now_s - 20.0)
+        assert delays.of("a", now_s - way_s + skew_s, now_s) == pytest.approx(way_s - shortest_s, abs=1e-6)
+
+
+def test_each_proxy_has_its_own_clock() -> None:
+    delays = Delays()
+    assert delays.of("a", 0.0, 100.0) == 0.0
+    assert delays.of("b", 99.0, 100.0) == 0.0
+    assert delays.of("a", 1.0, 101.5) == 0.5
+    assert delays.of("b", 100.0, 101.25) == 0.25
+
+
+def test_a_clock_that_was_set_misleads_for_a_while_only() -> None:
+    delays = Delays()
+    delays.of("a", 100.0, 100.0)
+    assert delays.of("a", 97.0, 102.0) == 5.0
+    assert delays.of("a", 125.0, 130.0) == 0.0
+
+
+def test_the_application_learns_when_a_request_reached_the_proxy() -> None:
+    learned: list[float | None] = []
+    told: list[float] = []
+    times = iter([10.0, 20.5])
+
+    async def app(*_: Any) -> None:
+        learned.append(arrived_at())
+
+    arrival = Arrival(app, told.append, wall=lambda: next(times))
+    for sent in (b"9.9 a", b"20.0 a"):
+        asyncio.run(arrival(scope((RECEIVED_HEADER, sent)), receive, send))
+    assert learned == pytest.approx([10.0, 20.1])
+    assert told == pytest.approx([0.0, 0.4])
+
+
+def test_the_wait_of_a_strict_request_for_its_place_is_not_on_its_way() -> None:
+    learned: list[float | None] = []
+    times = iter([10.0, 20.5])
+
+    async def app(*_: Any) -> None:
+        learned.append(arrived_at())
+
+    arrival = Arrival(app, lambda _: None, wall=lambda: next(times))
+    asyncio.run(arrival(scope((RECEIVED_HEADER, b"10.0 a")), receive, send))
+    waited = {**scope((RECEIVED_HEADER, b"20.0 a")), WAITED: 0.3}
+    asyncio.run(arrival(waited, receive, send))
+    assert learned[1] == pytest.approx(20.3)
+
+
+@pytest.mark.parametrize("value", [b"", b"soon a", b"nan a", b"inf a", b"12.0", b"12.0 "])
+def test_what_no_proxy_has_written_is_no_stamp(value: bytes) -> None:
+    assert passed(scope((RECEIVED_HEADER, value))) == (None, [])
+
+
+def test_without_a_stamp_and_on_other_routes_the_engine_counts_for_itself() -> None:
+    assert passed(scope()) == (None, [])
+    assert passed(scope((RECEIVED_HEADER, b"99.0 a"), path="/v1/models")) == (None, [])
+
+
+def test_a_way_of_minutes_is_a_clock_that_was_set() -> None:
+    learned: list[float | None] = []
+
+    async def app(*_: Any) -> None:
+        learned.append(arrived_at())
+
+    arrival = Arrival(app, lambda _: None, wall=lambda: 100.0)
+    for sent in (b"100.0 a", b"39.0 a"):
+        asyncio.run(arrival(scope((RECEIVED_HEADER, sent)), receive, send))
+    assert learned == [100.0, None]
+
+
+def test_the_proxy_stamps_and_takes_a_clients_stamp_away() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, *_: Any) -> None:
+        seen.append(scope["headers"])
+
+    door = FrontDoor(app)
+    for _ in range(2):
+        asyncio.run(door(scope((RECEIVED_HEADER, b"1.0 mine")), receive, send))
+    stamps = [[value for name, value in headers if name == RECEIVED_HEADER] for headers in seen]
+    assert [len(found) for found in stamps] == [1, 1]
+    (first, clock), (second, same) = (found[0].split() for found in stamps)
+    assert 1e9 < float(first) <= float(second)
+    assert clock == same != b"mine"
+    assert header(seen[0], b"x-nestedfp-received") == stamps[0][0]
+
+
+def test_vllm_counts_from_that_time_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for vLLM's class: which time reaches `add_request`, and that nothing else changes."""
+    arg_utils = pytest.importorskip("vllm.engine.arg_utils")
+    async_llm = pytest.importorskip("vllm.v1.engine.async_llm")
+    calls: list[Any] = []
+
+    class Stub:
+        @classmethod
+        def from_engine_args(cls, *_: Any, **__: Any) -> Any:
+            return cls()
+
+        async def add_request(self, *given: Any, **named: Any) -> str:
+            calls.append((given, named))
+            return "queue"
+
+    monkeypatch.setattr(async_llm, "AsyncLLM", Stub)
+    monkeypatch.setattr(arg_utils.AsyncEngineArgs, "from_cli_args", lambda _: None)
+    engine = start_engine(None, [])  # type: ignore[arg-type]
+
+    async def app(*_: Any) -> None:
+        assert await engine.add_request("id", "prompt", "params", lora_request=None, priority=3) == "queue"
+        assert await engine.add_request("id", "prompt", "params", 7.0) == "queue"
+
+    asyncio.run(app())
+    arrival = Arrival(app, lambda _: None, wall=lambda: 50.0)
+    asyncio.run(arrival(scope((RECEIVED_HEADER, b"49.0 a")), receive, send))
+    more = {"lora_request": None, "priority": 3}
+    own, proxys = ("id", "prompt", "params", None), ("id", "prompt", "params", 50.0)
+    fixed = (("id", "prompt", "params", 7.0), {})
+    assert calls == [(own, more), fixed, (proxys, more), fixed]
