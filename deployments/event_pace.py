@@ -16,8 +16,9 @@ from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, header
 class EventPace:
     """ASGI middleware: the event streams of `app` send some `per_second` messages a second, all together.
 
-    Beside them a stream's first message leaves at once, and so does its end with all that was held back
-    before it. What a stream has said leaves when its turn comes, though it says nothing more.
+    Beside them a stream's first two messages leave at once: the one that opens a chat holds no token, and
+    joins the next if that follows without delay. So does its end, with all that was held back before it. What
+    a stream has said leaves when its turn comes, though it says nothing more.
     """
 
     def __init__(self, app: App, per_second: int) -> None:
@@ -55,6 +56,7 @@ class _Stream:
         self._client = send
         self._streams = False
         self._held = b""
+        self._left = 0
         self._due_s = 0.0
         self._turn: asyncio.Task[None] | None = None
         # The turn and the application may both send, and what was said first leaves first.
@@ -75,7 +77,7 @@ class _Stream:
         self._held += message.get("body", b"")
         if not message.get("more_body", False):
             await self._release(more_body=False)
-        elif asyncio.get_running_loop().time() >= self._due_s:
+        elif self._left and asyncio.get_running_loop().time() >= self._due_s:
             await self._release(more_body=True)
         elif self._turn is None:
             self._turn = asyncio.create_task(self._await_turn())
@@ -100,5 +102,7 @@ class _Stream:
         async with self._sending:
             body, self._held = self._held, b""
             if body or not more_body:
-                self._due_s = asyncio.get_running_loop().time() + self._pace.interval_s
+                self._left += 1
+                if self._left > 1:
+                    self._due_s = asyncio.get_running_loop().time() + self._pace.interval_s
                 await self._client({"type": "http.response.body", "body": body, "more_body": more_body})

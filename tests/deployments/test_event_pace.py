@@ -81,27 +81,56 @@ async def test_many_streams_send_no_more_than_all_may() -> None:
 
 async def test_what_was_held_back_leaves_though_nothing_follows() -> None:
     async def stalls() -> AsyncIterator[bytes]:
-        yield b"data: a\n\n"
-        yield b"data: b\n\n"
+        for event in (b"data: a\n\n", b"data: b\n\n"):
+            yield event
+            await asyncio.sleep(0.01)
         yield b"data: c\n\n"
+        yield b"data: d\n\n"
         await asyncio.sleep(0.5)
 
     client = Client()
     start = time.monotonic()
     await EventPace(streaming(stalls), per_second=10)(SCOPE, nothing, client.send)
-    assert client.bodies == [b"data: a\n\n", b"data: b\n\ndata: c\n\n", b""]
-    assert 0.08 < client.messages[2][0] - start < 0.4
+    assert client.bodies == [b"data: a\n\n", b"data: b\n\n", b"data: c\n\ndata: d\n\n", b""]
+    assert 0.08 < client.messages[3][0] - start < 0.4
+
+
+@pytest.mark.parametrize("after_s", [None, 0.02])
+async def test_the_first_token_waits_for_nobody_though_another_message_opens_the_chat(
+    after_s: float | None,
+) -> None:
+    """vLLM's first event of a chat names the role alone; the token follows, at once or a little later."""
+
+    async def chat() -> AsyncIterator[bytes]:
+        yield b"data: role\n\n"
+        if after_s is not None:
+            await asyncio.sleep(after_s)
+        yield b"data: token\n\n"
+        await asyncio.sleep(0.3)
+
+    clients = [Client() for _ in range(30)]
+    pace = EventPace(streaming(chat), per_second=10)
+    start = time.monotonic()
+    await asyncio.gather(*(pace(SCOPE, nothing, client.send) for client in clients))
+    for client in clients:
+        opened = (
+            [b"data: role\n\ndata: token\n\n"] if after_s is None else [b"data: role\n\n", b"data: token\n\n"]
+        )
+        assert client.bodies == [*opened, b""]
+        assert client.messages[len(opened)][0] - start < 0.2, "streams as many as these wait 3 s for a turn"
 
 
 async def test_a_client_that_cannot_be_sent_to_is_heard_of() -> None:
     async def bursts() -> AsyncIterator[bytes]:
-        yield b"data: 0\n\n"
-        yield b"data: 1\n\n"  # held back: it is sent at its turn, beside the application
+        for event in (b"data: 0\n\n", b"data: 1\n\n"):
+            yield event
+            await asyncio.sleep(0.01)
+        yield b"data: 2\n\n"  # held back: it is sent at its turn, beside the application
         await asyncio.sleep(0.3)
-        yield b"data: 2\n\n"
+        yield b"data: 3\n\n"
 
     async def gone(message: Message) -> None:
-        if message.get("body") == b"data: 1\n\n":
+        if message.get("body") == b"data: 2\n\n":
             raise ConnectionResetError("client")
 
     pace = EventPace(streaming(bursts), per_second=10)
