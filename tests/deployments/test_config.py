@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from nestedfp.deployments.app import build_app
-from nestedfp.deployments.config import CPU_ENVIRONMENT, DeploymentSettings, SimulatedArguments
+from nestedfp.deployments.config import (
+    CPU_ENVIRONMENT,
+    REPLICA_ENVIRONMENT,
+    DeploymentSettings,
+    SimulatedArguments,
+)
 from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.roofline import latency_model
 from nestedfp.vllm.worker import refuse_unsupported
@@ -50,7 +55,7 @@ def test_defaults() -> None:
     assert settings.engine.served_model_name == "name"
     assert settings.autoscaling is None
     assert settings.replicas_at_start == 1
-    assert settings.environment == {}
+    assert settings.environment == REPLICA_ENVIRONMENT
     assert settings.strict_wait_s == settings.policy.slo.ttft_s / 2
 
 
@@ -92,7 +97,7 @@ def test_vllms_default_step_bounds_a_replica_too() -> None:
 def test_cpu_replicas_get_their_environment_and_the_file_wins() -> None:
     engine = {"model": "m", "device": "cpu", "environment": {"OMP_NUM_THREADS": "4"}}
     settings = DeploymentSettings.from_dict({"engine": engine})
-    assert settings.environment == {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": "4"}
+    assert settings.environment == {**REPLICA_ENVIRONMENT, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": "4"}
 
 
 @pytest.mark.parametrize(
