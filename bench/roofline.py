@@ -31,8 +31,11 @@ Series = tuple[str, str, Callable[[Row], bool], Callable[[Row], float]]
 """Label, colour, which rows, and the microseconds of one."""
 
 _COLUMNS = 4
-DATASHEETS = {"NVIDIA H100 80GB HBM3": {"tb_s": 3.35, "16-bit": 989.4, "fp8": 1978.9}}
-"""By device the memory's bandwidth, and each mode's dense TFLOP/s at the boost clock: H100 SXM."""
+DATASHEETS = {
+    "NVIDIA H100 80GB HBM3": {"tb_s": 3.35, "16-bit": 989.4, "fp8": 1978.9},
+    "NVIDIA H200": {"tb_s": 4.8, "16-bit": 989.4, "fp8": 1978.9},
+}
+"""By device the memory's bandwidth, and each mode's dense TFLOP/s at the boost clock: H100 SXM, H200 SXM."""
 _COLOURS = {"16-bit": "#1f5fa8", "fp8": "#c8501e", "cublas": "#808080", "fp8 baseline": "#b9a04a"}
 
 

@@ -277,13 +277,14 @@ DEMO_ROWS = {
 Table = Callable[[Mapping[str, Any]], str]
 PAGES: dict[str, dict[str, Table]] = {
     "README.md": {
-        "kernels-*.json": kernels,
-        "engine-*.json": engine_summary,
+        "kernels-*-h100-*.json": kernels,
+        "engine-*-h100-*.json": engine_summary,
         "tensor-parallel-*.json": engine_summary,
         "live-*.json": live,
     },
     "docs/kernels.md": {"kernels-*.json": by_shape},
     "docs/measured.md": {
+        "kernels-*-h200.json": kernels,
         "engine-*.json": engine,
         "tensor-parallel-*.json": engine,
         "vllm-tests-*.json": engine_tests,
