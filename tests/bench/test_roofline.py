@@ -51,7 +51,7 @@ def test_every_size_has_a_panel_with_every_contender(module: ModuleType) -> None
         for M in (1, 64)
         for K in (64, 128)
     ]
-    (device,) = module.DATASHEETS
+    device = next(iter(module.DATASHEETS))
     data = {"header": {"device": device, "ceilings": {"copy_tb_s": 2.0}}, "rows": rows}
     for name, labels in (("floor", 5), ("rates", 4)):
         figure = module.FIGURES[name](data)

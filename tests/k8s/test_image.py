@@ -33,7 +33,7 @@ def test_vllm_is_the_one_that_was_measured() -> None:
     measured = re.findall(
         r"\*\*Engine, every cell\*\* .*?vllm ([\d.]+)", (ROOT / "docs/measured.md").read_text()
     )
-    assert measured == [pinned]
+    assert set(measured) == {pinned}
     assert _required("gpu", "vllm").specifier.contains(pinned)
 
 
