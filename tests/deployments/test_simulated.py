@@ -86,6 +86,18 @@ def test_it_serves_a_trace_step_for_step_as_the_simulator_does() -> None:
     assert idle(simulated)
 
 
+def test_a_request_is_as_old_as_it_is_told() -> None:
+    clock = Clock()
+    simulated = engine(clock)
+    told, new = simulated.submit(10, 3, strict=False, age_s=0.4), simulated.submit(10, 3, strict=False)
+    run_to(simulated, clock, clock.now + 1.0)
+    assert told.done and new.done
+    # Both are in step from the second on.
+    assert told.token_s[1:] == new.token_s[:2]
+    assert told.ttft_s == pytest.approx(0.4 + SLOW_S, abs=1e-3)
+    assert new.ttft_s == pytest.approx(told.ttft_s - 0.4 + SLOW_S, abs=1e-3)
+
+
 def test_a_flip_holds_from_the_next_step_on() -> None:
     clock = Clock()
     simulated = engine(clock)
