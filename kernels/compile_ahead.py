@@ -35,7 +35,9 @@ class Job(NamedTuple):
 def chosen(mode: Mode, dtype: str, M: int, N: int, K: int) -> Job:
     """What the dispatch chooses on this device for operands laid out well."""
     order = KOrder.HOPPER if K % PANEL == 0 else KOrder.NATURAL
-    choice = choose(Problem(mode, M, N, K, dtype, order), torch.cuda.get_device_capability())
+    choice = choose(
+        Problem(mode, M, N, K, dtype, order), torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    )
     return Job(choice.backend, mode, dtype, M, N, K, choice.config)
 
 

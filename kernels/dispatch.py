@@ -1,7 +1,8 @@
 """From mode, shape, dtype and device to a backend and its configuration: pure, total, testable anywhere.
 
 The configuration of a GPU kernel comes from a table in `tables/`, written by `nestedfp tune kernels` on
-the device it names. What the table does not hold, another weight or another number of tokens, takes the
+the device it names. An architecture has one, and another device of it may have its own, whose rows go
+before. What the tables do not hold, another weight or another number of tokens, takes the
 kernel's own rule (configuration None): tiles that fill the waves of one shape may leave half of the next
 one's last wave idle, so a neighbour's entry says little. No shape is an error.
 """
@@ -21,6 +22,8 @@ from nestedfp.kernels.layout import PANEL, KOrder
 
 Config = Mapping[str, int]
 Kind = TypeVar("Kind")
+
+TABLES = resources.files("nestedfp.kernels") / "tables"
 
 # The bulk copy engine needs base addresses and row pitches in multiples of 16 bytes.
 TMA_ALIGNMENT = 16
@@ -79,12 +82,15 @@ class TableRow:
 Capability = tuple[int, int]
 
 
-def choose(problem: Problem, capability: Capability | None) -> Choice:
-    """The backend and configuration for `problem` on a CUDA device of `capability`, or None for a CPU."""
+def choose(problem: Problem, capability: Capability | None, device: str = "") -> Choice:
+    """The backend and configuration for `problem` on a CUDA device of `capability`, or None for a CPU.
+
+    device: its name, as torch gives it; without one only the table of the architecture serves.
+    """
     backend = choose_backend(problem, capability)
     if backend is Backend.CPU or capability is None:
         return Choice(backend, None)
-    return Choice(backend, configuration(backend, problem, capability))
+    return Choice(backend, configuration(backend, problem, capability, device))
 
 
 def choose_backend(problem: Problem, capability: Capability | None) -> Backend:
@@ -107,18 +113,20 @@ def preferred_order(device: torch.device | str, N: int, K: int) -> KOrder:
     return KOrder.NATURAL
 
 
-def configuration(backend: Backend, problem: Problem, capability: Capability) -> Config | None:
+def configuration(
+    backend: Backend, problem: Problem, capability: Capability, device: str = ""
+) -> Config | None:
     """The tabled configuration for `problem`, or None for the kernel's own rule."""
-    rows = rows_of(backend, capability, problem.mode, problem.dtype, problem.N, problem.K)
+    rows = rows_of(backend, capability, problem.mode, problem.dtype, problem.N, problem.K, device)
     return holding(rows, problem.M)
 
 
 @lru_cache(maxsize=4096)
 def rows_of(
-    backend: Backend, capability: Capability, mode: Mode, dtype: str, N: int, K: int
+    backend: Backend, capability: Capability, mode: Mode, dtype: str, N: int, K: int, device: str = ""
 ) -> list[TableRow]:
     """The rows of a weight, ascending in M: those of the dtype, or where there are none the other one's."""
-    rows = [row for row in table(backend, capability) if (row.mode, row.N, row.K) == (mode, N, K)]
+    rows = [row for row in table(backend, capability, device) if (row.mode, row.N, row.K) == (mode, N, K)]
     return sorted([row for row in rows if row.dtype == dtype] or rows, key=lambda row: row.M)
 
 
@@ -143,11 +151,20 @@ def token_grid(largest: int) -> list[int]:
 
 
 @cache
-def table(backend: Backend, capability: Capability) -> tuple[TableRow, ...]:
-    """The tuned rows for a backend and an architecture, empty where none were made."""
-    name = f"{backend}-sm{capability[0]}{capability[1]}.json"
-    path = resources.files("nestedfp.kernels") / "tables" / name
-    return parse_table(json.loads(path.read_text())) if path.is_file() else ()
+def table(backend: Backend, capability: Capability, device: str = "") -> tuple[TableRow, ...]:
+    """The tuned rows for a backend and a device, its own before those of its architecture; empty where none
+    were made."""
+    found: dict[tuple[Mode, str, int, int, int], TableRow] = {}
+    for name in dict.fromkeys(table_name(backend, capability, which) for which in ("", device)):
+        path = TABLES / name
+        rows = parse_table(json.loads(path.read_text())) if path.is_file() else ()
+        found |= {(row.mode, row.dtype, row.M, row.N, row.K): row for row in rows}
+    return tuple(found.values())
+
+
+def table_name(backend: Backend, capability: Capability, device: str = "") -> str:
+    """The file of an architecture's table, or of a device's own."""
+    return "-".join([backend, f"sm{capability[0]}{capability[1]}", *device.lower().split()]) + ".json"
 
 
 @lru_cache(maxsize=1024)

@@ -53,8 +53,9 @@ class Recipe(NamedTuple):
             gemm_16bit.code(self.config, self.dtype, self.gated)
 
 
-def recipes(N: int, K: int, dtype: torch.dtype, gated: bool = False) -> list[Recipe]:
-    """What products of a weight [N, K] can need on Hopper, gated ones or others, each once."""
+def recipes(N: int, K: int, dtype: torch.dtype, gated: bool = False, device: str = "") -> list[Recipe]:
+    """What products of a weight [N, K] can need on Hopper, gated ones or others, each once. device: whose own
+    table counts, too."""
     found: dict[tuple[object, ...], Recipe] = {}
     name = str(dtype).removeprefix("torch.")
 
@@ -66,7 +67,7 @@ def recipes(N: int, K: int, dtype: torch.dtype, gated: bool = False) -> list[Rec
         (Mode.BITS16, gemm_16bit.Config, RULE_16BIT.all(_MOST_TOKENS, N, K)),
         (Mode.FP8, gemm_fp8.Config, RULE_FP8.all(_MOST_TOKENS, N, K)),
     ):
-        for row in rows_of(Backend.HOPPER, HOPPER, mode, name, N, K):
+        for row in rows_of(Backend.HOPPER, HOPPER, mode, name, N, K, device):
             add(mode, kind(**row.config))
         for config in configs:
             add(mode, config)
@@ -74,9 +75,10 @@ def recipes(N: int, K: int, dtype: torch.dtype, gated: bool = False) -> list[Rec
 
 
 class Precompiler:
-    """Compiles in the background what weights need, each piece once."""
+    """Compiles in the background what weights need on a device, each piece once."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: str = "") -> None:
+        self._device = device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nestedfp-compile")
         self._known: dict[tuple[object, ...], Future[None]] = {}
         self._weights: set[tuple[int, int, torch.dtype, bool]] = set()
@@ -85,7 +87,7 @@ class Precompiler:
         if (N, K, dtype, gated) in self._weights:
             return
         self._weights.add((N, K, dtype, gated))
-        for recipe in recipes(N, K, dtype, gated):
+        for recipe in recipes(N, K, dtype, gated, self._device):
             if recipe.macros not in self._known:
                 self._known[recipe.macros] = self._pool.submit(recipe.compile)
 
@@ -112,6 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel", type=int, default=1, help="also for weights cut in so many parts"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--device", default="", help="as torch names it, if it has a table of its own, 'NVIDIA H200'"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tensor_parallel", "threads"):
         if (value := getattr(args, name)) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
-    precompiler = Precompiler(args.threads)
+    precompiler = Precompiler(args.threads, args.device)
     for dtype in args.dtype.split(","):
         if dtype not in ("float16", "bfloat16"):
             raise SystemExit(f"--dtype: {dtype!r}, expected some of float16,bfloat16")

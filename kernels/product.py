@@ -101,7 +101,7 @@ def multiply(
         return x.new_empty((*x.shape[:-1], output_columns(N, gated)))
     tokens = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     problem = Problem(mode, tokens.shape[0], N, K, _DTYPES[x.dtype], order, fits_bulk_copies(tokens, weight))
-    backend, product = _product(problem, _capability(x.device))
+    backend, product = _product(problem, *_device(x.device))
     if backend is Backend.HOPPER:
         y = product(tokens, *weight, row_exponent, bias, ahead=ahead, gated=gated)
     else:
@@ -111,9 +111,11 @@ def multiply(
 
 
 @lru_cache(maxsize=4096)
-def _product(problem: Problem, capability: Capability | None) -> tuple[Backend, Callable[..., Tensor]]:
+def _product(
+    problem: Problem, capability: Capability | None, device: str
+) -> tuple[Backend, Callable[..., Tensor]]:
     """The kernel for a problem: every layer meets the same few, and on a GPU the host's time counts."""
-    backend, config = choose(problem, capability)
+    backend, config = choose(problem, capability, device)
     if backend is Backend.PORTABLE:
         _log_portable(problem.mode, problem.K, problem.order, problem.tma, capability)
     module = _module(backend)
@@ -134,12 +136,13 @@ def fits_bulk_copies(x: Tensor, weight: tuple[Tensor, ...]) -> bool:
 
 
 @cache
-def _capability(device: torch.device) -> Capability | None:
+def _device(device: torch.device) -> tuple[Capability | None, str]:
+    """Capability and name of a GPU."""
     if device.type == "cpu":
-        return None
+        return None, ""
     if device.type != "cuda":
         raise ValueError(f"no kernels for device {device}; use a CPU or a CUDA GPU")
-    return torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
 
 
 @cache

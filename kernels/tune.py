@@ -15,6 +15,7 @@ A run that was cut off goes on where it stopped: what the file holds is kept, un
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -30,7 +31,7 @@ from triton.errors import TritonError
 from nestedfp.kernels import contest, gpu, hopper, linear_16bit, linear_fp8, rowfile
 from nestedfp.kernels.compile_ahead import Job, compile_ahead
 from nestedfp.kernels.contest import Operands
-from nestedfp.kernels.dispatch import Backend, Config, Mode, table
+from nestedfp.kernels.dispatch import Backend, Config, Mode, table, table_name
 from nestedfp.kernels.hopper.copy_tokens import copy_tokens
 from nestedfp.kernels.shapes import DOWN, SHAPES, TOKENS, by_size, parse_shapes, parse_tokens
 from nestedfp.kernels.timing import Contender, measure
@@ -62,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passes", type=int, default=3, help="over the candidates near the best")
     parser.add_argument("--time-limit", type=float, metavar="S", help="start no cell after so many seconds")
     parser.add_argument("--anew", action="store_true", help="begin the table anew")
-    parser.add_argument("--out", type=Path, help="default: kernels/tables/BACKEND-smXX.json of this tree")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: of this tree the table of this device, kernels/tables/BACKEND-smXX*",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,9 +117,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_path(backend: Backend) -> Path:
-    """Where `dispatch.table` looks for the table of this device."""
-    major, minor = torch.cuda.get_device_capability()
-    return Path(__file__).parent / "tables" / f"{backend}-sm{major}{minor}.json"
+    """Where `dispatch.table` looks for the table of this device: its architecture's, where that is of this
+    device or does not exist, or its own."""
+    folder, capability = Path(__file__).parent / "tables", torch.cuda.get_device_capability()
+    device = torch.cuda.get_device_name()
+    path = folder / table_name(backend, capability)
+    if path.is_file() and json.loads(path.read_text())["header"]["device"] != device:
+        return folder / table_name(backend, capability, device)
+    return path
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
@@ -133,7 +143,7 @@ def _candidates(
     configs: list[Config] = module.candidates(Mode(mode), M, N, K, dtype)
     known = [
         dict(row.config)
-        for row in table(backend, torch.cuda.get_device_capability())
+        for row in table(backend, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
         if (row.mode, row.dtype, row.M, row.N, row.K) == (mode, dtype, M, N, K)
     ]
     return configs + [config for config in known if config not in configs]

@@ -30,7 +30,7 @@ def finish_compiling() -> None:
 @cache
 def _precompiler() -> Any:
     precompile = import_module("nestedfp.kernels.precompile")
-    return precompile.Precompiler(precompile.threads_beside_other_work())
+    return precompile.Precompiler(precompile.threads_beside_other_work(), torch.cuda.get_device_name())
 
 
 def token_counts(largest: int, tabled: Iterable[int]) -> list[int]:
@@ -50,8 +50,8 @@ def tabled_counts(device: torch.device) -> set[int]:
     """Token counts for which this device's tables hold a configuration."""
     if device.type != "cuda":
         return set()
-    capability = torch.cuda.get_device_capability(device)
-    return {row.M for backend in Backend for row in table(backend, capability)}
+    capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+    return {row.M for backend in Backend for row in table(backend, capability, name)}
 
 
 def distinct_layers(model: torch.nn.Module) -> list[Any]:

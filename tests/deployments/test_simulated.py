@@ -91,7 +91,8 @@ def test_a_request_is_as_old_as_it_is_told() -> None:
     simulated = engine(clock)
     told, new = simulated.submit(10, 3, strict=False, age_s=0.4), simulated.submit(10, 3, strict=False)
     run_to(simulated, clock, clock.now + 1.0)
-    assert told.done and new.done
+    assert told.done
+    assert new.done
     # Both are in step from the second on.
     assert told.token_s[1:] == new.token_s[:2]
     assert told.ttft_s == pytest.approx(0.4 + SLOW_S, abs=1e-3)

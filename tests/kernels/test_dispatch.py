@@ -1,11 +1,14 @@
 """Dispatch: total over shapes, faithful to the table, and honest about what a kernel can address."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nestedfp.kernels import dispatch
 from nestedfp.kernels.dispatch import (
     Backend,
     Mode,
@@ -121,6 +124,33 @@ def test_a_type_without_rows_takes_those_of_the_other() -> None:
 
 def test_a_backend_without_a_table_leaves_the_choice_to_its_kernel() -> None:
     assert choose(Problem(Mode.FP8, 1, 64, 64, "float16", KOrder.NATURAL), (8, 0)).config is None
+
+
+def test_a_devices_own_rows_go_before_those_of_its_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, tokens: dict[int, int]) -> None:
+        row = {"mode": "fp8", "dtype": "float16", "N": 256, "K": 256, "us": 1.0}
+        rows = [{**row, "M": M, "config": {"tokens": value}} for M, value in tokens.items()]
+        (tmp_path / name).write_text(json.dumps({"header": {}, "rows": rows}))
+
+    def chosen(M: int, device: str) -> int:
+        config = choose(Problem(Mode.FP8, M, 256, 256, "float16", KOrder.HOPPER), HOPPER, device).config
+        assert config is not None
+        return config["tokens"]
+
+    write("hopper-sm90.json", {128: 1, 256: 2})
+    write("hopper-sm90-nvidia-h200.json", {256: 3})
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
+    for cached in (dispatch.table, dispatch.rows_of):
+        cached.cache_clear()
+    try:
+        assert [chosen(M, "NVIDIA H200") for M in (128, 256)] == [1, 3]
+        assert [chosen(M, "NVIDIA H100 80GB HBM3") for M in (128, 256)] == [1, 2]
+        assert [chosen(M, "") for M in (128, 256)] == [1, 2]
+    finally:
+        for cached in (dispatch.table, dispatch.rows_of):
+            cached.cache_clear()
 
 
 def test_a_table_of_an_unknown_mode_is_an_error() -> None:

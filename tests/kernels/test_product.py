@@ -53,13 +53,13 @@ class _Entered:
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Devices]:
     fake = Devices()
 
-    def chosen(problem: Problem, capability: Capability | None) -> tuple[Backend, Any]:
+    def chosen(problem: Problem, capability: Capability | None, device: str) -> tuple[Backend, Any]:
         return request.param, fake.launch
 
     monkeypatch.setattr(torch.cuda, "current_device", fake.current_device)
     monkeypatch.setattr(torch.cuda, "device", fake.device)
     monkeypatch.setattr(product, "_product", chosen)
-    monkeypatch.setattr(product, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(product, "_device", lambda device: ((9, 0), ""))
     monkeypatch.setattr(product, "fits_bulk_copies", lambda x, weight: True)
     with FakeTensorMode():
         yield fake

@@ -1,6 +1,8 @@
 """What the tuner keeps, on times that are given instead of measured."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -9,7 +11,7 @@ import torch
 
 from nestedfp.kernels import contest, tune
 from nestedfp.kernels.contest import Operands
-from nestedfp.kernels.dispatch import Config, Mode
+from nestedfp.kernels.dispatch import Backend, Config, Mode
 from nestedfp.kernels.timing import Contender
 
 CONFIGS: list[Config] = [{"tokens": 16}, {"tokens": 32}, {"tokens": 64}]
@@ -125,3 +127,16 @@ def test_a_down_layer_follows_the_gated_product_of_its_mlp(calls: list[Call]) ->
         ("gated", [[0.0] * 4], ("gate_up upper 0", 0), ("down upper 2",)),
         ("product", [[0.5] * 4], ("down upper 2", 2), ("gate_up upper 1",)),
     ]
+
+
+def test_a_device_has_a_table_of_its_own_unless_its_architectures_is_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of_the_architecture = Path(tune.__file__).parent / "tables" / "hopper-sm90.json"
+    tuned_on = json.loads(of_the_architecture.read_text())["header"]["device"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: tuned_on)
+    assert tune.default_path(Backend.HOPPER) == of_the_architecture
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    assert tune.default_path(Backend.HOPPER).name == "hopper-sm90-nvidia-h200.json"
+    assert tune.default_path(Backend.PORTABLE).name == "portable-sm90.json"
