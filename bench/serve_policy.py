@@ -140,13 +140,13 @@ async def play(url: str, model: str, minute: Minute) -> tuple[list[Served], dict
         if answer is not None
     ]
     # The engine's clock starts somewhere else: the request that was held up least on its way sets it.
-    origin_s = min((fact["arrival_s"] - arrival_s for arrival_s, fact, _ in good), default=0.0)
+    origin_s = min((fact["queued_s"] - arrival_s for arrival_s, fact, _ in good), default=0.0)
     served = [
-        Served(fact["arrival_s"] - origin_s, [at - origin_s for at in fact["token_s"]], fact["token_modes"])
+        Served(fact["queued_s"] - origin_s, [at - origin_s for at in fact["token_s"]], fact["token_modes"])
         for _, fact, _ in good
     ]
     late = [request.arrival_s - arrival_s for request, (arrival_s, *_) in zip(served, good, strict=True)]
-    added = [whole_s - (fact["token_s"][-1] - fact["arrival_s"]) for _, fact, whole_s in good]
+    added = [whole_s - (fact["token_s"][-1] - fact["queued_s"]) for _, fact, whole_s in good]
     executed = {mode: sum(fact[mode] for _, fact, _ in good) for mode in (FP16, FP8)}
     view = {
         "tokens_in_fp16": executed[FP16] / max(1, sum(executed.values())),

@@ -64,10 +64,13 @@ class StepStatistics:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """A request in the engine; `token_s` and `arrival_s` are seconds on the engine's clock."""
+    """A request in the engine; its times are seconds on the engine's clock."""
 
     row: int
     arrival_s: float
+    """At the proxy."""
+    queued_s: float
+    """At the engine."""
     prompt_tokens: int
     output_tokens: int
     token_s: list[float] = field(default_factory=list)
@@ -167,7 +170,7 @@ class SimulatedEngine:
             raise Refused("the policy bounds the queue: FP8 is not fast enough either")
         if math.isinf(self._replica["step_end_s"]):
             engine.start_step(replica, now, self._requests, self._engines, self._costs)
-        generation = self._live[row] = Generation(row, now - age_s, prompt_tokens, output_tokens)
+        generation = self._live[row] = Generation(row, now - age_s, now, prompt_tokens, output_tokens)
         self._arrived(prompt_tokens)
         self._wake.set()
         return generation

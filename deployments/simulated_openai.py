@@ -225,6 +225,7 @@ class _Answer:
         if token_times:
             simulated |= {
                 "arrival_s": generation.arrival_s,
+                "queued_s": generation.queued_s,
                 "token_s": generation.token_s,
                 "token_modes": generation.token_modes,
             }

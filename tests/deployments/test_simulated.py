@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nestedfp.deployments.arrival import RECEIVED_HEADER
 from nestedfp.deployments.asgi import Message
 from nestedfp.deployments.config import DeploymentSettings
 from nestedfp.deployments.simulated_app import SimulatedApp
@@ -221,9 +223,15 @@ async def started(
 
 
 async def post(
-    app: SimulatedApp, body: dict[str, Any], *, strict: bool = False, leave_after: int | None = None
+    app: SimulatedApp,
+    body: dict[str, Any],
+    *,
+    strict: bool = False,
+    leave_after: int | None = None,
+    age_s: float | None = None,
 ) -> list[Message]:
-    """The messages of the answer; the client leaves after `leave_after` of them."""
+    """The messages of the answer; the client leaves after `leave_after` of them. The proxy took the request in
+    `age_s` ago."""
     sent: list[Message] = []
     left = asyncio.Event()
     request = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
@@ -240,6 +248,8 @@ async def post(
             left.set()
 
     headers = [(b"x-nestedfp-precision", b"fp16")] if strict else []
+    if age_s is not None:
+        headers.append((RECEIVED_HEADER, f"{time.time() - age_s:.6f} proxy".encode()))
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
     async with asyncio.timeout(20.0):
         await app.asgi(scope, receive, send)
@@ -264,6 +274,17 @@ async def test_an_answer_is_labelled_and_counts_by_precision() -> None:
         assert simulated["token_modes"] == ["fp16"] * 6
         assert simulated["tpot_s"] == pytest.approx(SLOW_S, rel=0.3)
         assert simulated["ttft_s"] == pytest.approx(simulated["token_s"][0] - simulated["arrival_s"])
+
+
+async def test_ttft_begins_at_the_proxy() -> None:
+    async with started() as app:
+        body = {"prompt": [1] * 20, "max_tokens": 2, "token_times": True}
+        answers = [await post(app, body, age_s=age_s) for age_s in (0.01, 0.41)]
+        near, far = (json.loads(messages[1]["body"])["usage"]["simulated"] for messages in answers)
+        assert near["queued_s"] - near["arrival_s"] == pytest.approx(0.0, abs=0.001)
+        assert far["queued_s"] - far["arrival_s"] == pytest.approx(0.4, abs=0.1)
+        assert far["ttft_s"] == pytest.approx(far["token_s"][0] - far["arrival_s"])
+        assert (await app.signals())["ttft_p90_s"] == pytest.approx(far["ttft_s"])
 
 
 async def test_a_stream_sends_the_first_token_alone_and_then_several() -> None:
