@@ -230,8 +230,10 @@ async def post(
     leave_after: int | None = None,
     age_s: float | None = None,
 ) -> list[Message]:
-    """The messages of the answer. The client leaves after `leave_after` of them. The request reached the proxy
-    `age_s` ago."""
+    """The messages of the answer.
+
+    The client leaves after `leave_after` of them. The request reached the proxy `age_s` ago.
+    """
     sent: list[Message] = []
     left = asyncio.Event()
     request = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
