@@ -45,6 +45,8 @@ ANY: Final = "any"
 _MARKS: Final = (PRECISION_ARGUMENT.encode(), STRICT_CACHE_SALT.encode(), rb"\u", b"\0")
 WAITED: Final = "nestedfp.waited_s"
 """In the scope of a strict request that got a place: how long it waited for it."""
+READ: Final = "nestedfp.read_s"
+"""In the scope of a request with a body: how long it took to come."""
 _SHOWN: Final = 80
 """Characters of a client's value in a refusal."""
 
@@ -114,6 +116,7 @@ class BodyLimit:
         declared = header(scope["headers"], b"content-length") or b""
         body = b""
         more = True
+        begun_s = time.monotonic()
         while more and len(body) <= self._limit and not (declared.isdigit() and int(declared) > self._limit):
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -124,6 +127,7 @@ class BodyLimit:
             text = f"The request body is larger than {self._limit} bytes."
             await send_error(send, 413, text, "RequestTooLargeError")
             return
+        scope[READ] = time.monotonic() - begun_s
         await self._app(scope, _replay(body, receive), send)
 
 

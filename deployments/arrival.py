@@ -16,13 +16,18 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Final
 
-from nestedfp.deployments.admission import GENERATION, WAITED, route
+from nestedfp.deployments.admission import GENERATION, READ, WAITED, route
 from nestedfp.deployments.asgi import App, Receive, Scope, Send, header
 
 RECEIVED_HEADER: Final = b"x-nestedfp-received"
 """Unix seconds on the proxy's clock, and a name of that clock. A client's own is taken away."""
-_MEMORY_S: Final = 20.0
-"""For so long a clock that was set misleads."""
+_RECENT_S: Final = 20.0
+_DRIFT: Final = 1e-3
+"""By so much a second what counts as no delay may grow: clocks drift less, and a crowd passes sooner."""
+_JUMP_S: Final = 0.5
+"""By so much nothing is late for so long, but by a clock that was set."""
+_SLOW_BODY_S: Final = 1.0
+"""A body that takes longer is the client's."""
 _LONGEST_S: Final = 60.0
 """No request is that long on its way: a clock was set."""
 
@@ -31,7 +36,7 @@ _arrived: ContextVar[float | None] = ContextVar("nestedfp_arrived", default=None
 
 def arrived_at() -> float | None:
     """When the request being served reached the proxy, in Unix seconds on this machine's clock; None where no
-    proxy said. The time that a strict request waited for its place is not counted."""
+    proxy said. The time that a strict request waited for its place is not counted, nor a slow upload."""
     return _arrived.get()
 
 
@@ -47,28 +52,35 @@ class Stamp:
 
 
 class Delays:
-    """Time on the way from each proxy, whatever the difference of the clocks.
+    """Time on the way from one proxy, whatever the difference of the clocks.
 
-    The shortest way of the last seconds counts as none: what lies beneath it is that difference, and the few
-    milliseconds that every request takes.
+    The shortest way counts as none: what lies beneath it is that difference, and the few milliseconds that
+    every request takes. It is the shortest ever, but for the drift of clocks, since in a long overload no
+    request is fast; or, where all of the last seconds are far beyond it, the shortest of these.
     """
 
     def __init__(self) -> None:
-        self._least: dict[str, deque[tuple[float, float]]] = {}
-        """By clock, (when, difference) with both ascending: the first is the least lately."""
+        self._recent: deque[tuple[float, float]] = deque()
+        """(when, difference) with both ascending: the first is the least lately."""
+        self._shortest_s = math.inf
+        self._at_s = -math.inf
 
-    def of(self, clock: str, sent_s: float, now_s: float) -> float:
-        """Seconds that a request stamped `sent_s` by `clock` was longer on its way than the shortest."""
-        for name in [name for name, least in self._least.items() if least[-1][0] < now_s - _MEMORY_S]:
-            del self._least[name]
-        least = self._least.setdefault(clock, deque())
+    def of(self, sent_s: float, now_s: float) -> float:
+        """Seconds that a request stamped `sent_s` was longer on its way than the shortest."""
+        recent = self._recent
         difference_s = now_s - sent_s
-        while least and least[-1][1] >= difference_s:
-            least.pop()
-        least.append((now_s, difference_s))
-        while least[0][0] < now_s - _MEMORY_S:
-            least.popleft()
-        return difference_s - least[0][1]
+        while recent and recent[-1][1] >= difference_s:
+            recent.pop()
+        recent.append((now_s, difference_s))
+        while recent[0][0] < now_s - _RECENT_S:
+            recent.popleft()
+        least_s = recent[0][1]
+        grown_s = self._shortest_s
+        if math.isfinite(self._at_s):
+            grown_s += _DRIFT * max(0.0, now_s - self._at_s)
+        self._at_s = now_s
+        self._shortest_s = least_s if least_s > grown_s + _JUMP_S else min(least_s, grown_s)
+        return difference_s - self._shortest_s
 
 
 class Arrival:
@@ -83,7 +95,8 @@ class Arrival:
         self._app = app
         self._delayed = delayed
         self._wall = wall
-        self._delays = Delays()
+        self._delays: dict[str, Delays] = {}
+        """By the name of the proxy's clock: as many as proxies have started meanwhile."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stamp = None
@@ -94,7 +107,10 @@ class Arrival:
             return
         now_s = self._wall()
         sent_s, clock = stamp
-        delay_s = self._delays.of(clock, sent_s, now_s - scope.get(WAITED, 0.0))
+        apart_s = scope.get(WAITED, 0.0)
+        if (read_s := scope.get(READ, 0.0)) > _SLOW_BODY_S:
+            apart_s += read_s
+        delay_s = self._delays.setdefault(clock, Delays()).of(sent_s + apart_s, now_s)
         if delay_s > _LONGEST_S:
             await self._app(scope, receive, send)
             return

@@ -26,7 +26,7 @@ SIMULATED_PREFIX: Final = "simulated-"
 DEVICES: Final = ("cpu", "cuda", SIMULATED)
 
 # A loop of Serve's own in another thread contends with the engine's for the interpreter: beside vLLM's
-# tokenizer and outputs, prompts took 0.6 s longer to the engine under load on a GPU (p90).
+# tokenizer and outputs, prompts took half a second longer to the engine under load on a GPU (p90).
 REPLICA_ENVIRONMENT: Final = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 CPU_ENVIRONMENT: Final = {
     # Without a size every replica claims a share of all memory, and a second one may not start.
@@ -227,8 +227,8 @@ class HttpSettings:
     """
 
     events_per_second: int = 500
-    """Messages a second of a replica's streams, all together, beside each one's first and last. With more to
-    say they join events.
+    """Messages a second of a replica's streams, all together, beside each one's first two and last. With more
+    to say they join events.
     """
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`nestedfp demo`: a bursty trace on one application: pinned to FP16, to FP8 if asked, then under the policy.
+"""`nestedfp demo`: a bursty trace on one application: pinned to FP8 if asked, to FP16, then under the policy.
 
 Everything is real: vLLM engines with nested weights, Ray Serve, the policy actor, Locust. The settings, SLO
 and thresholds included, stand in the configuration file before the run; nothing is tuned while it goes.
@@ -39,7 +39,8 @@ from nestedfp.policies.checks import InvalidField
 from nestedfp.policies.protocol import FP8, FP16
 from nestedfp.policies.roofline import LABEL
 
-_PINNED: Final = dict(zip(STATIC, (FP16, FP8), strict=True))
+_PINNED: Final = {"static_fp8": FP8, BASELINE: FP16}
+"""The modes to replay in, by where a summary keeps them, in order: the policy begins in FP16."""
 _PIN_S: Final = 3600.0
 _QUIET_WITHIN_S: Final = 30.0
 _POLL_S: Final = 0.25
@@ -93,12 +94,11 @@ def _demonstrate(file: ServeFile, args: argparse.Namespace) -> dict[str, Any]:
     with running(file, say=_say) as app:
         _say(f"serving at {app.url}")
         static = {}
-        # FP16 last: the policy begins in it.
-        for name in reversed(STATIC):
+        for name, mode in _PINNED.items():
             if name == BASELINE or args.static_fp8:
                 _say(f"replay in {STATIC[name]}")
-                app.pin(_PINNED[name], _PIN_S)
-                static[name] = _replay(app, trace, _folder(out, name), args.seed, slo, _PINNED[name])
+                app.pin(mode, _PIN_S)
+                static[name] = _replay(app, trace, _folder(out, name), args.seed, slo, mode)
         app.unpin()
         _say("replay under the policy")
         policy = _replay(app, trace, out, args.seed, slo, FP16)

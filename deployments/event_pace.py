@@ -84,8 +84,8 @@ class _Stream:
 
     def close(self) -> None:
         """The application is through with it, in whatever way."""
-        if self._turn is not None:
-            self._turn.cancel()
+        if self._turn is not None and not self._turn.cancel() and not self._turn.cancelled():
+            self._turn.exception()  # nobody is left to be told
         if self._streams:
             self._streams = False
             self._pace.closed()

@@ -8,8 +8,8 @@ What is used and where it lives:
 | `init_app_state` | `openai.api_server` | `launchers.api_server.app_state` |
 | `make_arg_parser` | `openai.cli_args` | `launchers.cli_args` |
 
-Run with 0.32 on CPUs and with 0.26 on an H100. The older places are tried where the newer ones do not exist,
-so for the versions in between it does not matter which of them moved what. Everything else that the
+Run with 0.32 on CPUs and with 0.26 on H100s and H200s. The older places are tried where the newer ones do not
+exist, so for the versions in between it does not matter which of them moved what. Everything else that the
 deployment needs from vLLM (`AsyncLLM`, `AsyncEngineArgs`, `StatLoggerBase`) has kept its place.
 """
 
@@ -35,6 +35,8 @@ _PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "make_arg_parser": ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"),
 }
+_BEAM: Final = "-beam-"
+"""In the names of the requests that vLLM makes of a beam search."""
 
 
 class UnsupportedVllm(ImportError):
@@ -87,8 +89,10 @@ def start_engine(arguments: argparse.Namespace, stat_loggers: list[Callable[...,
             *rest: Any,
             **more: Any,
         ) -> Any:
-            known = arrived_at() if arrival_time is None else arrival_time
-            return await super().add_request(request_id, prompt, params, known, *rest, **more)
+            # A beam's every token is a request of its own: it does not begin with the client's.
+            if arrival_time is None and _BEAM not in request_id:
+                arrival_time = arrived_at()
+            return await super().add_request(request_id, prompt, params, arrival_time, *rest, **more)
 
     return ServedLLM.from_engine_args(AsyncEngineArgs.from_cli_args(arguments), stat_loggers=stat_loggers)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from nestedfp.kernels.dispatch import Backend, Capability, Mode, rows_of
+from nestedfp.kernels.dispatch import TABLES, Backend, Capability, Mode, rows_of, table_name
 from nestedfp.kernels.gated import TURN
 from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
 from nestedfp.kernels.hopper.cuda.compile import cache_folder
@@ -124,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("tensor_parallel", "threads"):
         if (value := getattr(args, name)) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+    if args.device and not (TABLES / (name := table_name(Backend.HOPPER, HOPPER, args.device))).is_file():
+        raise SystemExit(f"--device is {args.device!r}, which has no table of its own ({name}); leave it out")
     precompiler = Precompiler(args.threads, args.device)
     for dtype in args.dtype.split(","):
         if dtype not in ("float16", "bfloat16"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nestedfp.deployments.admission import (
+    READ,
     ROUTES,
     ApiKeys,
     BodyLimit,
@@ -174,6 +175,25 @@ async def test_the_application_still_sees_the_disconnect_after_the_body() -> Non
 
     await ask(BodyLimit(inner, 10), "POST", CHAT, body=(b"a", b"b"))
     assert seen == ["http.request", "http.disconnect"]
+
+
+async def test_how_long_a_body_took_to_come_is_told() -> None:
+    seen: list[float] = []
+    incoming = [(0.0, b"{", True), (0.1, b"}", False)]
+
+    async def inner(scope: Scope, _receive: Receive, send: Send) -> None:
+        seen.append(scope[READ])
+
+    async def receive() -> dict[str, Any]:
+        wait_s, body, more = incoming.pop(0)
+        await asyncio.sleep(wait_s)
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    async def send(_message: object) -> None: ...
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    await BodyLimit(inner, 10)(scope, receive, send)
+    assert seen == pytest.approx([0.1], abs=0.09)
 
 
 def door(inner: App, limit: int = 1, *, nested: bool = True, wait_s: float = 0.0) -> PrecisionClass:

@@ -139,6 +139,17 @@ async def test_a_client_that_cannot_be_sent_to_is_heard_of() -> None:
     assert pace.interval_s == 0
 
 
+async def test_a_client_that_is_gone_from_the_start_is_heard_of() -> None:
+    async def gone(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            raise ConnectionResetError("client")
+
+    pace = EventPace(streaming(lambda: numbers(3, 0.02)), per_second=10)
+    with pytest.raises(ConnectionResetError, match="client"):
+        await pace(SCOPE, nothing, gone)
+    assert pace.interval_s == 0
+
+
 async def test_a_stream_that_fails_or_is_cut_off_counts_no_more() -> None:
     async def fails() -> AsyncIterator[bytes]:
         yield b"data: a\n\n"

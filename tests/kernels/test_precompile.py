@@ -41,3 +41,10 @@ def test_the_command_compiles_what_is_needed(
     arguments = ["--shapes", "Phi-4/gate_up,Phi-4/qkv", "--dtype", "bfloat16", "--threads", "1"]
     assert precompile.run(parser.parse_args(arguments)) == 0
     assert set(added) == {(35840, 5120, torch.bfloat16, True), (7680, 5120, torch.bfloat16, False)}
+
+
+def test_a_device_without_a_table_of_its_own_is_named() -> None:
+    parser = argparse.ArgumentParser()
+    precompile.add_arguments(parser)
+    with pytest.raises(SystemExit, match=r"'H200', which has no table of its own \(hopper-sm90-h200\.json\)"):
+        precompile.run(parser.parse_args(["--device", "H200"]))

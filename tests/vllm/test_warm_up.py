@@ -1,9 +1,13 @@
 """Which products run before an engine is ready."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from nestedfp.kernels import dispatch, product
 from nestedfp.kernels.dispatch import Backend, Config, Mode, Problem, configuration, table
 from nestedfp.kernels.hopper.cuda import gemm_16bit, gemm_fp8
 from nestedfp.kernels.hopper.fp8 import RULE as RULE_FP8
@@ -16,6 +20,7 @@ from nestedfp.vllm.warm_up import (
     distinct_layers,
     finish_compiling,
     run_products,
+    tabled_counts,
     token_counts,
 )
 
@@ -64,6 +69,38 @@ def test_what_compiles_while_weights_load_is_all_that_their_products_need(
         for M in [*token_counts(8192, tabled_counts_of_h100()), *range(1, 16384, 123)]:
             config = taken(mode, M, N, K, name)
             assert Recipe(mode, dtype, kind(**config), gated).macros in macros
+
+
+def test_a_devices_own_table_is_met_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what compiles while weights load, by the products before service, and by the products themselves."""
+    # The rule chooses none such for this weight.
+    own = {"rows": 192, "warpgroups": 2, "blocks": 2, "chunks": 1, "cluster_tokens": 2, "cluster_rows": 1}
+    own |= {"ctas": 1, "split": 1, "group": 1, "promote": 0, "deferred": 0}
+    row = {"mode": "fp8", "dtype": "float16", "M": 777, "N": 4096, "K": 4096, "us": 1.0, "config": own}
+    (tmp_path / "hopper-sm90-nvidia-h200.json").write_text(json.dumps({"header": {}, "rows": [row]}))
+    monkeypatch.setattr(dispatch, "TABLES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: H100)
+    names = iter(["NVIDIA H200", "NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: next(names))
+    caches = (dispatch.table, dispatch.rows_of, product._device, product._product)
+
+    def forget() -> None:
+        for cached in caches:
+            cached.cache_clear()
+
+    forget()
+    try:
+        macros = Recipe(Mode.FP8, torch.float16, gemm_fp8.Config(**own)).macros
+        compiled = [recipe.macros for recipe in recipes(4096, 4096, torch.float16, device="NVIDIA H200")]
+        assert macros in compiled
+        assert macros not in [recipe.macros for recipe in recipes(4096, 4096, torch.float16)]
+        device = torch.device("cuda")
+        problem = Problem(Mode.FP8, 777, 4096, 4096, "float16", KOrder.HOPPER)
+        _, taken = product._product(problem, *product._device(device))
+        assert taken.keywords["config"] == own
+        assert [tabled_counts(device) for _ in range(2)] == [{777}, set()]
+    finally:
+        forget()
 
 
 def test_gated_products_need_pieces_of_their_own() -> None:
