@@ -21,6 +21,8 @@ from nestedfp.deployments.asgi import App, Receive, Scope, Send, header
 
 RECEIVED_HEADER: Final = b"x-nestedfp-received"
 """Unix seconds on the proxy's clock, and a name of that clock. A client's own is taken away."""
+DELAYED: Final = "nestedfp.delay_s"
+"""In the scope of a request with a stamp: how long it took from the proxy to the engine."""
 _RECENT_S: Final = 20.0
 _DRIFT: Final = 1e-3
 """By so much a second what counts as no delay may grow: clocks drift less, and a crowd passes sooner."""
@@ -63,7 +65,7 @@ class Delays:
         self._recent: deque[tuple[float, float]] = deque()
         """(when, difference) with both ascending: the first is the least lately."""
         self._shortest_s = math.inf
-        self._at_s = -math.inf
+        self._at_s = 0.0
 
     def of(self, sent_s: float, now_s: float) -> float:
         """Seconds that a request stamped `sent_s` was longer on its way than the shortest."""
@@ -75,25 +77,17 @@ class Delays:
         while recent[0][0] < now_s - _RECENT_S:
             recent.popleft()
         least_s = recent[0][1]
-        grown_s = self._shortest_s
-        if math.isfinite(self._at_s):
-            grown_s += _DRIFT * max(0.0, now_s - self._at_s)
+        grown_s = self._shortest_s + _DRIFT * max(0.0, now_s - self._at_s)
         self._at_s = now_s
         self._shortest_s = least_s if least_s > grown_s + _JUMP_S else min(least_s, grown_s)
         return difference_s - self._shortest_s
 
 
 class Arrival:
-    """ASGI middleware around an engine's application, which learns the time by :func:`arrived_at`.
+    """ASGI middleware around an engine's application, which learns the time by :func:`arrived_at`."""
 
-    `delayed` hears of each request's delay in seconds.
-    """
-
-    def __init__(
-        self, app: App, delayed: Callable[[float], None], *, wall: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, app: App, *, wall: Callable[[], float] = time.time) -> None:
         self._app = app
-        self._delayed = delayed
         self._wall = wall
         self._delays: dict[str, Delays] = {}
         """By the name of the proxy's clock: as many as proxies have started meanwhile."""
@@ -114,7 +108,7 @@ class Arrival:
         if delay_s > _LONGEST_S:
             await self._app(scope, receive, send)
             return
-        self._delayed(delay_s)
+        scope[DELAYED] = delay_s
         before = _arrived.set(now_s - delay_s)
         try:
             await self._app(scope, receive, send)

@@ -29,12 +29,11 @@ class Door:
         tokens: Callable[[str], Awaitable[Mapping[str, int] | None]],
         window: RequestWindow,
         served: Served,
-        delayed: Callable[[float], None],
     ) -> None:
         http = settings.http
         keys = api_keys(http.api_keys_variable)
         report = PrecisionReport(
-            Arrival(openai, delayed),
+            Arrival(openai),
             replica=replica,
             precision=precision,
             tokens=tokens,

@@ -58,7 +58,6 @@ class EngineApp:
         *,
         replica: str,
         served: Served,
-        delayed: Callable[[float], None],
         stat_loggers: list[Callable[..., Any]],
     ) -> EngineApp:
         """Load the model and build the application; takes from half a minute to many minutes."""
@@ -67,23 +66,14 @@ class EngineApp:
         engine = vllm_openai.start_engine(arguments, [vllm_openai.stat_logger(window.record), *stat_loggers])
         try:
             app = cls(engine, settings, window)
-            app.open(
-                await vllm_openai.build_openai_app(engine, arguments), settings, replica, served, delayed
-            )
+            app.open(await vllm_openai.build_openai_app(engine, arguments), settings, replica, served)
             await app.refresh()
         except BaseException:
             engine.shutdown()
             raise
         return app
 
-    def open(
-        self,
-        openai: App,
-        settings: DeploymentSettings,
-        replica: str,
-        served: Served,
-        delayed: Callable[[float], None],
-    ) -> None:
+    def open(self, openai: App, settings: DeploymentSettings, replica: str, served: Served) -> None:
         """Put the door before `openai`, the engine's own application."""
         bounded = QueueBound(
             openai,
@@ -99,7 +89,6 @@ class EngineApp:
             tokens=self.request_tokens,
             window=self._window,
             served=served,
-            delayed=delayed,
         )
 
     def adopt(self, settings: DeploymentSettings) -> None:

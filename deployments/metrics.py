@@ -75,17 +75,21 @@ class ReplicaMetrics:
             self._headroom.set(1.0 - used, self._tags(signal=signal))
 
     def request(
-        self, *, strict: bool, status: int, tokens: Mapping[str, int] | None, waited_s: float
+        self,
+        *,
+        strict: bool,
+        status: int,
+        tokens: Mapping[str, int] | None,
+        waited_s: float,
+        delay_s: float | None = None,
     ) -> None:
-        """One request that left the replica, `waited_s` of the time at its door."""
+        """One request that left the replica, `waited_s` of the time at its door, `delay_s` before that."""
+        if delay_s is not None:
+            self._delay.observe(delay_s, self._replica)
         if strict:
             self._strict_wait.observe(waited_s, self._replica)
         tags = {"class": "fp16" if strict else "any", "served": served_by(status, tokens)}
         self._requests.inc(1, self._tags(**tags))
-
-    def delayed(self, delay_s: float) -> None:
-        """One request that took so long from the proxy to the engine."""
-        self._delay.observe(delay_s, self._replica)
 
     def _count(self, counter: Counter, total: int, **tags: str) -> None:
         """Bring a counter to the engine's own count."""

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
 from nestedfp.deployments.admission import GENERATION, WAITED, is_strict, route
+from nestedfp.deployments.arrival import DELAYED
 from nestedfp.deployments.asgi import App, Headers, Message, Receive, Scope, Send, header, is_json, without
 
 AT_START_HEADER: Final = b"x-nestedfp-precision-at-start"
@@ -34,14 +35,20 @@ _DATA: Final = b"data: "
 
 
 class Served(Protocol):
-    """Hears of each request that left: its class, the HTTP status, its tokens by precision, and how long it
-    waited at the door for a place of its class.
+    """Hears of each request that left: its class, the HTTP status, its tokens by precision, how long it
+    waited at the door for a place of its class, and how long it took from the proxy to the engine, if known.
 
     The status is 499 where the answer was not sent to its end: the client left, or time ran out.
     """
 
     def __call__(
-        self, *, strict: bool, status: int, tokens: Mapping[str, int] | None, waited_s: float
+        self,
+        *,
+        strict: bool,
+        status: int,
+        tokens: Mapping[str, int] | None,
+        waited_s: float,
+        delay_s: float | None = None,
     ) -> None: ...
 
 
@@ -86,8 +93,13 @@ class PrecisionReport:
         try:
             await self._app(scope, receive, response.send)
         finally:
-            waited_s = scope.get(WAITED, 0.0)
-            self._served(strict=strict, status=response.status, tokens=response.tokens, waited_s=waited_s)
+            self._served(
+                strict=strict,
+                status=response.status,
+                tokens=response.tokens,
+                waited_s=scope.get(WAITED, 0.0),
+                delay_s=scope.get(DELAYED),
+            )
 
 
 class _Response:

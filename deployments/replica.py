@@ -157,18 +157,12 @@ async def _start(settings: DeploymentSettings, replica: str, metrics: ReplicaMet
     if settings.engine.device == SIMULATED:
         from nestedfp.deployments.simulated_app import SimulatedApp
 
-        return await SimulatedApp.start(
-            settings, replica=replica, served=metrics.request, delayed=metrics.delayed
-        )
+        return await SimulatedApp.start(settings, replica=replica, served=metrics.request)
     from nestedfp.deployments.engine_app import EngineApp
     from nestedfp.deployments.vllm_openai import ray_stat_logger
 
     return await EngineApp.start(
-        settings,
-        replica=replica,
-        served=metrics.request,
-        delayed=metrics.delayed,
-        stat_loggers=[ray_stat_logger()],
+        settings, replica=replica, served=metrics.request, stat_loggers=[ray_stat_logger()]
     )
 
 

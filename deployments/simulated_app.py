@@ -8,7 +8,7 @@ is labelled: the replica's id begins with :data:`~nestedfp.deployments.config.SI
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nestedfp.deployments.asgi import App
@@ -27,9 +27,7 @@ from nestedfp.vllm.status import EngineStatus
 class SimulatedApp:
     """An engine that steps in real time, and `asgi`, which serves it. Made by :meth:`start`."""
 
-    def __init__(
-        self, settings: DeploymentSettings, *, replica: str, served: Served, delayed: Callable[[float], None]
-    ) -> None:
+    def __init__(self, settings: DeploymentSettings, *, replica: str, served: Served) -> None:
         given = SimulatedArguments.from_dict(settings.engine.arguments)
         self._window = RequestWindow(settings.replicas.signal_window_s)
         self._slo = settings.policy.slo
@@ -61,16 +59,13 @@ class SimulatedApp:
             tokens=self.request_tokens,
             window=self._window,
             served=served,
-            delayed=delayed,
         )
         self._running = asyncio.create_task(self._engine.run())
 
     @classmethod
-    async def start(
-        cls, settings: DeploymentSettings, *, replica: str, served: Served, delayed: Callable[[float], None]
-    ) -> SimulatedApp:
+    async def start(cls, settings: DeploymentSettings, *, replica: str, served: Served) -> SimulatedApp:
         """Load the compiled step loop and begin."""
-        app = cls(settings, replica=replica, served=served, delayed=delayed)
+        app = cls(settings, replica=replica, served=served)
         await asyncio.to_thread(compile_steps)
         return app
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestedfp.deployments.admission import READ, WAITED
-from nestedfp.deployments.arrival import RECEIVED_HEADER, Arrival, Delays, arrived_at
+from nestedfp.deployments.arrival import DELAYED, RECEIVED_HEADER, Arrival, Delays, arrived_at
 from nestedfp.deployments.asgi import header
 from nestedfp.deployments.front_door import FrontDoor
 from nestedfp.deployments.vllm_openai import start_engine
@@ -25,27 +25,27 @@ async def receive() -> dict[str, Any]:
     return {}
 
 
-async def nothing(*_: Any) -> None: ...
-
-
 async def send(message: Any) -> None:
     pass
 
 
-def passed(
-    request: dict[str, Any], now_s: float = 100.0, arrival: Any = None
-) -> tuple[float | None, list[float]]:
-    """What the application learned of `request` at `now_s`, and the delays that were told."""
+def stamped(value: bytes, **noted: float) -> dict[str, Any]:
+    return {**scope((RECEIVED_HEADER, value)), **noted}
+
+
+def passed(*requests: tuple[float, dict[str, Any]]) -> tuple[list[float | None], list[float | None]]:
+    """What the application learned of each request, which comes to it at a time, and the delays noted."""
     learned: list[float | None] = []
-    told: list[float] = []
+    times = iter([now_s for now_s, _ in requests])
 
     async def app(*_: Any) -> None:
         learned.append(arrived_at())
 
-    arrival = arrival or Arrival(app, told.append, wall=lambda: now_s)
-    asyncio.run(arrival(request, receive, send))
-    assert arrived_at() is None
-    return learned[0], told
+    arrival = Arrival(app, wall=lambda: next(times))
+    for _, request in requests:
+        asyncio.run(arrival(request, receive, send))
+        assert arrived_at() is None
+    return learned, [request.get(DELAYED) for _, request in requests]
 
 
 @given(ways, st.floats(-1e4, 1e4))
@@ -80,77 +80,40 @@ def test_a_clock_that_was_set_misleads_for_a_while_only() -> None:
 
 
 def test_each_proxy_has_its_own_clock() -> None:
-    told: list[float] = []
-    times = iter([100.0, 100.0, 101.5, 101.25])
-
-    async def app(*_: Any) -> None: ...
-
-    arrival = Arrival(app, told.append, wall=lambda: next(times))
-    for sent in (b"0.0 a", b"99.0 b", b"1.0 a", b"100.0 b"):
-        asyncio.run(arrival(scope((RECEIVED_HEADER, sent)), receive, send))
+    sent = ((100.0, b"0.0 a"), (100.0, b"99.0 b"), (101.5, b"1.0 a"), (101.25, b"100.0 b"))
+    _, told = passed(*((now_s, stamped(value)) for now_s, value in sent))
     assert told == pytest.approx([0.0, 0.0, 0.5, 0.25], abs=0.002)
 
 
 def test_the_application_learns_when_a_request_reached_the_proxy() -> None:
-    learned: list[float | None] = []
-    told: list[float] = []
-    times = iter([10.0, 20.5])
-
-    async def app(*_: Any) -> None:
-        learned.append(arrived_at())
-
-    arrival = Arrival(app, told.append, wall=lambda: next(times))
-    for sent in (b"9.9 a", b"20.0 a"):
-        asyncio.run(arrival(scope((RECEIVED_HEADER, sent)), receive, send))
+    learned, told = passed((10.0, stamped(b"9.9 a")), (20.5, stamped(b"20.0 a")))
     assert learned == pytest.approx([10.0, 20.1], abs=0.02)
     assert told == pytest.approx([0.0, 0.4], abs=0.02)
 
 
 def test_the_wait_of_a_strict_request_for_its_place_is_not_on_its_way() -> None:
-    learned: list[float | None] = []
-    times = iter([10.0, 20.5])
-
-    async def app(*_: Any) -> None:
-        learned.append(arrived_at())
-
-    arrival = Arrival(app, lambda _: None, wall=lambda: next(times))
-    asyncio.run(arrival(scope((RECEIVED_HEADER, b"10.0 a")), receive, send))
-    waited = {**scope((RECEIVED_HEADER, b"20.0 a")), WAITED: 0.3}
-    asyncio.run(arrival(waited, receive, send))
+    learned, _ = passed((10.0, stamped(b"10.0 a")), (20.5, stamped(b"20.0 a", **{WAITED: 0.3})))
     assert learned[1] == pytest.approx(20.3, abs=0.02)
 
 
-async def test_a_slow_upload_is_the_clients_and_a_quick_one_on_the_way() -> None:
-    told: list[float] = []
-    now_s = 100.0
-    arrival = Arrival(nothing, told.append, wall=lambda: now_s)
-    await arrival(scope((RECEIVED_HEADER, b"100.0 a")), receive, send)
-    for sent_s, took_s in ((100.0, 3.0), (103.0, 0.4)):
-        now_s = sent_s + took_s + 0.1
-        request = {**scope((RECEIVED_HEADER, f"{sent_s} a".encode())), READ: took_s}
-        await arrival(request, receive, send)
+def test_a_slow_upload_is_the_clients_and_a_quick_one_on_the_way() -> None:
+    slow, quick = stamped(b"100.0 a", **{READ: 3.0}), stamped(b"103.0 a", **{READ: 0.4})
+    _, told = passed((100.0, stamped(b"100.0 a")), (103.1, slow), (103.5, quick))
     assert told == pytest.approx([0.0, 0.1, 0.5], abs=0.01)
 
 
 @pytest.mark.parametrize("value", [b"", b"soon a", b"nan a", b"inf a", b"12.0", b"12.0 "])
 def test_what_no_proxy_has_written_is_no_stamp(value: bytes) -> None:
-    assert passed(scope((RECEIVED_HEADER, value))) == (None, [])
+    assert passed((100.0, stamped(value))) == ([None], [None])
 
 
 def test_without_a_stamp_and_on_other_routes_the_engine_counts_for_itself() -> None:
-    assert passed(scope()) == (None, [])
-    assert passed(scope((RECEIVED_HEADER, b"99.0 a"), path="/v1/models")) == (None, [])
+    assert passed((100.0, scope())) == ([None], [None])
+    assert passed((100.0, scope((RECEIVED_HEADER, b"99.0 a"), path="/v1/models"))) == ([None], [None])
 
 
 def test_a_way_of_minutes_is_a_clock_that_was_set() -> None:
-    learned: list[float | None] = []
-
-    async def app(*_: Any) -> None:
-        learned.append(arrived_at())
-
-    arrival = Arrival(app, lambda _: None, wall=lambda: 100.0)
-    for sent in (b"100.0 a", b"39.0 a"):
-        asyncio.run(arrival(scope((RECEIVED_HEADER, sent)), receive, send))
+    learned, _ = passed((100.0, stamped(b"100.0 a")), (100.0, stamped(b"39.0 a")))
     assert learned == [100.0, None]
 
 
@@ -196,8 +159,8 @@ def test_vllm_counts_from_that_time_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await engine.add_request("id-x-beam-0", "prompt", "params") == "queue"
 
     asyncio.run(app())
-    arrival = Arrival(app, lambda _: None, wall=lambda: 50.0)
-    asyncio.run(arrival(scope((RECEIVED_HEADER, b"49.0 a")), receive, send))
+    arrival = Arrival(app, wall=lambda: 50.0)
+    asyncio.run(arrival(stamped(b"49.0 a"), receive, send))
     more = {"lora_request": None, "priority": 3}
     own, proxys = ("id", "prompt", "params", None), ("id", "prompt", "params", 50.0)
     fixed = (("id", "prompt", "params", 7.0), {})

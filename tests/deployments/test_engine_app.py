@@ -65,7 +65,7 @@ async def answering(_scope: Scope, _receive: Receive, send: Send) -> None:
 def opened(engine: Engine, served: list[int] | None = None) -> EngineApp:
     app = EngineApp(engine, SETTINGS, RequestWindow(10.0))
     told = [] if served is None else served
-    app.open(answering, SETTINGS, "r1", lambda **facts: told.append(facts["status"]), lambda _: None)
+    app.open(answering, SETTINGS, "r1", lambda **facts: told.append(facts["status"]))
     return app
 
 
@@ -154,7 +154,7 @@ async def test_plain_vllm_that_hangs_is_seen_to(monkeypatch: pytest.MonkeyPatch)
 async def test_a_changed_slo_is_what_misses_are_counted_by() -> None:
     window = RequestWindow(10.0)
     app = EngineApp(Engine(), SETTINGS, window)
-    app.open(answering, SETTINGS, "r1", lambda **_: None, lambda _: None)
+    app.open(answering, SETTINGS, "r1", lambda **_: None)
     window._add(window._ttft_s, (1.5,))
     assert (await app.signals())["slo_miss_share"] == 0.0
     app.adopt(with_user_config(SETTINGS, {"policy": {"slo": {"ttft_s": 1.0}}}))

@@ -108,6 +108,14 @@ def test_requests_are_counted_by_class_and_what_served_them(exported: Values) ->
     assert exported["nestedfp_strict_wait_seconds", ""] == 0.5
 
 
+def test_a_way_to_the_engine_is_observed_where_it_is_known(exported: Values) -> None:
+    told = ReplicaMetrics("r1")
+    told.request(strict=False, status=200, tokens=None, waited_s=0.0)
+    assert ("nestedfp_delay_to_engine_seconds", "") not in exported
+    told.request(strict=False, status=200, tokens=None, waited_s=0.0, delay_s=0.2)
+    assert exported["nestedfp_delay_to_engine_seconds", ""] == 0.2
+
+
 @pytest.mark.parametrize(
     ("status", "tokens", "label"),
     [

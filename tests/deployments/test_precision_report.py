@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nestedfp.deployments.arrival import DELAYED
 from nestedfp.deployments.asgi import App, Message, Receive, Scope, Send, header, send_error, send_json
 from nestedfp.deployments.precision_report import PrecisionReport
 
@@ -27,6 +28,7 @@ class Desk:
         self.asked: list[str] = []
         self.arrivals = 0
         self.served: list[tuple[bool, int, Mapping[str, int] | None]] = []
+        self.delays: list[float | None] = []
         self.precision = "fp8"
         self.app = PrecisionReport(
             inner,
@@ -48,9 +50,16 @@ class Desk:
         self.arrivals += 1
 
     def _served(
-        self, *, strict: bool, status: int, tokens: Mapping[str, int] | None, waited_s: float
+        self,
+        *,
+        strict: bool,
+        status: int,
+        tokens: Mapping[str, int] | None,
+        waited_s: float,
+        delay_s: float | None = None,
     ) -> None:
         self.served.append((strict, status, tokens))
+        self.delays.append(delay_s)
 
 
 def json_app(value: object) -> App:
@@ -233,6 +242,18 @@ async def test_requests_that_share_an_id_are_told_apart() -> None:
     assert second.startswith(b"trace-7-")
     assert first != second
     assert none is None
+
+
+async def test_how_long_a_request_took_to_the_engine_is_told_if_it_is_known() -> None:
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        if header(scope["headers"], b"x-way") is not None:
+            scope[DELAYED] = 0.25
+        await send_json(send, 200, b"{}")
+
+    desk = Desk(app)
+    await desk.ask(headers=[(b"x-way", b"1")])
+    await desk.ask()
+    assert desk.delays == [0.25, None]
 
 
 async def test_other_routes_are_not_touched() -> None:

@@ -213,9 +213,7 @@ def settings_of(**changes: Any) -> DeploymentSettings:
 async def started(
     served: Callable[..., None] = lambda **_: None, **changes: Any
 ) -> AsyncIterator[SimulatedApp]:
-    app = await SimulatedApp.start(
-        settings_of(**changes), replica="simulated-r", served=served, delayed=lambda _: None
-    )
+    app = await SimulatedApp.start(settings_of(**changes), replica="simulated-r", served=served)
     try:
         yield app
     finally:
@@ -338,7 +336,7 @@ async def test_short_of_places_a_strict_request_waits_within_the_slo_and_is_then
     hasty = {"http": {"max_strict_requests": 1, "strict_wait_s": 0.02, "retry_after_s": 7}}
     told: list[tuple[int, bool]] = []
 
-    def served(*, strict: bool, status: int, tokens: Any, waited_s: float) -> None:
+    def served(*, strict: bool, status: int, tokens: Any, waited_s: float, **_: Any) -> None:
         told.append((status, waited_s > 0.01))
 
     async with started(served, **hasty) as app:
