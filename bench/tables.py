@@ -17,6 +17,7 @@ from typing import Any
 
 from engine_tables import dates, engine, engine_summary, engine_tests, live
 
+from nestedfp.kernels.rowfile import slug
 from nestedfp.kernels.shapes import SHAPES, TOKEN_GROUPS, TOKENS
 from nestedfp.loadtests.markdown import markdown
 from nestedfp.loadtests.report import beside_static
@@ -92,7 +93,7 @@ def kernels(data: Mapping[str, Any]) -> str:
 def by_shape(data: Mapping[str, Any]) -> str:
     """The pictures, and each contest over a library in every cell, from `nestedfp bench kernels`."""
     header = data["header"]
-    name = "-".join(header["device"].lower().split())
+    name = slug(header["device"])
     parts = [
         f"**Every product** ({header['device']}, {dates(data['rows'], header['date'])}). Weights N x K down, "
         "M across.",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from nestedfp.kernels.layout import PANEL, KOrder
+from nestedfp.kernels.rowfile import slug
 
 Config = Mapping[str, int]
 Kind = TypeVar("Kind")
@@ -164,7 +165,8 @@ def table(backend: Backend, capability: Capability, device: str = "") -> tuple[T
 
 def table_name(backend: Backend, capability: Capability, device: str = "") -> str:
     """The file of an architecture's table, or of a device's own."""
-    return "-".join([backend, f"sm{capability[0]}{capability[1]}", *device.lower().split()]) + ".json"
+    own = f"-{slug(device)}" if device else ""
+    return f"{backend}-sm{capability[0]}{capability[1]}{own}.json"
 
 
 @lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestedfp.kernels import rowfile
 from nestedfp.kernels.timing import measure
 
 _FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
@@ -29,8 +30,8 @@ def require_gpu(command: str) -> None:
 
 
 def slug() -> str:
-    """The device's name for file names."""
-    return "-".join(torch.cuda.get_device_name().lower().split())
+    """The present device's name in the names of files."""
+    return rowfile.slug(torch.cuda.get_device_name())
 
 
 def describe() -> dict[str, Any]:

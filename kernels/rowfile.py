@@ -11,6 +11,11 @@ Row = dict[str, Any]
 _SAME = ("device", "torch", "triton")
 
 
+def slug(device: str) -> str:
+    """A GPU's name in the names of files."""
+    return "-".join(device.lower().split())
+
+
 def write(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the file anew, whole or not at all."""
     body = ",\n".join("  " + json.dumps(row) for row in rows)
